@@ -1,0 +1,32 @@
+// Tokenizers. Today the byte tokenizer: ids 0 to 255, no special tokens.
+#ifndef KRAIT_DATA_TOKENIZER_H_
+#define KRAIT_DATA_TOKENIZER_H_
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "kernels/base/status.h"
+
+namespace krait {
+
+class Tokenizer {
+ public:
+  virtual ~Tokenizer() = default;
+  virtual std::string name() const = 0;  // stored in token files
+  virtual int64_t vocab_size() const = 0;
+  // Appends the ids of `text`.
+  virtual void Encode(std::string_view text, std::vector<int32_t>* ids) const = 0;
+  // The bytes of one id; ids outside the vocabulary give "".
+  virtual std::string Decode(int32_t id) const = 0;
+  // Mean bytes per token is known only for the byte tokenizer (1); else bits per byte need counts.
+};
+
+// "bytes"; anything else is refused for now (kConfig) with a sentence that says so.
+absl::StatusOr<std::unique_ptr<Tokenizer>> MakeTokenizer(const std::string& name);
+
+}  // namespace krait
+
+#endif  // KRAIT_DATA_TOKENIZER_H_

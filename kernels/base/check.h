@@ -1,0 +1,29 @@
+// The one fatal path: broken invariants and failed library calls. Plain C++: also for .cu files.
+#ifndef KRAIT_KERNELS_BASE_CHECK_H_
+#define KRAIT_KERNELS_BASE_CHECK_H_
+
+#include <string>
+
+#include "kernels/base/exit_code.h"
+
+namespace krait {
+
+// Prints "krait: fatal: MESSAGE (FILE:LINE)" to stderr and ends the process (all ranks, once there
+// are several) with `code`. Runs no destructors. Safe from any thread.
+[[noreturn]] void Fatal(ExitCode code, const char* file, int line, const std::string& message);
+
+}  // namespace krait
+
+// An invariant of the program, never a check of user input. Always on.
+#define KRAIT_CHECK(condition)                                         \
+  do {                                                                 \
+    if (!(condition)) [[unlikely]] {                                   \
+      ::krait::Fatal(::krait::ExitCode::kInternal, __FILE__, __LINE__, \
+                     "check failed: " #condition);                     \
+    }                                                                  \
+  } while (false)
+
+#define KRAIT_FATAL(message) \
+  ::krait::Fatal(::krait::ExitCode::kInternal, __FILE__, __LINE__, (message))
+
+#endif  // KRAIT_KERNELS_BASE_CHECK_H_

@@ -1,0 +1,69 @@
+// safetensors files: u64 little-endian header length, JSON header, raw data
+// (https://github.com/huggingface/safetensors). One file, or a folder with
+// model.safetensors or model.safetensors.index.json and its shards.
+#ifndef KRAIT_KERNELS_BASE_SAFETENSORS_H_
+#define KRAIT_KERNELS_BASE_SAFETENSORS_H_
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kernels/base/dtype.h"
+#include "kernels/base/file.h"
+#include "kernels/base/status.h"
+
+namespace krait {
+
+struct SafetensorsEntry {
+  std::string file;  // path
+  DType dtype;       // F32, F64, BF16, I32, I64, U8 ... (F16 is refused by name)
+  std::vector<int64_t> shape;
+  int64_t begin;  // byte offset in the file
+  int64_t bytes;
+};
+
+// Checked as the format demands: header at most 100 MB, offsets inside the file, no overlap, no
+// holes, no overflow, no duplicate names. Errors (kNoCheckpoint) name path and byte offset.
+class SafetensorsReader {
+ public:
+  static absl::StatusOr<SafetensorsReader> OpenFile(const std::string& path);
+  static absl::StatusOr<SafetensorsReader> OpenFolder(const std::string& folder);
+  const std::map<std::string, SafetensorsEntry>& entries() const { return entries_; }
+  // Elements [begin, begin+count) of a tensor, converted to f32 (from f32, f64, bf16) or to i32
+  // (from i32, i64, u8; out of range is an error).
+  absl::Status ReadF32(const std::string& name, int64_t begin, int64_t count, float* out) const;
+  absl::Status ReadI32(const std::string& name, int64_t begin, int64_t count, int32_t* out) const;
+
+ private:
+  std::map<std::string, SafetensorsEntry> entries_;
+};
+
+// Writes tensors in the order given; data is streamed, so a tensor may be freed after Write.
+class SafetensorsWriter {
+ public:
+  struct Item {
+    std::string name;
+    DType dtype;
+    std::vector<int64_t> shape;
+  };
+  // Writes the header to a temporary name beside `path`; Finish() fsyncs and renames.
+  static absl::StatusOr<SafetensorsWriter> Create(
+      const std::string& path, const std::vector<Item>& items,
+      const std::map<std::string, std::string>& metadata);
+  // The next item's data, all of it.
+  absl::Status Write(const void* data, int64_t bytes);
+  absl::Status Finish();
+
+ private:
+  File file_;
+  std::string final_path_;
+  std::vector<int64_t> sizes_;
+  size_t next_ = 0;
+  int64_t offset_ = 0;
+};
+
+}  // namespace krait
+
+#endif  // KRAIT_KERNELS_BASE_SAFETENSORS_H_
