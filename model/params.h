@@ -35,7 +35,9 @@ enum class ParamInit : uint8_t {
 enum class MeshAxis : uint8_t { kNone, kTensor, kExpert };
 struct ShardRule {
   MeshAxis axis = MeshAxis::kNone;
-  int dim = 0;  // the dimension that is cut
+  // The dimension of the published tensor that is cut. An expert (kExpert) stays whole: dimension 0
+  // of its storage, the expert, is cut.
+  int dim = 0;
   std::vector<int64_t>
       segments;  // extents along dim that are cut apart (x|z of in_proj); empty: one
 };
@@ -94,8 +96,13 @@ class ParamTable {
   int64_t active(const ModelSpec& spec) const;
 
  private:
-  int AddStorage(std::string name, std::vector<int64_t> shape, int sublayer);
-  void AddParam(Param param);
+  void AddAttention(const ModelSpec& spec, const std::string& prefix, int sublayer);
+  void AddMamba(const ModelSpec& spec, const std::string& prefix, int sublayer);
+  void AddMlp(const ModelSpec& spec, const std::string& prefix, int sublayer);
+  void AddMoe(const ModelSpec& spec, const std::string& prefix, int sublayer);
+  void AddStorage(std::string name, std::vector<int64_t> shape, int sublayer);
+  void AddParam(Param param);              // the next piece of the last storage
+  void AddOne(Param param, int sublayer);  // a storage of its own, with the same name
 
   std::vector<Param> params_;
   std::vector<Storage> storages_;

@@ -39,6 +39,8 @@ class Weights {
   void ZeroGrad();
 
  private:
+  Tensor Piece(Tensor storage, const krait::Param& param) const;
+
   const ParamTable* table_;
   DType dtype_;
   Device device_;
