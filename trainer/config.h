@@ -50,17 +50,11 @@ struct OptimizerConfig {
 };
 
 enum class ScheduleKind : uint8_t { kCosine, kWsd, kLinear, kConstant };
-enum class DecayShape : uint8_t {
-  kLinear,
-  kCosine,
-  kSqrt
-};  // of wsd; contract names: see config.cc
 struct ScheduleConfig {
   ScheduleKind kind = ScheduleKind::kCosine;
   int64_t warmup_steps = 2000;
   double min_lr_ratio = 0.1;
-  int64_t decay_steps = 0;  // resolved: a count (a share of the steps was multiplied out)
-  DecayShape decay = DecayShape::kLinear;
+  int64_t decay_steps = 0;  // of wsd; resolved: a count (a share of the steps is multiplied out)
 };
 
 struct CheckpointConfig {
@@ -79,7 +73,7 @@ struct EvaluationConfig {
 };
 
 struct RunConfig {
-  std::string path;  // of the YAML file, "" for probe
+  std::string path;  // of the YAML file, or the name given to ParseConfig
   std::string run_dir;
   ModelSpec model;
   ParallelConfig parallel;
@@ -100,7 +94,8 @@ struct RunConfig {
   }
 };
 
-// How much of the file a command needs: `plan` and `bench` run without data paths.
+// How much of the file a command needs: kPlan (plan, bench, a stored config) does without
+// data.train and train.steps (steps is 0 then).
 enum class ConfigUse : uint8_t { kTrain, kPlan };
 
 // Reads base files, the file, then "key.path=value" words. All errors at once, each with
@@ -116,14 +111,19 @@ absl::StatusOr<RunConfig> ParseConfig(const std::string& text, const std::string
                                       const std::vector<std::string>& overrides, ConfigUse use,
                                       int64_t ranks);
 
-// What a resume compares: keys whose change is refused (model), needs --allow-change (seq_len,
-// batch_tokens, data, seed), or applies with a line (optimizer, schedule, steps). Each difference
-// once, with both values.
+// What a resume compares: keys whose change is refused (model.*), needs --allow-change KEY (data.*,
+// train.batch_tokens, train.seed), or applies with a line (optimizer.*, schedule.*, steps, device,
+// precision, deterministic). All others are free. Each difference once, with the dotted key of the
+// resolved config and both values as YAML.
 struct ConfigDifference {
   enum class Kind : uint8_t { kRefused, kNeedsAllow, kApplies } kind;
   std::string key, before, after;
 };
 std::vector<ConfigDifference> CompareForResume(const RunConfig& saved, const RunConfig& now);
+
+// Whether `--allow-change WORD` covers a key: the whole key, its last part, or its section
+// ("data.seq_len", "seq_len", "data").
+bool AllowsChange(const std::string& word, const std::string& key);
 
 }  // namespace krait
 

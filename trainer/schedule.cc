@@ -7,13 +7,8 @@
 namespace krait {
 namespace {
 
-// From 1 at progress 0 to `floor` at progress 1.
-double Fall(double progress, double floor, DecayShape shape) {
-  double remaining = 1 - progress;
-  if (shape == DecayShape::kCosine) remaining = 0.5 * (1 + std::cos(std::numbers::pi * progress));
-  if (shape == DecayShape::kSqrt) remaining = 1 - std::sqrt(progress);
-  return floor + (1 - floor) * remaining;
-}
+// 1 at progress 0, `floor` at progress 1; `remaining` falls from 1 to 0.
+double Fall(double remaining, double floor) { return floor + (1 - floor) * remaining; }
 
 double Progress(int64_t from, int64_t s, int64_t to) {
   if (to <= from) return 1;
@@ -25,18 +20,21 @@ double Progress(int64_t from, int64_t s, int64_t to) {
 double LearningRate(const ScheduleConfig& schedule, double lr, int64_t s, int64_t steps) {
   s = std::clamp<int64_t>(s, 1, std::max<int64_t>(steps, 1));
   const int64_t warmup = schedule.warmup_steps;
-  if (s <= warmup) return lr * static_cast<double>(s) / static_cast<double>(warmup);
+  // The quotient first: it is exactly 1 at the last warm-up update.
+  if (s <= warmup) return lr * (static_cast<double>(s) / static_cast<double>(warmup));
   switch (schedule.kind) {
     case ScheduleKind::kConstant:
       return lr;
-    case ScheduleKind::kCosine:
-      return lr * Fall(Progress(warmup, s, steps), schedule.min_lr_ratio, DecayShape::kCosine);
+    case ScheduleKind::kCosine: {
+      const double angle = std::numbers::pi * Progress(warmup, s, steps);
+      return lr * Fall(0.5 * (1 + std::cos(angle)), schedule.min_lr_ratio);
+    }
     case ScheduleKind::kLinear:
-      return lr * Fall(Progress(warmup, s, steps), schedule.min_lr_ratio, DecayShape::kLinear);
+      return lr * Fall(1 - Progress(warmup, s, steps), schedule.min_lr_ratio);
     case ScheduleKind::kWsd: {
       const int64_t start = std::max(warmup, steps - schedule.decay_steps);
       if (s <= start) return lr;
-      return lr * Fall(Progress(start, s, steps), schedule.min_lr_ratio, schedule.decay);
+      return lr * Fall(1 - Progress(start, s, steps), schedule.min_lr_ratio);
     }
   }
   return lr;
