@@ -25,11 +25,6 @@ absl::Status SystemError(ExitCode code, const char* operation, const std::string
 // Linux transfers at most 0x7ffff000 bytes per call; stay below that.
 constexpr size_t kMaxTransfer = size_t{1} << 30;
 
-std::string ParentOf(const std::string& path) {
-  const std::string parent = std::filesystem::path(path).parent_path().string();
-  return parent.empty() ? "." : parent;
-}
-
 }  // namespace
 
 File::File(File&& other) noexcept
@@ -151,9 +146,7 @@ absl::StatusOr<std::string> ReadFile(const std::string& path, int64_t max_bytes,
 absl::Status WriteFileAtomic(const std::string& path, std::string_view content, ExitCode code) {
   // A fixed name: what a killed process left behind is replaced by the next write.
   const std::string temporary = path + ".tmp";
-  if (unlink(temporary.c_str()) != 0 && errno != ENOENT) {
-    return SystemError(code, "remove", temporary, errno);
-  }
+  KRAIT_RETURN_IF_ERROR(RemoveFile(temporary, code));
   const auto write = [&]() -> absl::Status {
     KRAIT_ASSIGN_OR_RETURN(File file, File::Create(temporary, /*exclusive=*/true, code));
     KRAIT_RETURN_IF_ERROR(file.WriteAt(content.data(), content.size(), 0));
@@ -165,7 +158,7 @@ absl::Status WriteFileAtomic(const std::string& path, std::string_view content, 
     unlink(temporary.c_str());
     return status;
   }
-  return SyncDirectory(ParentOf(path), code);
+  return SyncDirectory(ParentFolder(path), code);
 }
 
 absl::Status SyncDirectory(const std::string& path, ExitCode code) {
@@ -187,7 +180,7 @@ absl::Status Rename(const std::string& from, const std::string& to, ExitCode cod
 
 absl::Status MakeDirectories(const std::string& path, ExitCode code) {
   if (path.empty() || IsDirectory(path)) return absl::OkStatus();
-  const std::string parent = ParentOf(path);
+  const std::string parent = ParentFolder(path);
   if (parent != path) KRAIT_RETURN_IF_ERROR(MakeDirectories(parent, code));
   if (mkdir(path.c_str(), 0777) != 0) {
     const int error = errno;
@@ -196,6 +189,13 @@ absl::Status MakeDirectories(const std::string& path, ExitCode code) {
     return absl::OkStatus();  // another process was faster
   }
   return SyncDirectory(parent, code);
+}
+
+absl::Status RemoveFile(const std::string& path, ExitCode code) {
+  if (unlink(path.c_str()) != 0 && errno != ENOENT) {
+    return SystemError(code, "remove", path, errno);
+  }
+  return absl::OkStatus();
 }
 
 absl::Status RemoveAll(const std::string& path, ExitCode code) {
@@ -220,6 +220,11 @@ absl::StatusOr<std::vector<std::string>> ListDirectory(const std::string& path, 
   if (error != 0) return SystemError(code, "list folder", path, error);
   std::sort(names.begin(), names.end());
   return names;
+}
+
+std::string ParentFolder(const std::string& path) {
+  const std::string parent = std::filesystem::path(path).parent_path().string();
+  return parent.empty() ? "." : parent;
 }
 
 bool Exists(const std::string& path) {

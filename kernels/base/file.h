@@ -57,10 +57,15 @@ absl::Status SyncDirectory(const std::string& path, ExitCode code);
 absl::Status Rename(const std::string& from, const std::string& to, ExitCode code);
 // mkdir -p.
 absl::Status MakeDirectories(const std::string& path, ExitCode code);
+// Removes a file or a symbolic link; a missing path is fine, a folder an error.
+absl::Status RemoveFile(const std::string& path, ExitCode code);
 // rm -r; a missing path is fine. Never follows symbolic links.
 absl::Status RemoveAll(const std::string& path, ExitCode code);
 // Names (not paths) in a folder, sorted; without "." and "..".
 absl::StatusOr<std::vector<std::string>> ListDirectory(const std::string& path, ExitCode code);
+// The folder that holds `path`: "." for a plain name.
+std::string ParentFolder(const std::string& path);
+// Anything of that name, dangling symbolic links too.
 bool Exists(const std::string& path);
 bool IsDirectory(const std::string& path);
 

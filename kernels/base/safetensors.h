@@ -26,23 +26,36 @@ struct SafetensorsEntry {
 
 // Checked as the format demands: header at most 100 MB, offsets inside the file, no overlap, no
 // holes, no overflow, no duplicate names. Errors (kNoCheckpoint) name path and byte offset.
+// Thread-safe once opened; files are opened anew for each read.
 class SafetensorsReader {
  public:
   static absl::StatusOr<SafetensorsReader> OpenFile(const std::string& path);
+  // In a folder with shards the index decides: tensors that it does not list are left out.
   static absl::StatusOr<SafetensorsReader> OpenFolder(const std::string& folder);
   const std::map<std::string, SafetensorsEntry>& entries() const { return entries_; }
+  // The header's "__metadata__" texts; of a folder with shards, those of the index are not read.
+  const std::map<std::string, std::string>& metadata() const { return metadata_; }
+  // The file or folder opened, for messages.
+  const std::string& path() const { return path_; }
   // Elements [begin, begin+count) of a tensor, converted to f32 (from f32, f64, bf16) or to i32
   // (from i32, i64, u8; out of range is an error).
   absl::Status ReadF32(const std::string& name, int64_t begin, int64_t count, float* out) const;
   absl::Status ReadI32(const std::string& name, int64_t begin, int64_t count, int32_t* out) const;
 
  private:
+  std::string path_;
   std::map<std::string, SafetensorsEntry> entries_;
+  std::map<std::string, std::string> metadata_;
 };
 
 // Writes tensors in the order given; data is streamed, so a tensor may be freed after Write.
+// Errors are kCannotSave. Without Finish() nothing appears under `path`, and what there was stays.
 class SafetensorsWriter {
  public:
+  SafetensorsWriter(SafetensorsWriter&&) = default;
+  SafetensorsWriter& operator=(SafetensorsWriter&&) = delete;
+  ~SafetensorsWriter();  // removes the temporary file when Finish() was not reached
+
   struct Item {
     std::string name;
     DType dtype;
@@ -52,12 +65,14 @@ class SafetensorsWriter {
   static absl::StatusOr<SafetensorsWriter> Create(
       const std::string& path, const std::vector<Item>& items,
       const std::map<std::string, std::string>& metadata);
-  // The next item's data, all of it.
+  // The next item's data, all of it, in the item's dtype.
   absl::Status Write(const void* data, int64_t bytes);
   absl::Status Finish();
 
  private:
-  File file_;
+  SafetensorsWriter() = default;
+
+  File file_;  // open until finished
   std::string final_path_;
   std::vector<int64_t> sizes_;
   size_t next_ = 0;
