@@ -18,6 +18,9 @@ void* Allocate(int64_t /*bytes*/, const std::string& /*segment*/) { NoCuda(); }
 void Free(void* /*memory*/) { NoCuda(); }
 void CopyToDevice(void* /*device*/, const void* /*host*/, int64_t /*bytes*/) { NoCuda(); }
 void CopyToHost(void* /*host*/, const void* /*device*/, int64_t /*bytes*/) { NoCuda(); }
+void CopyOnDevice(void* /*to*/, const void* /*from*/, int64_t /*bytes*/, void* /*stream*/) {
+  NoCuda();
+}
 void Synchronize() { NoCuda(); }
 
 }  // namespace krait::cuda
