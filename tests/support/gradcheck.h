@@ -269,7 +269,8 @@ struct GradientCheckOptions {
 // Compares each analytic gradient with df/dx = (8 (f(x+h) - f(x-h)) - (f(x+2h) - f(x-2h))) / 12h:
 // ||numeric - analytic|| / ||analytic|| per tensor must stay within the bound. `loss` evaluates the
 // op from the tensors of `pairs` and returns its scalar loss (outputs times random cotangents). Run
-// the backward before calling this: the gradients are read first.
+// the backward before calling this: the gradients are read first. Inputs and outputs are left as an
+// unperturbed evaluation leaves them.
 inline void CheckGradients(const std::function<double()>& loss,
                            const std::vector<GradientPair>& pairs,
                            const GradientCheckOptions& options = {}) {
@@ -301,6 +302,7 @@ inline void CheckGradients(const std::function<double()>& loss,
     }
     EXPECT_LE(RelativeError(numeric, analytic), options.bound) << "gradient of " << pairs[p].name;
   }
+  loss();
 }
 
 }  // namespace krait::testing
