@@ -196,7 +196,8 @@ std::string StorageFault(hid_t dataset, uint64_t bytes, size_t element_bytes, ui
     return "chunks of " + std::to_string(chunk) + " elements are above 64 MiB";
   }
   hsize_t chunks = 0;
-  if (H5Dget_num_chunks(dataset, H5S_ALL, &chunks) < 0) return Reason();
+  const Handle space(H5Dget_space(dataset), H5Sclose);
+  if (!space.ok() || H5Dget_num_chunks(dataset, space.get(), &chunks) < 0) return Reason();
   const uint64_t needed = (elements - 1) / chunk + 1;
   if (chunks != needed) {
     return std::to_string(chunks) + " chunks are stored where " + std::to_string(needed) +
