@@ -12,18 +12,6 @@ constexpr uint32_t kMultiplier1 = 0xCD9E8D57;
 constexpr uint32_t kWeyl0 = 0x9E3779B9;
 constexpr uint32_t kWeyl1 = 0xBB67AE85;
 
-std::array<uint32_t, 4> Philox(std::array<uint32_t, 4> c, uint32_t k0, uint32_t k1) {
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t p0 = static_cast<uint64_t>(kMultiplier0) * c[0];
-    const uint64_t p1 = static_cast<uint64_t>(kMultiplier1) * c[2];
-    c = {static_cast<uint32_t>(p1 >> 32) ^ c[1] ^ k0, static_cast<uint32_t>(p1),
-         static_cast<uint32_t>(p0 >> 32) ^ c[3] ^ k1, static_cast<uint32_t>(p0)};
-    k0 += kWeyl0;
-    k1 += kWeyl1;
-  }
-  return c;
-}
-
 double ToUniform(uint32_t high, uint32_t low) {
   const uint64_t bits = (static_cast<uint64_t>(high) << 32 | low) >> 11;
   return (static_cast<double>(bits) + 0.5) * 0x1p-53;
@@ -31,23 +19,33 @@ double ToUniform(uint32_t high, uint32_t low) {
 
 }  // namespace
 
+std::array<uint32_t, 4> Philox4x32(std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {
+  std::array<uint32_t, 4> c = counter;
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t p0 = static_cast<uint64_t>(kMultiplier0) * c[0];
+    const uint64_t p1 = static_cast<uint64_t>(kMultiplier1) * c[2];
+    c = {static_cast<uint32_t>(p1 >> 32) ^ c[1] ^ key[0], static_cast<uint32_t>(p1),
+         static_cast<uint32_t>(p0 >> 32) ^ c[3] ^ key[1], static_cast<uint32_t>(p0)};
+    key[0] += kWeyl0;
+    key[1] += kWeyl1;
+  }
+  return c;
+}
+
 RandomStream::RandomStream(uint64_t seed, RandomPurpose purpose, uint64_t step) {
   // The stream's key and counter half are a Philox image of (seed, purpose, step), so that two
   // different triples share neither.
   const std::array<uint32_t, 4> mixed =
-      Philox({static_cast<uint32_t>(step), static_cast<uint32_t>(step >> 32),
-              static_cast<uint32_t>(purpose), 0x6B726169},
-             static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
-  key_[0] = mixed[0];
-  key_[1] = mixed[1];
-  high_[0] = mixed[2];
-  high_[1] = mixed[3];
+      Philox4x32({static_cast<uint32_t>(step), static_cast<uint32_t>(step >> 32),
+                  static_cast<uint32_t>(purpose), 0x6B726169},
+                 {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)});
+  key_ = {mixed[0], mixed[1]};
+  high_ = {mixed[2], mixed[3]};
 }
 
 std::array<uint32_t, 4> RandomStream::Bits(uint64_t index) const {
-  return Philox(
-      {static_cast<uint32_t>(index), static_cast<uint32_t>(index >> 32), high_[0], high_[1]},
-      key_[0], key_[1]);
+  return Philox4x32(
+      {static_cast<uint32_t>(index), static_cast<uint32_t>(index >> 32), high_[0], high_[1]}, key_);
 }
 
 double RandomStream::Uniform(uint64_t index) const {

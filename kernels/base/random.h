@@ -20,6 +20,9 @@ enum class RandomPurpose : uint32_t {
   kSynthetic = 6,  // bench and test inputs
 };
 
+// The block function: 128 random bits of a counter and a key.
+std::array<uint32_t, 4> Philox4x32(std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key);
+
 class RandomStream {
  public:
   RandomStream(uint64_t seed, RandomPurpose purpose, uint64_t step);
@@ -32,8 +35,8 @@ class RandomStream {
   double Normal(uint64_t index) const;
 
  private:
-  uint32_t key_[2];
-  uint32_t high_[2];
+  std::array<uint32_t, 2> key_;
+  std::array<uint32_t, 2> high_;
 };
 
 // FNV-1a, 64 bit: turns a published name into a stream key.
