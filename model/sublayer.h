@@ -1,12 +1,11 @@
 // The interface of a residual sublayer: y = f(x) between the norm before it and the residual
 // addition after it (both done by HybridModel). Forward and backward live side by side in one file
-// pair per kind: attention.{h,cc}, mamba.{h,cc}, mlp.{h,cc}, moe.{h,cc}.
+// pair per kind: attention_sublayer, mamba_sublayer, mlp_sublayer, moe_sublayer.{h,cc}.
 #ifndef KRAIT_MODEL_SUBLAYER_H_
 #define KRAIT_MODEL_SUBLAYER_H_
 
 #include <cstdint>
 #include <memory>
-#include <vector>
 
 #include "kernels/context.h"
 #include "kernels/tensor.h"
@@ -22,6 +21,10 @@ struct PassShape {
   int64_t tokens() const { return batch * seq_len; }
 };
 
+// The dtype of statistics, scan states, router and LM-head logits, and losses under a compute
+// dtype: f32, or f64 in gradient checks.
+inline DType WideDType(DType compute) { return compute == DType::kF64 ? DType::kF64 : DType::kF32; }
+
 // Saved activations of one sublayer and pass; each kind derives its own struct of tensors.
 struct Saved {
   virtual ~Saved() = default;
@@ -33,25 +36,26 @@ struct MixerState {
   virtual ~MixerState() = default;
 };
 
-// Router statistics of one pass, pooled over MoE sublayers for the aux loss.
+// Router statistics of one pass. Per MoE sublayer j (in order) one row.
 struct RouterStats {
-  // Per MoE sublayer j (in order): [moe_count, E] each.
-  Tensor prob_sum;      // sum over tokens of p_e (f32; f64 in checks)
-  Tensor choice_count;  // i64
-  Tensor z_sum;         // [moe_count]
-  // Set by HybridModel between forward and backward: gradient of the total loss with respect to one
-  // token's p_e, per MoE sublayer [moe_count, E]; and the factor of the z-loss.
-  Tensor d_prob_mean;
+  Tensor prob_sum;      // [moe_count,E] sum over tokens of p_e; WideDType
+  Tensor choice_count;  // [moe_count,E] i64
+  Tensor z_sum;         // [moe_count] sum over tokens of logsumexp^2; WideDType
+  // Set by HybridModel between forward and backward: the gradient of the loss with respect to one
+  // token's p_e, [moe_count,E] (undefined: no aux loss), and the factor of the z-loss.
+  Tensor d_prob;
   double z_scale = 0;
 };
 
 struct PassContext {
   PassShape shape;
-  Tensor doc_start;       // [B,T] i32, or undefined: no document resets
-  RouterStats* router;    // never null; recomputed forwards do not add to it
-  bool add_router_stats;  // false while recomputing
-  Tensor* router_logits;  // when not null (probe): receives [M,E] per MoE sublayer, j-th entry
-  const Context* ctx;
+  Tensor doc_start;               // [B,T] i32, or undefined: no document resets
+  RouterStats* router = nullptr;  // null only where there is no MoE sublayer, and in Decode
+  bool add_router_stats = false;  // false while recomputing
+  bool keep_norms = true;         // false: norm outputs are recomputed by the backward
+  // When not null (probe): an MoE sublayer sets it to its logits [M,E], alive as long as `keep`.
+  Tensor* router_logits = nullptr;
+  const Context* ctx = nullptr;
 };
 
 class SublayerModule {
@@ -62,24 +66,28 @@ class SublayerModule {
   virtual std::unique_ptr<Saved> NewSaved() const = 0;
 
   // y [M,D] = f(x [M,D]). What backward needs is taken from `keep` and noted in `saved`; everything
-  // else comes from ctx->scratch. Forward-only callers pass the scratch arena as `keep` and release
-  // it afterwards. x itself is kept by the caller.
+  // else comes from ctx->scratch and is given back. `keep` may be the scratch arena itself (the
+  // caller gives it back): so a sublayer takes all that it keeps before it opens a scratch scope.
+  // `saved` null: no backward follows; `keep` is then the scratch arena. y undefined: only what
+  // backward needs is computed (recompute). x itself is kept by the caller.
   virtual void Forward(Tensor y, Tensor x, const Weights& weights, Arena* keep, Saved* saved,
-                       const PassContext& pass) = 0;
+                       const PassContext& pass) const = 0;
 
-  // dx [M,D] (overwritten) from dy [M,D]; adds weight gradients.
+  // dx [M,D] (overwritten) from dy [M,D]; adds weight gradients. Uses `saved` up: one backward per
+  // forward.
   virtual void Backward(Tensor dx, Tensor dy, Tensor x, const Weights& weights, Saved* saved,
-                        const PassContext& pass) = 0;
+                        const PassContext& pass) const = 0;
 
-  // The state for up to `max_tokens` positions (attention: cache size), zeroed; null for
-  // feed-forward kinds. Memory from `arena`.
+  // The state for up to `max_tokens` positions (attention: cache size); null for feed-forward
+  // kinds. `dtype` is the compute dtype. Memory from `arena`; zeroed unless `planning`.
   virtual std::unique_ptr<MixerState> NewState(int64_t /*batch*/, int64_t /*max_tokens*/,
-                                               DType /*dtype*/, Arena* /*arena*/) const {
+                                               DType /*dtype*/, Arena* /*arena*/,
+                                               const Context& /*ctx*/) const {
     return nullptr;
   }
-  // Inference over the next T tokens: reads and advances `state`.
+  // Inference over the next T tokens of every sequence: reads and advances `state`. No documents.
   virtual void Decode(Tensor y, Tensor x, const Weights& weights, MixerState* state,
-                      const PassContext& pass) = 0;
+                      const PassContext& pass) const = 0;
 };
 
 // One switch over the kinds. `index` is the position in spec.sublayers; `moe_index` the number of
