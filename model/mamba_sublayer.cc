@@ -154,8 +154,7 @@ void MambaSublayer::Run(Tensor y, Tensor x, const Weights& weights, Arena* keep,
   LinearForward(s.projected, s.u, weights.Get(x_proj_), Tensor(), ctx);
   s.normed = pass.keep_norms ? NormForward(s, keep, weights, ctx) : Tensor();
   ArenaScope scope(ctx.scratch);
-  const Tensor normed =
-      s.normed.defined() ? s.normed : NormForward(s, ctx.scratch, weights, ctx);
+  const Tensor normed = s.normed.defined() ? s.normed : NormForward(s, ctx.scratch, weights, ctx);
   LinearForward(s.dt_raw, normed.Slice(1, 0, dt_rank_), weights.Get(dt_proj_), Tensor(), ctx);
 
   Tensor scanned = ctx.scratch->Alloc(x.dtype(), {m, d_inner_});
