@@ -121,6 +121,9 @@ struct ConfigDifference {
 };
 std::vector<ConfigDifference> CompareForResume(const RunConfig& saved, const RunConfig& now);
 
+// The words of model.pattern that yield the model's layers, one period.
+std::string LayoutPattern(const ModelSpec& model);
+
 // Whether `--allow-change WORD` covers a key: the whole key, its last part, or its section
 // ("data.seq_len", "seq_len", "data").
 bool AllowsChange(const std::string& word, const std::string& key);
