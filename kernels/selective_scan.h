@@ -44,8 +44,9 @@ struct SelectiveScanGradients {
 };
 
 // States are recomputed chunk by chunk from chunk_states. All sums are in a fixed order.
-// d_final_state is optional. `y`, when defined, receives the recomputed output (out_proj's wgrad
-// needs it).
+// dx, d_dt_raw, dz, y and d_initial_state may be the same memory as x, dt_raw, z, dy and
+// d_final_state. d_final_state is optional. `y`, when defined, receives the recomputed output
+// (out_proj's wgrad needs it).
 void SelectiveScanBackward(const SelectiveScanGradients& grad, Tensor y, Tensor dy,
                            Tensor d_final_state, Tensor chunk_states, const SelectiveScanInputs& in,
                            const Context& ctx);
