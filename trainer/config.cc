@@ -38,16 +38,35 @@ std::optional<std::pair<int64_t, int64_t>> ParseRatio(const std::string& text) {
   return std::pair(*attention, *mamba);
 }
 
-// The layers by model.mixer and model.moe.every; empty after reporting an error.
-std::vector<LayerKinds> LayersFromRatio(int64_t n_layers, ConfigReader* reader) {
+std::vector<LayerKinds> LayersFromPattern(const std::string& pattern, int64_t n_layers,
+                                          ConfigReader* reader) {
+  if (!reader->Good({"model.pattern", "model.n_layers"})) return {};
+  absl::Status status;
+  if (pattern.size() <= 4 * kMaxLayers) {
+    auto layers = ParsePattern(pattern, n_layers);
+    if (layers.ok()) return *std::move(layers);
+    status = layers.status();
+  } else {
+    status = Error(ExitCode::kConfig, "more words than a model can have layers");
+  }
+  reader->Fail("model.pattern", absl::StrCat("model.pattern: ", MessageOf(status)));
+  return {};
+}
+
+// The layers by model.pattern, or by model.mixer and model.moe; empty after reporting an error.
+std::vector<LayerKinds> ReadLayers(int64_t n_layers, ConfigReader* reader) {
+  std::string pattern;
   std::string ratio = "1:7";
   int64_t mixer_offset = -1;
   int64_t every = 0;
   int64_t moe_offset = -1;
+  reader->String("model.pattern", &pattern);
   reader->String("model.mixer.ratio", &ratio);
   reader->Integer("model.mixer.offset", &mixer_offset, 0, kMaxPeriod);
   reader->IntegerOr("model.moe.every", "none", 0, &every, 1, kMaxPeriod);
   reader->Integer("model.moe.offset", &moe_offset, 0, kMaxPeriod);
+  if (reader->Has("model.pattern")) return LayersFromPattern(pattern, n_layers, reader);
+
   const auto counts = ParseRatio(ratio);
   if (!counts.has_value() && reader->Good({"model.mixer.ratio"})) {
     reader->Fail("model.mixer.ratio",
@@ -72,23 +91,6 @@ std::vector<LayerKinds> LayersFromRatio(int64_t n_layers, ConfigReader* reader) 
   if (!attention.ok() || !moe.ok()) return layers;
   for (size_t i = 0; i < attention->size(); ++i) layers.push_back({(*attention)[i], (*moe)[i]});
   return layers;
-}
-
-std::vector<LayerKinds> ReadLayers(int64_t n_layers, ConfigReader* reader) {
-  std::string pattern;
-  reader->String("model.pattern", &pattern);
-  // Also makes the keys of the ratio known; they are never there beside a pattern.
-  std::vector<LayerKinds> layers = LayersFromRatio(n_layers, reader);
-  if (!reader->Has("model.pattern")) return layers;
-  if (!reader->Good({"model.pattern", "model.n_layers"})) return {};
-  if (pattern.size() > 4 * kMaxLayers) {
-    reader->Fail("model.pattern", "model.pattern: more words than a model can have layers");
-    return {};
-  }
-  auto parsed = ParsePattern(pattern, n_layers);
-  if (parsed.ok()) return *std::move(parsed);
-  reader->Fail("model.pattern", absl::StrCat("model.pattern: ", MessageOf(parsed.status())));
-  return {};
 }
 
 void ReadAttention(ModelSpec* model, ConfigReader* reader) {

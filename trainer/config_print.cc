@@ -214,10 +214,11 @@ std::string LayoutPattern(const ModelSpec& model) {
     words.push_back(absl::StrCat(model.sublayers[i].kind == SublayerKind::kAttention ? "a" : "m",
                                  model.sublayers[i + 1].kind == SublayerKind::kMoe ? "E" : ""));
   }
-  // The shortest period that yields all words.
+  // The shortest period that divides them.
   size_t period = 1;
   while (period < words.size() &&
-         !std::equal(words.begin() + static_cast<int64_t>(period), words.end(), words.begin())) {
+         (words.size() % period != 0 ||
+          !std::equal(words.begin() + static_cast<int64_t>(period), words.end(), words.begin()))) {
     ++period;
   }
   std::string pattern;

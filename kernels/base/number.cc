@@ -179,7 +179,15 @@ std::optional<int64_t> ParseBytes(std::string_view text, std::string* why) {
 std::string PrintNumber(double x) {
   std::array<char, 32> buffer{};
   const auto result = std::to_chars(buffer.data(), buffer.data() + buffer.size(), x);
-  return {buffer.data(), result.ptr};
+  std::string text(buffer.data(), result.ptr);
+  // 3e-04 and 1e+22 as people write them: 3e-4, 1e22.
+  if (const size_t e = text.find('e'); e != std::string::npos) {
+    size_t digit = e + (text[e + 1] == '-' ? 2 : 1);
+    while (text[digit] == '+' || (text[digit] == '0' && digit + 1 < text.size())) {
+      text.erase(digit, 1);
+    }
+  }
+  return text;
 }
 
 std::string PrintGrouped(int64_t n) {

@@ -125,6 +125,9 @@ TEST(ParseBytes, NamesBytes) {
 TEST(PrintNumber, RoundTrips) {
   EXPECT_EQ(PrintNumber(0.1), "0.1");
   EXPECT_EQ(PrintNumber(1), "1");
+  EXPECT_EQ(PrintNumber(3e-4), "3e-4");
+  EXPECT_EQ(PrintNumber(1e-10), "1e-10");
+  EXPECT_EQ(PrintNumber(-1e22), "-1e22");
   for (double x : {3e-4, 0.1, 1e-8, 1.0 / 3, 1e22, 5e-324, 1.7976931348623157e308, -0.75, 0.95}) {
     EXPECT_EQ(ParseNumber(PrintNumber(x)), x) << PrintNumber(x);
   }
