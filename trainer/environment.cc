@@ -1,0 +1,113 @@
+#include "trainer/environment.h"
+
+#include <sys/resource.h>
+#include <sys/utsname.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <cstdlib>
+#include <cstring>
+#include <fstream>
+#include <string_view>
+
+#include "kernels/base/parallel_for.h"
+#include "nlohmann/json.hpp"
+
+extern char** environ;
+
+namespace krait {
+namespace {
+
+// The value of the first "key : value" line of a /proc file, or "".
+std::string ProcValue(const char* path, std::string_view key) {
+  std::ifstream in(path);
+  for (std::string line; std::getline(in, line);) {
+    if (!std::string_view(line).starts_with(key)) continue;
+    const size_t colon = line.find(':');
+    if (colon == std::string::npos) continue;
+    const size_t start = line.find_first_not_of(" \t", colon + 1);
+    return start == std::string::npos ? "" : line.substr(start);
+  }
+  return "";
+}
+
+int64_t ToInt(const char* text) { return text == nullptr ? 0 : std::strtoll(text, nullptr, 10); }
+
+}  // namespace
+
+std::string VersionString() {
+#if defined(__clang__)
+  const std::string compiler = "Clang " __clang_version__;
+#else
+  const std::string compiler = "GCC " __VERSION__;
+#endif
+#ifdef KRAIT_WITH_CUDA
+  const std::string devices = "CPU and CUDA";
+#else
+  const std::string devices = "CPU";
+#endif
+  return KRAIT_VERSION " (" KRAIT_BUILD_TYPE ", " + compiler + ", " + devices + ")";
+}
+
+std::string EnvironmentJson() {
+  nlohmann::ordered_json json;
+  json["krait"] = VersionString();
+  utsname system = {};
+  if (uname(&system) == 0) {
+    json["host"] = system.nodename;
+    json["system"] = std::string(system.sysname) + " " + system.release + " " + system.machine;
+  }
+  json["pid"] = getpid();
+  json["started"] =
+      std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count();
+  json["processor"] = ProcValue("/proc/cpuinfo", "model name");
+  json["processors_online"] = sysconf(_SC_NPROCESSORS_ONLN);
+  json["threads"] = MaxThreads();
+  json["memory_bytes"] = TotalMemoryBytes();
+  nlohmann::ordered_json variables = nlohmann::ordered_json::object();
+  for (char** entry = environ; *entry != nullptr; ++entry) {
+    const std::string_view text = *entry;
+    for (std::string_view prefix : {"OMP_", "GOMP_", "OPENBLAS_", "MKL_", "CUDA_", "NCCL_", "OMPI_",
+                                    "PMI", "SLURM_", "MALLOC_"}) {
+      const size_t equals = text.find('=');
+      if (text.starts_with(prefix) && equals != std::string_view::npos) {
+        variables[std::string(text.substr(0, equals))] = std::string(text.substr(equals + 1));
+      }
+    }
+  }
+  json["variables"] = variables;
+  // A variable may hold any bytes: what is not UTF-8 is replaced, never thrown at.
+  return json.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
+}
+
+int64_t TotalMemoryBytes() { return ToInt(ProcValue("/proc/meminfo", "MemTotal").c_str()) * 1024; }
+
+int64_t PeakMemoryBytes() {
+  rusage usage = {};
+  return getrusage(RUSAGE_SELF, &usage) == 0 ? int64_t{usage.ru_maxrss} * 1024 : 0;
+}
+
+absl::Status RefuseSeveralRanks() {
+  // A batch script also has SLURM_NTASKS; only a task that srun started has SLURM_PROCID besides
+  // SLURM_STEP_ID.
+  struct Launcher {
+    const char* name;
+    int64_t ranks;
+  };
+  const bool srun =
+      std::getenv("SLURM_PROCID") != nullptr && std::getenv("SLURM_STEP_ID") != nullptr;
+  for (const Launcher& launcher :
+       {Launcher{"mpirun", ToInt(std::getenv("OMPI_COMM_WORLD_SIZE"))},
+        Launcher{"mpiexec", ToInt(std::getenv("PMI_SIZE"))},
+        Launcher{"srun", srun ? ToInt(std::getenv("SLURM_NTASKS")) : 0}}) {
+    if (launcher.ranks > 1) {
+      return Error(ExitCode::kConfig, std::string(launcher.name) + " started " +
+                                          std::to_string(launcher.ranks) +
+                                          " ranks, but krait runs as one process: several ranks "
+                                          "are not supported yet");
+    }
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace krait
