@@ -27,7 +27,8 @@ struct DecodeMemory {
   int64_t ssm_state_bytes = 0;
 };
 
-// Parameters and FLOPs per token of one kind of sublayer, or of embedding, final norm and head.
+// Parameters and FLOPs per token of one kind of sublayer with the norms before them, or of
+// embedding, final norm and head.
 struct PlanPart {
   std::string name;
   int64_t sublayers = 0;
