@@ -270,7 +270,7 @@ struct GradientCheckOptions {
 // ||numeric - analytic|| / ||analytic|| per tensor must stay within the bound. `loss` evaluates the
 // op from the tensors of `pairs` and returns its scalar loss (outputs times random cotangents). Run
 // the backward before calling this: the gradients are read first. Inputs and outputs are left as an
-// unperturbed evaluation leaves them.
+// unperturbed evaluation leaves them. Runs on one thread: these ops are too small to share.
 inline void CheckGradients(const std::function<double()>& loss,
                            const std::vector<GradientPair>& pairs,
                            const GradientCheckOptions& options = {}) {
@@ -280,29 +280,31 @@ inline void CheckGradients(const std::function<double()>& loss,
     KRAIT_CHECK(pair.value.numel() == pair.gradient.numel());
     gradients.push_back(Values(pair.gradient));
   }
-  for (size_t p = 0; p < pairs.size(); ++p) {
-    const Tensor value = pairs[p].value;
-    const int64_t n = value.numel();
-    if (n == 0) continue;
-    const bool sample = options.max_elements > 0 && options.max_elements < n;
-    const KeyedPermutation order(static_cast<uint64_t>(n), 1, RandomPurpose::kSynthetic, p);
-    std::vector<double> numeric, analytic;
-    for (int64_t k = 0; k < (sample ? options.max_elements : n); ++k) {
-      const int64_t i = sample ? static_cast<int64_t>(order(static_cast<uint64_t>(k))) : k;
-      const double x = Get(value, i);
-      const auto at = [&](double steps) {
-        Set(value, i, x + steps * options.step);
-        return loss();
-      };
-      const double inner = at(1) - at(-1);
-      const double outer = at(2) - at(-2);
-      Set(value, i, x);
-      numeric.push_back((8 * inner - outer) / (12 * options.step));
-      analytic.push_back(gradients[p][static_cast<size_t>(i)]);
+  WithThreads(1, [&] {
+    for (size_t p = 0; p < pairs.size(); ++p) {
+      const Tensor value = pairs[p].value;
+      const int64_t n = value.numel();
+      if (n == 0) continue;
+      const bool sample = options.max_elements > 0 && options.max_elements < n;
+      const KeyedPermutation order(static_cast<uint64_t>(n), 1, RandomPurpose::kSynthetic, p);
+      std::vector<double> numeric, analytic;
+      for (int64_t k = 0; k < (sample ? options.max_elements : n); ++k) {
+        const int64_t i = sample ? static_cast<int64_t>(order(static_cast<uint64_t>(k))) : k;
+        const double x = Get(value, i);
+        const auto at = [&](double steps) {
+          Set(value, i, x + steps * options.step);
+          return loss();
+        };
+        const double inner = at(1) - at(-1);
+        const double outer = at(2) - at(-2);
+        Set(value, i, x);
+        numeric.push_back((8 * inner - outer) / (12 * options.step));
+        analytic.push_back(gradients[p][static_cast<size_t>(i)]);
+      }
+      EXPECT_LE(RelativeError(numeric, analytic), options.bound) << "gradient of " << pairs[p].name;
     }
-    EXPECT_LE(RelativeError(numeric, analytic), options.bound) << "gradient of " << pairs[p].name;
-  }
-  loss();
+    loss();
+  });
 }
 
 }  // namespace krait::testing
