@@ -2,9 +2,9 @@
 //
 // Everything is a pure function of (seed, position): any position is reachable in O(1), nothing but
 // the number of sequences consumed is saved, and the order does not depend on the number of ranks.
-// Global sequence q of the run: the weights choose the source of each q by a low-discrepancy rule
-// that is itself O(1); the n-th use of a source reads its sequence perm_epoch(n mod count) with a
-// keyed permutation per epoch n / count.
+// Global sequence q of the run: the weights choose the source of each q (mix.h); the n-th use of a
+// source reads its sequence perm(n mod count), with one keyed permutation per source and epoch
+// n / count, so that a source gives each of its sequences once per epoch.
 #ifndef KRAIT_DATA_SAMPLER_H_
 #define KRAIT_DATA_SAMPLER_H_
 
@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "data/mix.h"
 #include "data/token_file.h"
 #include "kernels/base/status.h"
 
@@ -30,14 +31,21 @@ struct SequenceRef {
 };
 
 // Host arrays of `sequences` rows.
+//
+// doc_start[t] is the position in the row of the first token of t's document, 0 when that lies
+// before the row. targets[t] is tokens[t + 1], and -1 at the last position and where token t + 1
+// starts a document. Without reset_at_documents a row counts as one document: doc_start is 0 and
+// only the last position has no target.
 struct TokenBatch {
   int64_t sequences = 0, seq_len = 0;
   std::vector<int32_t> tokens;     // [sequences, seq_len]
   std::vector<int32_t> targets;    // [sequences, seq_len], -1 = none
   std::vector<int32_t> doc_start;  // [sequences, seq_len]
-  int64_t target_count = 0;
+  int64_t target_count = 0;        // targets that are not -1
 };
 
+// Not thread-safe. Errors of reading are kData and name file and offset; a batch then holds
+// anything.
 class Dataset {
  public:
   // Opens every source; collects all errors (kData): missing or broken files, fewer than one
@@ -51,21 +59,25 @@ class Dataset {
   // Rows for positions [first, first + count), in order.
   absl::Status ReadTraining(int64_t first, int64_t count, TokenBatch* batch) const;
   // Rows for stored order: sequences [first, first+count) of the concatenation of all sources
-  // (evaluation). `sequences()` is their number.
+  // (evaluation), first + count <= sequences(), their number.
   absl::Status ReadStored(int64_t first, int64_t count, TokenBatch* batch) const;
   int64_t sequences() const;
 
   int64_t seq_len() const { return seq_len_; }
   const std::vector<std::unique_ptr<TokenFile>>& files() const { return files_; }
-  // Paths, weights and content hashes: a resume compares it.
+  // Paths, weights and content hashes, a line per source: a resume compares it.
   std::string Fingerprint() const;
 
  private:
   Dataset() = default;
+  // Shapes `batch` for `count` rows.
+  void Prepare(int64_t count, TokenBatch* batch) const;
   absl::Status ReadRow(int source, int64_t sequence, int64_t row, TokenBatch* batch) const;
+  int64_t SequencesOf(int source) const;
 
   std::vector<std::unique_ptr<TokenFile>> files_;
   std::vector<double> weights_;
+  Mix mix_;
   int64_t seq_len_ = 0;
   uint64_t seed_ = 0;
   bool reset_at_documents_ = true;

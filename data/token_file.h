@@ -1,5 +1,5 @@
-// Token files: HDF5 with /tokens [n] u8, u16 or u32 (chunked), /documents u64 [docs+1] from 0, and
-// attributes format_version, tokenizer, vocab_size, content_hash.
+// Token files: HDF5 with /tokens [n] u8, u16 or u32, /documents u64 [docs+1] from 0, and attributes
+// format_version (1), tokenizer, vocab_size, content_hash (content_hash.h).
 //
 // Sequence k is tokens [k*seq_len, (k+1)*seq_len) in stored order; the tail is dropped.
 #ifndef KRAIT_DATA_TOKEN_FILE_H_
@@ -15,10 +15,19 @@
 
 namespace krait {
 
-// All errors of this file lead to exit code kData and name path and offset. Reads are not
-// thread-safe.
+constexpr uint64_t kTokenFileVersion = 1;
+
+// The dtype of /tokens: the smallest that holds the vocabulary.
+constexpr DType TokenDType(int64_t vocab_size) {
+  return vocab_size <= 256 ? DType::kU8 : vocab_size <= 65536 ? DType::kU16 : DType::kU32;
+}
+
+// All errors of this file lead to exit code kData and name path and offset. The documents table is
+// held in memory (8 bytes per document), tokens are not. Reads are not thread-safe.
 class TokenFile {
  public:
+  // Checks everything but the token values: attributes, types, that the vocabulary fits the type,
+  // that documents ascend strictly from 0 to the number of tokens.
   static absl::StatusOr<std::unique_ptr<TokenFile>> Open(const std::string& path);
 
   int64_t tokens() const { return tokens_; }
@@ -31,16 +40,23 @@ class TokenFile {
   // Positions of document starts, ascending from 0, then tokens().
   const std::vector<uint64_t>& document_starts() const { return document_starts_; }
 
-  // tokens [begin, begin+count) as i32; refuses ids >= vocab_size, naming their offset.
+  // tokens [begin, begin+count) as i32; refuses ids >= vocab_size, naming their offset. On an error
+  // `out` holds anything.
   absl::Status Read(int64_t begin, int64_t count, int32_t* out) const;
   // For each token of the range the position within the range of its document's first token (0 when
-  // the document began before the range).
+  // the document began before the range). O(count + log documents).
   void DocumentStarts(int64_t begin, int64_t count, int32_t* doc_start) const;
-  // Reads everything and compares with content_hash and the documents table.
+  // Reads everything and compares it with content_hash.
   absl::Status Verify() const;
 
  private:
   TokenFile() = default;
+  absl::Status CheckAttributes();
+  absl::Status ReadDocuments();
+  // An error for the first of `count` stored ids at `raw` that is outside the vocabulary; `begin`
+  // is the position of the first.
+  absl::Status CheckIds(const void* raw, int64_t begin, int64_t count) const;
+
   H5File file_;
   std::string path_, tokenizer_, content_hash_;
   DType dtype_ = DType::kU8;
@@ -55,11 +71,26 @@ struct BuildOptions {
   uint64_t seed = 1234;            // of the document shuffle
 };
 struct BuildReport {
-  int64_t documents = 0, tokens = 0, files = 0, skipped_files = 0;
+  int64_t documents = 0, tokens = 0;
+  int64_t files = 0;              // that gave documents
+  int64_t skipped_files = 0;      // of folders: empty, or not text
+  int64_t skipped_documents = 0;  // empty texts of .jsonl files
 };
-// Writes to a temporary name and renames. Each file is a document, each line of a .jsonl one (field
-// "text"). Files of a folder that hold a NUL byte or are empty are skipped and counted; a path
-// given by name must be readable.
+
+// Writes a token file: to a temporary name in the folder of `out`, fsync, then rename; an error
+// leaves nothing behind and an existing `out` untouched.
+//
+// Each file is a document, each line of a .jsonl one (an object with a string "text"; blank lines
+// are passed over). Documents are shuffled by `seed`; the result is a pure function of the
+// contents, the order of `paths` and the seed. Files of a folder are taken in the order of their
+// paths; symbolic links inside folders are not followed; files that hold a NUL byte or nothing are
+// skipped and counted. A path given by name must be text, or a folder that has some.
+//
+// Memory: 32 bytes per document and the longest line of a .jsonl file (at most 1 GiB). Texts are
+// read twice: once to find the documents, once to write them. The texts of compressed .jsonl files
+// go to an unnamed temporary file beside `out` in between, as large as they are.
+// Errors: kData with the place (path, line, byte), all paths' at once; kConfig for a bad tokenizer
+// or `out`; kCannotSave when `out` cannot be written.
 absl::StatusOr<BuildReport> BuildTokenFile(const BuildOptions& options);
 
 }  // namespace krait

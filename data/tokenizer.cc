@@ -10,6 +10,7 @@ class ByteTokenizer : public Tokenizer {
   void Encode(std::string_view text, std::vector<int32_t>* ids) const override {
     for (const char c : text) ids->push_back(static_cast<unsigned char>(c));
   }
+  bool splits_anywhere() const override { return true; }
   std::string Decode(int32_t id) const override {
     return id >= 0 && id < 256 ? std::string(1, static_cast<char>(id)) : std::string();
   }

@@ -19,6 +19,9 @@ class Tokenizer {
   virtual int64_t vocab_size() const = 0;
   // Appends the ids of `text`.
   virtual void Encode(std::string_view text, std::vector<int32_t>* ids) const = 0;
+  // True when Encode(a + b) is Encode(a) followed by Encode(b) for every a and b; then long texts
+  // are encoded in pieces.
+  virtual bool splits_anywhere() const = 0;
   // The bytes of one id; ids outside the vocabulary give "".
   virtual std::string Decode(int32_t id) const = 0;
   // Mean bytes per token is known only for the byte tokenizer (1); else bits per byte need counts.

@@ -1,0 +1,189 @@
+#include "data/token_file.h"
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+
+#include "absl/strings/str_format.h"
+#include "data/content_hash.h"
+#include "kernels/base/check.h"
+
+namespace krait {
+namespace {
+
+constexpr int64_t kVerifyPiece = int64_t{1} << 20;
+
+// Index of the first of `count` values at `raw` that is not below `limit`; `count` when all are.
+template <typename T>
+int64_t FirstAtOrAbove(const void* raw, int64_t count, int64_t limit) {
+  if (limit > static_cast<int64_t>(std::numeric_limits<T>::max())) return count;
+  const auto* bytes = static_cast<const unsigned char*>(raw);
+  for (int64_t i = 0; i < count; ++i) {
+    T value;
+    std::memcpy(&value, bytes + i * static_cast<int64_t>(sizeof(T)), sizeof(T));
+    if (value >= static_cast<T>(limit)) return i;
+  }
+  return count;
+}
+
+// Widens `count` values at the end of the same memory: value i is read before anything is written
+// at or beyond it.
+template <typename T>
+void WidenInPlace(int32_t* out, int64_t count) {
+  const auto* raw = reinterpret_cast<const unsigned char*>(out) +
+                    count * static_cast<int64_t>(sizeof(int32_t) - sizeof(T));
+  for (int64_t i = 0; i < count; ++i) {
+    T value;
+    std::memcpy(&value, raw + i * static_cast<int64_t>(sizeof(T)), sizeof(T));
+    out[i] = static_cast<int32_t>(value);
+  }
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<TokenFile>> TokenFile::Open(const std::string& path) {
+  std::unique_ptr<TokenFile> result(new TokenFile);
+  result->path_ = path;
+  KRAIT_ASSIGN_OR_RETURN(result->file_, H5File::OpenRead(path, ExitCode::kData));
+  KRAIT_RETURN_IF_ERROR(result->CheckAttributes());
+  KRAIT_RETURN_IF_ERROR(result->ReadDocuments());
+  return result;
+}
+
+absl::Status TokenFile::CheckAttributes() {
+  KRAIT_ASSIGN_OR_RETURN(const uint64_t version, file_.ReadIntAttribute("format_version"));
+  if (version != kTokenFileVersion) {
+    return Error(ExitCode::kData, absl::StrFormat("%s: format_version is %u; this krait reads %u",
+                                                  path_, version, kTokenFileVersion));
+  }
+  KRAIT_ASSIGN_OR_RETURN(tokenizer_, file_.ReadStringAttribute("tokenizer"));
+  if (tokenizer_.empty()) {
+    return Error(ExitCode::kData, path_ + ": attribute tokenizer is empty");
+  }
+  KRAIT_ASSIGN_OR_RETURN(const uint64_t vocab, file_.ReadIntAttribute("vocab_size"));
+  if (vocab == 0 || vocab > std::numeric_limits<int32_t>::max()) {
+    return Error(ExitCode::kData,
+                 absl::StrFormat("%s: vocab_size is %u; 1 to %d is possible", path_, vocab,
+                                 std::numeric_limits<int32_t>::max()));
+  }
+  vocab_size_ = static_cast<int64_t>(vocab);
+  KRAIT_ASSIGN_OR_RETURN(content_hash_, file_.ReadStringAttribute("content_hash"));
+  if (content_hash_.size() != 16 ||
+      content_hash_.find_first_not_of("0123456789abcdef") != std::string::npos) {
+    return Error(ExitCode::kData, path_ + ": content_hash is not 16 hexadecimal digits");
+  }
+  H5File::Info info;
+  KRAIT_ASSIGN_OR_RETURN(info, file_.Stat("tokens"));
+  if (info.dtype != DType::kU8 && info.dtype != DType::kU16 && info.dtype != DType::kU32) {
+    return Error(ExitCode::kData, absl::StrFormat("%s: /tokens is %s; u8, u16 or u32 is needed",
+                                                  path_, Name(info.dtype)));
+  }
+  dtype_ = info.dtype;
+  tokens_ = info.elements;
+  if (tokens_ == 0) return Error(ExitCode::kData, path_ + ": /tokens is empty");
+  if (vocab_size_ > int64_t{1} << (8 * SizeOf(dtype_))) {
+    return Error(ExitCode::kData, absl::StrFormat("%s: vocab_size %d does not fit /tokens of %s",
+                                                  path_, vocab_size_, Name(dtype_)));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status TokenFile::ReadDocuments() {
+  H5File::Info info;
+  KRAIT_ASSIGN_OR_RETURN(info, file_.Stat("documents"));
+  if (info.dtype != DType::kU64 || info.elements < 2) {
+    return Error(ExitCode::kData,
+                 absl::StrFormat("%s: /documents has %d elements of %s; at least 2 of u64 are "
+                                 "needed",
+                                 path_, info.elements, Name(info.dtype)));
+  }
+  document_starts_.resize(static_cast<size_t>(info.elements));
+  KRAIT_RETURN_IF_ERROR(file_.Read("documents", 0, info.elements, document_starts_.data()));
+  if (document_starts_.front() != 0) {
+    return Error(ExitCode::kData, absl::StrFormat("%s: /documents[0] is %u; it must be 0", path_,
+                                                  document_starts_.front()));
+  }
+  for (size_t i = 1; i < document_starts_.size(); ++i) {
+    if (document_starts_[i] <= document_starts_[i - 1]) {
+      return Error(ExitCode::kData,
+                   absl::StrFormat("%s: /documents[%u] is %u after %u; they must ascend", path_, i,
+                                   document_starts_[i], document_starts_[i - 1]));
+    }
+  }
+  if (document_starts_.back() != static_cast<uint64_t>(tokens_)) {
+    return Error(
+        ExitCode::kData,
+        absl::StrFormat("%s: /documents[%u], the last, is %u; it must be the number of "
+                        "tokens, %d",
+                        path_, document_starts_.size() - 1, document_starts_.back(), tokens_));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status TokenFile::CheckIds(const void* raw, int64_t begin, int64_t count) const {
+  int64_t bad = count;
+  uint32_t id = 0;
+  switch (dtype_) {
+    case DType::kU8:
+      bad = FirstAtOrAbove<uint8_t>(raw, count, vocab_size_);
+      break;
+    case DType::kU16:
+      bad = FirstAtOrAbove<uint16_t>(raw, count, vocab_size_);
+      break;
+    default:
+      bad = FirstAtOrAbove<uint32_t>(raw, count, vocab_size_);
+  }
+  if (bad == count) return absl::OkStatus();
+  const int64_t size = SizeOf(dtype_);
+  std::memcpy(&id, static_cast<const unsigned char*>(raw) + bad * size, static_cast<size_t>(size));
+  return Error(ExitCode::kData,
+               absl::StrFormat("%s: /tokens[%d] is %u; ids are below vocab_size %d", path_,
+                               begin + bad, id, vocab_size_));
+}
+
+absl::Status TokenFile::Read(int64_t begin, int64_t count, int32_t* out) const {
+  KRAIT_CHECK(begin >= 0 && count >= 0 && count <= tokens_ && begin <= tokens_ - count);
+  auto* raw = reinterpret_cast<unsigned char*>(out) + count * (4 - SizeOf(dtype_));
+  KRAIT_RETURN_IF_ERROR(file_.Read("tokens", begin, count, raw));
+  KRAIT_RETURN_IF_ERROR(CheckIds(raw, begin, count));
+  if (dtype_ == DType::kU8) WidenInPlace<uint8_t>(out, count);
+  if (dtype_ == DType::kU16) WidenInPlace<uint16_t>(out, count);
+  return absl::OkStatus();
+}
+
+void TokenFile::DocumentStarts(int64_t begin, int64_t count, int32_t* doc_start) const {
+  KRAIT_CHECK(begin >= 0 && count >= 0 && count <= tokens_ && begin <= tokens_ - count);
+  // The first document that starts after `begin`; the token at `begin` belongs to the one before.
+  auto next = std::upper_bound(document_starts_.begin(), document_starts_.end(),
+                               static_cast<uint64_t>(begin));
+  int32_t start = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    if (static_cast<uint64_t>(begin + i) == *next) {
+      start = static_cast<int32_t>(i);
+      ++next;
+    }
+    doc_start[i] = start;
+  }
+}
+
+absl::Status TokenFile::Verify() const {
+  ContentHash hash;
+  std::vector<unsigned char> raw(
+      static_cast<size_t>(std::min(tokens_, kVerifyPiece) * SizeOf(dtype_)));
+  for (int64_t begin = 0; begin < tokens_; begin += kVerifyPiece) {
+    const int64_t count = std::min(kVerifyPiece, tokens_ - begin);
+    KRAIT_RETURN_IF_ERROR(file_.Read("tokens", begin, count, raw.data()));
+    KRAIT_RETURN_IF_ERROR(CheckIds(raw.data(), begin, count));
+    hash.AddTokens(raw.data(), static_cast<size_t>(count * SizeOf(dtype_)));
+  }
+  const std::string found =
+      hash.Finish(document_starts_, tokenizer_, static_cast<uint64_t>(vocab_size_));
+  if (found != content_hash_) {
+    return Error(ExitCode::kData, path_ + ": the content has hash " + found +
+                                      ", but content_hash is " + content_hash_ +
+                                      ": the file was changed after it was written");
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace krait
