@@ -2,6 +2,7 @@
 
 #include "kernels/cpu/dispatch.h"
 #include "kernels/cpu/rms_norm.h"
+#include "kernels/cuda/rms_norm.h"
 
 namespace krait {
 namespace {
@@ -14,7 +15,6 @@ DType StatisticsType(DType dtype) { return dtype == DType::kF64 ? DType::kF64 : 
 // Calls fn(T{}, S{}) with the types of rows and statistics.
 template <typename Fn>
 void DispatchNorm(Tensor x, const char* op, const Fn& fn) {
-  if (x.device() == Device::kCuda) KRAIT_FATAL(std::string(op) + " has no CUDA version yet");
   switch (x.dtype()) {
     case DType::kF32:
       return fn(float{}, float{});
@@ -90,12 +90,18 @@ Tensor Partial(Tensor x, const Context& ctx) {
 void RmsNormForward(Tensor y, Tensor rstd, Tensor x, Tensor w, double eps, const Context& ctx) {
   OpScope op(ctx, OpFamily::kNorm);
   if (op.planning()) return;
+  if (x.device() == Device::kCuda) {
+    return cuda::RmsNormForward(x, y, rstd, x, Tensor(), w, eps, ctx);
+  }
   Forward("RmsNormForward", Tensor(), y, rstd, x, Tensor(), w, eps);
 }
 
 void RmsNormBackward(Tensor dx, Tensor dw, Tensor dy, Tensor x, Tensor rstd, Tensor w,
                      bool accumulate, const Context& ctx) {
   OpScope op(ctx, OpFamily::kNorm);
+  if (x.device() == Device::kCuda) {
+    return cuda::RmsNormBackward(dx, dw, dy, x, rstd, w, accumulate, ctx);
+  }
   const ArenaScope scope(ctx.scratch);
   const Tensor partial = Partial(x, ctx);
   if (op.planning()) return;
@@ -107,12 +113,18 @@ void ResidualRmsNormForward(Tensor h, Tensor y, Tensor rstd, Tensor residual, Te
   OpScope op(ctx, OpFamily::kNorm);
   if (op.planning()) return;
   KRAIT_CHECK(delta.defined() || h.raw() == residual.raw());
+  if (residual.device() == Device::kCuda) {
+    return cuda::RmsNormForward(h, y, rstd, residual, delta, w, eps, ctx);
+  }
   Forward("ResidualRmsNormForward", h, y, rstd, residual, delta, w, eps);
 }
 
 void ResidualRmsNormBackward(Tensor dh, Tensor dw, Tensor dy, Tensor h, Tensor rstd, Tensor w,
                              const Context& ctx) {
   OpScope op(ctx, OpFamily::kNorm);
+  if (h.device() == Device::kCuda) {
+    return cuda::RmsNormBackward(dh, dw, dy, h, rstd, w, true, ctx);
+  }
   const ArenaScope scope(ctx.scratch);
   const Tensor partial = Partial(h, ctx);
   if (op.planning()) return;
