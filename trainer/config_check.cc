@@ -12,6 +12,7 @@ namespace {
 // Beyond these the sizes of a plan would no longer fit in 64 bits.
 constexpr double kMaxParameters = 1e15;
 constexpr double kMaxPassBytes = 1e18;
+constexpr double kMaxPassTokens = 1 << 26;
 constexpr double kMaxRunTokens = 4e18;
 constexpr int64_t kMaxTensors = 1'000'000;
 
@@ -195,11 +196,11 @@ void CheckRun(const RunConfig& config, ConfigUse use, int64_t ranks, ConfigReade
 
   const auto pass_tokens =
       static_cast<double>(config.data.seq_len) * static_cast<double>(config.train.micro_batch);
-  if (4 * pass_tokens * SizeBounds(config.model).widths > kMaxPassBytes) {
+  if (pass_tokens > kMaxPassTokens ||
+      4 * pass_tokens * SizeBounds(config.model).widths > kMaxPassBytes) {
     reader->Fail("train.micro_batch",
-                 absl::StrCat("a pass of ", PrintShort(pass_tokens),
-                              " tokens (data.seq_len x train.micro_batch) is too large for this "
-                              "model"));
+                 absl::StrCat("data.seq_len ", config.data.seq_len, " x train.micro_batch ",
+                              config.train.micro_batch, " are too many tokens of one pass"));
   }
   if (static_cast<double>(config.train.steps) * static_cast<double>(config.train.batch_tokens) >
       kMaxRunTokens) {

@@ -131,6 +131,8 @@ class TreeBuilder : public YAML::EventHandler {
       if (!frame.keep) return;
       node.key = std::move(frame.key);
       node.key_place = frame.key_place;
+      // The parser puts a missing value where the next token stands.
+      if (node.kind == ConfigNode::Kind::kNull) node.place = node.key_place;
       frame.node.children.push_back(std::move(node));
     }
   }

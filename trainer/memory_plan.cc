@@ -5,6 +5,7 @@
 #include "model/hybrid_model.h"
 #include "model/params.h"
 #include "model/weights.h"
+#include "trainer/checkpoint_async.h"
 #include "trainer/optimizer_state.h"
 
 namespace krait {
@@ -26,13 +27,21 @@ MemoryPlan PlanTraining(const RunConfig& config) {
   OptimizerState optimizer(&weights, config.optimizer, &optimizer_arena);
   HybridModel model(config.model, &weights, config.train.recompute);
 
-  const int64_t rows = config.train.micro_batch;
+  // The rows of a whole step are read at once; a pass is a slice of them. Evaluation reads the rows
+  // of one pass.
   const int64_t columns = config.data.seq_len;
-  Batch batch;
-  batch.shape = {rows, columns};
-  batch.tokens = batch_arena.Alloc(DType::kI32, {rows, columns});
-  batch.targets = batch_arena.Alloc(DType::kI32, {rows, columns});
-  batch.doc_start = batch_arena.Alloc(DType::kI32, {rows, columns});
+  const int64_t pass_rows = config.train.micro_batch;
+  const int64_t step_rows = config.accumulation(/*data_ranks=*/1) * pass_rows;
+  const auto take = [&](int64_t rows) {
+    Batch batch;
+    batch.shape = {rows, columns};
+    batch.tokens = batch_arena.Alloc(DType::kI32, {rows, columns});
+    batch.targets = batch_arena.Alloc(DType::kI32, {rows, columns});
+    batch.doc_start = batch_arena.Alloc(DType::kI32, {rows, columns});
+    return batch;
+  };
+  take(step_rows);
+  const Batch batch = take(pass_rows);
 
   const std::unique_ptr<ActivationSet> activations =
       model.NewActivations(batch.shape, &activation_arena);
@@ -48,7 +57,9 @@ MemoryPlan PlanTraining(const RunConfig& config) {
   plan.activations = activation_arena.high_water();
   plan.scratch = scratch_arena.high_water();
   plan.batches = batch_arena.high_water();
-  plan.staging = config.checkpoint.async ? plan.weights + plan.optimizer : 0;
+  if (config.checkpoint.async) {
+    plan.staging = AsyncSaver::StagingBytes(StateBoxes(weights, &optimizer));
+  }
   return plan;
 }
 

@@ -106,8 +106,9 @@ TEST(Plan, MemoryFollowsTheConfig) {
   EXPECT_LE(none.weights, 4 * table.total() + padding);
   EXPECT_EQ(none.gradients, none.weights);
   EXPECT_EQ(none.optimizer, 2 * none.weights);
-  EXPECT_EQ(none.staging, none.weights + none.optimizer);
-  EXPECT_EQ(none.batches, 3 * 4 * 4 * 128);
+  EXPECT_EQ(none.staging, 3 * 4 * table.total());
+  // Two passes of a step and one of evaluation.
+  EXPECT_EQ(none.batches, 3 * 3 * 4 * 4 * 128);
   EXPECT_GT(none.activations, 0);
   EXPECT_GT(none.scratch, 0);
   EXPECT_EQ(none.total(), none.weights + none.gradients + none.optimizer + none.activations +
