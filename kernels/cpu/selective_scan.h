@@ -47,7 +47,7 @@ void ScanForwardChunk(const ScanChunk<double>& in, double* h, TimeRows<double> y
 
 // Working memory of a backward chunk, in elements of T.
 constexpr int64_t ScanBackwardWorkspace(int64_t states) {
-  return kScanBlock * (2 * kScanChunk * states + states + 4 * kScanChunk);
+  return kScanBlock * (2 * kScanChunk * states + 2 * states + 4 * kScanChunk);
 }
 
 template <typename T>

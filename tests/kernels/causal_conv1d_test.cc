@@ -1,0 +1,317 @@
+#include "kernels/causal_conv1d.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "support/gradcheck.h"
+
+namespace krait {
+namespace {
+
+using testing::Buf;
+using testing::CheckGradients;
+using testing::Dot;
+using testing::Get;
+using testing::RelativeError;
+using testing::SameBits;
+using testing::TestContext;
+using testing::Values;
+using testing::WithThreads;
+
+constexpr DType kF32 = DType::kF32, kF64 = DType::kF64;
+
+struct Shape {
+  int64_t batch, time, channels, taps;
+};
+
+struct Conv {
+  Shape s;
+  Buf x, w, bias, initial_state, doc_start;
+  Buf y, final_state, dx, dw, dbias, d_initial_state;
+  Buf dy, d_final_state;  // cotangents
+
+  Conv(DType type, Shape shape)
+      : s(shape),
+        x(type, {s.batch, s.time, s.channels}, 3),
+        w(type, {s.channels, s.taps}),
+        bias(type, {s.channels}),
+        initial_state(type, {s.batch, s.taps - 1, s.channels}),
+        doc_start(DType::kI32, {s.batch, s.time}),
+        y(type, {s.batch, s.time, s.channels}, 2),
+        final_state(type, {s.batch, s.taps - 1, s.channels}),
+        dx(type, {s.batch, s.time, s.channels}, 1),
+        dw(type, {s.channels, s.taps}),
+        dbias(type, {s.channels}),
+        d_initial_state(type, {s.batch, s.taps - 1, s.channels}),
+        dy(type, {s.batch, s.time, s.channels}, 4),
+        d_final_state(type, {s.batch, s.taps - 1, s.channels}) {
+    x.FillNormal(1);
+    w.FillNormal(2);
+    bias.FillNormal(3);
+    initial_state.FillNormal(4);
+    dy.FillNormal(5);
+    d_final_state.FillNormal(6);
+  }
+  // Documents begin at these positions (and at 0) of row 0; one later in row 1.
+  void SetDocuments(const std::vector<int64_t>& starts) {
+    for (int64_t r = 0; r < s.batch; ++r) {
+      int64_t start = 0;
+      for (int64_t t = 0; t < s.time; ++t) {
+        for (int64_t begin : starts) {
+          if (t == begin + r % 2) start = t;
+        }
+        testing::Set(doc_start, r * s.time + t, static_cast<double>(start));
+      }
+    }
+  }
+  void Forward(const Context& ctx) {
+    CausalConv1dSiluForward(y, final_state, x, w, bias, initial_state, doc_start, ctx);
+  }
+  void Backward(const Context& ctx) {
+    dw.Fill(0);
+    dbias.Fill(0);
+    CausalConv1dSiluBackward(dx, dw, dbias, d_initial_state, dy, d_final_state, x, w, bias,
+                             initial_state, doc_start, ctx);
+  }
+  std::vector<const Buf*> Outputs() const {
+    return {&y, &final_state, &dx, &dw, &dbias, &d_initial_state};
+  }
+};
+
+// The input that output t of row r sees at position p (negative: the initial state).
+double Seen(const Conv& c, int64_t r, int64_t t, int64_t p, int64_t i) {
+  const int64_t last = std::min(t, c.s.time - 1);
+  const auto start = static_cast<int64_t>(Get(c.doc_start, r * c.s.time + last));
+  if (p >= 0) return p >= start ? Get(c.x, (r * c.s.time + p) * c.s.channels + i) : 0;
+  if (start > 0) return 0;
+  return Get(c.initial_state, (r * (c.s.taps - 1) + p + c.s.taps - 1) * c.s.channels + i);
+}
+
+// The formulas of the header, one element at a time.
+void Textbook(const Conv& c, std::vector<double>* y, std::vector<double>* state) {
+  const Shape s = c.s;
+  for (int64_t r = 0; r < s.batch; ++r) {
+    for (int64_t t = 0; t < s.time; ++t) {
+      for (int64_t i = 0; i < s.channels; ++i) {
+        double u = Get(c.bias, i);
+        for (int64_t k = 0; k < s.taps; ++k) {
+          u += Get(c.w, i * s.taps + k) * Seen(c, r, t, t - s.taps + 1 + k, i);
+        }
+        y->push_back(u / (1 + std::exp(-u)));
+      }
+    }
+    for (int64_t p = s.time - s.taps + 1; p < s.time; ++p) {
+      for (int64_t i = 0; i < s.channels; ++i) state->push_back(Seen(c, r, s.time, p, i));
+    }
+  }
+}
+
+std::vector<Shape> Shapes() {
+  std::vector<Shape> shapes = {
+      {1, 1, 1, 4}, {2, 2, 3, 4}, {2, 20, 129, 4}, {2, 130, 20, 4}, {1, 257, 3, 7}};
+  for (int64_t taps = 1; taps <= 8; ++taps) shapes.push_back({2, 11, 5, taps});
+  return shapes;
+}
+
+TEST(CausalConv1d, AgreesWithTheTextbook) {
+  const TestContext ctx;
+  for (const Shape shape : Shapes()) {
+    for (const bool documents : {false, true}) {
+      Conv c(kF64, shape);
+      if (documents) c.SetDocuments({2, 3, 8, 129});
+      c.Forward(ctx);
+      std::vector<double> y, state;
+      Textbook(c, &y, &state);
+      // Sums of at most 9 terms of order one in double.
+      EXPECT_LE(RelativeError(Values(c.y), y), 1e-15);
+      EXPECT_EQ(Values(c.final_state), state);
+      EXPECT_TRUE(c.y.PaddingIntact());
+    }
+  }
+}
+
+TEST(CausalConv1d, UndefinedOperandsAreZeros) {
+  const TestContext ctx;
+  const Shape shape{2, 7, 5, 4};
+  Conv c(kF64, shape), d(kF64, shape);
+  c.bias.Fill(0);
+  c.initial_state.Fill(0);
+  c.d_final_state.Fill(0);
+  c.Forward(ctx);
+  c.Backward(ctx);
+  CausalConv1dSiluForward(d.y, Tensor(), d.x, d.w, Tensor(), Tensor(), Tensor(), ctx);
+  EXPECT_TRUE(SameBits(d.y, c.y));
+  d.dw.Fill(1);
+  CausalConv1dSiluBackward(d.dx, d.dw, Tensor(), Tensor(), d.dy, Tensor(), d.x, d.w, Tensor(),
+                           Tensor(), Tensor(), ctx);
+  EXPECT_TRUE(SameBits(d.dx, c.dx));
+  for (int64_t i = 0; i < d.dw.tensor().numel(); ++i) EXPECT_EQ(Get(d.dw, i), 1 + Get(c.dw, i));
+}
+
+TEST(CausalConv1d, GradientsInDouble) {
+  const TestContext ctx;
+  // Thousands of tiny calls: one thread spares them the start of a team.
+  WithThreads(1, [&] {
+    for (const Shape shape : Shapes()) {
+      for (const bool documents : {false, true}) {
+        SCOPED_TRACE(std::to_string(shape.taps) + " taps, " + std::to_string(shape.time) +
+                     " steps");
+        Conv c(kF64, shape);
+        if (documents) c.SetDocuments({2, 3, 8, 129});
+        c.Backward(ctx);
+        testing::GradientCheckOptions options;
+        options.max_elements = 24;
+        CheckGradients(
+            [&] {
+              c.Forward(ctx);
+              return Dot(c.y, c.dy) + Dot(c.final_state, c.d_final_state);
+            },
+            {{"x", c.x, c.dx},
+             {"w", c.w, c.dw},
+             {"bias", c.bias, c.dbias},
+             {"initial_state", c.initial_state, c.d_initial_state}},
+            options);
+        EXPECT_TRUE(c.dx.PaddingIntact());
+      }
+    }
+  });
+}
+
+TEST(CausalConv1d, FloatAgreesWithDouble) {
+  const TestContext ctx;
+  const Shape shape{2, 300, 150, 4};
+  Conv a(kF32, shape), b(kF64, shape);
+  for (auto [from, to] : {std::pair(&a.x, &b.x), std::pair(&a.w, &b.w), std::pair(&a.bias, &b.bias),
+                          std::pair(&a.initial_state, &b.initial_state), std::pair(&a.dy, &b.dy),
+                          std::pair(&a.d_final_state, &b.d_final_state)}) {
+    to->Assign(Values(*from));
+  }
+  for (Conv* c : {&a, &b}) {
+    c->SetDocuments({100, 101, 250});
+    c->Forward(ctx);
+    c->Backward(ctx);
+  }
+  // Five roundings in u, three ulp of silu and as many of silu'. The parameter gradients are sums
+  // over 128 tokens at a time: half the root of 128 roundings more.
+  for (size_t k = 0; k < a.Outputs().size(); ++k) {
+    EXPECT_LE(RelativeError(*a.Outputs()[k], *b.Outputs()[k]), 10 * 0x1p-24) << "output " << k;
+  }
+}
+
+TEST(CausalConv1d, ThreadsDoNotChangeABit) {
+  const TestContext ctx;
+  const Shape shape{2, 130, 300, 4};
+  Conv one(kF32, shape), two(kF32, shape);
+  WithThreads(1, [&] { one.Forward(ctx), one.Backward(ctx); });
+  WithThreads(2, [&] { two.Forward(ctx), two.Backward(ctx); });
+  for (size_t k = 0; k < one.Outputs().size(); ++k) {
+    EXPECT_TRUE(SameBits(*one.Outputs()[k], *two.Outputs()[k])) << "output " << k;
+  }
+}
+
+void CopySteps(Tensor to, int64_t to_begin, Tensor from, int64_t from_begin, int64_t time) {
+  const Tensor target = to.Slice(1, to_begin, time), source = from.Slice(1, from_begin, time);
+  for (int64_t i = 0; i < target.numel(); ++i) testing::Set(target, i, Get(source, i));
+}
+
+// The steps [begin, begin + time) of `whole` as a problem of their own, from a zero state.
+Conv Part(const Conv& whole, int64_t begin, int64_t time) {
+  Conv part(kF32, {whole.s.batch, time, whole.s.channels, whole.s.taps});
+  CopySteps(part.x, 0, whole.x, begin, time);
+  CopySteps(part.dy, 0, whole.dy, begin, time);
+  part.initial_state.Fill(0);
+  part.d_final_state.Fill(0);
+  return part;
+}
+
+// The parts' results, put together, against those of the whole: 1e-6, the project's bound.
+void ExpectSame(const Conv& whole, const std::vector<Conv*>& parts) {
+  Conv joined(kF32, whole.s);
+  joined.dw.Fill(0);
+  joined.dbias.Fill(0);
+  int64_t begin = 0;
+  for (const Conv* part : parts) {
+    CopySteps(joined.y, begin, part->y, 0, part->s.time);
+    CopySteps(joined.dx, begin, part->dx, 0, part->s.time);
+    for (auto [to, from] :
+         {std::pair(&joined.dw, &part->dw), std::pair(&joined.dbias, &part->dbias)}) {
+      for (int64_t i = 0; i < to->tensor().numel(); ++i) {
+        testing::Set(*to, i, Get(*to, i) + Get(*from, i));
+      }
+    }
+    begin += part->s.time;
+  }
+  joined.final_state.Assign(Values(parts.back()->final_state));
+  joined.d_initial_state.Assign(Values(parts.front()->d_initial_state));
+  for (size_t k = 0; k < whole.Outputs().size(); ++k) {
+    EXPECT_LE(RelativeError(*joined.Outputs()[k], *whole.Outputs()[k]), 1e-6) << "output " << k;
+  }
+}
+
+TEST(CausalConv1d, PackedDocumentsEqualSeparateOnes) {
+  const TestContext ctx;
+  Conv whole(kF32, {1, 200, 35, 4});
+  whole.SetDocuments({20, 21, 198});
+  whole.Forward(ctx);
+  whole.Backward(ctx);
+  std::vector<Conv> documents;
+  int64_t begin = 0;
+  for (int64_t end : {20, 21, 198, 200}) {
+    documents.push_back(Part(whole, begin, end - begin));
+    begin = end;
+  }
+  documents.front().initial_state.Assign(Values(whole.initial_state));
+  // The last document is shorter than the K-1 kept inputs: the rest of the whole's final state is
+  // zero and of no document.
+  documents.back().d_final_state.Assign(Values(whole.d_final_state));
+  std::vector<Conv*> parts;
+  for (Conv& document : documents) {
+    document.Forward(ctx);
+    document.Backward(ctx);
+    parts.push_back(&document);
+  }
+  ExpectSame(whole, parts);
+}
+
+TEST(CausalConv1d, SequenceCutInTwoEqualsTheWhole) {
+  const TestContext ctx;
+  for (const int64_t cut : {1, 2, 100, 199}) {
+    Conv whole(kF32, {2, 200, 35, 4});
+    whole.Forward(ctx);
+    whole.Backward(ctx);
+    Conv first = Part(whole, 0, cut), second = Part(whole, cut, 200 - cut);
+    first.initial_state.Assign(Values(whole.initial_state));
+    first.Forward(ctx);
+    second.initial_state.Assign(Values(first.final_state));
+    second.Forward(ctx);
+    second.d_final_state.Assign(Values(whole.d_final_state));
+    second.Backward(ctx);
+    first.d_final_state.Assign(Values(second.d_initial_state));
+    first.Backward(ctx);
+    ExpectSame(whole, {&first, &second});
+  }
+}
+
+TEST(CausalConv1d, PlanningTakesTheSameScratch) {
+  Conv c(kF32, {2, 7, 67, 4});
+  Arena measured("measured");
+  Context plan;
+  plan.planning = true;
+  plan.scratch = &measured;
+  c.y.Fill(7);
+  c.Forward(plan);
+  c.Backward(plan);
+  EXPECT_EQ(Get(c.y, 0), 7);
+  TestContext ctx(measured.high_water());
+  c.Forward(ctx);
+  c.Backward(ctx);
+  EXPECT_EQ(ctx.scratch()->high_water(), measured.high_water());
+}
+
+}  // namespace
+}  // namespace krait
