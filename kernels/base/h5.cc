@@ -219,7 +219,8 @@ struct H5File::State {
   std::map<std::string, Dataset, std::less<>> datasets;  // the ones in use
   bool writing = false;
   bool failed = false;
-  uint64_t file_bytes = 0;  // when reading
+  File raw;  // when reading, and its size then
+  int64_t file_bytes = 0;
 
   // Leaves every identifier open for the rest of the process: a close would write. The file keeps
   // its descriptor and so its inode, which HDF5 would otherwise confuse with a later file's.
@@ -287,7 +288,7 @@ absl::StatusOr<H5File> H5File::OpenRead(const std::string& path, ExitCode code) 
   result.path_ = path;
   result.code_ = code;
   // A look at the first bytes gives clearer reasons than HDF5 does.
-  KRAIT_ASSIGN_OR_RETURN(const File raw, File::OpenRead(path, code));
+  KRAIT_ASSIGN_OR_RETURN(File raw, File::OpenRead(path, code));
   KRAIT_ASSIGN_OR_RETURN(const int64_t size, raw.Size());
   constexpr unsigned char kSignature[8] = {0x89, 'H', 'D', 'F', '\r', '\n', 0x1A, '\n'};
   unsigned char start[sizeof(kSignature)] = {};
@@ -311,7 +312,8 @@ absl::StatusOr<H5File> H5File::OpenRead(const std::string& path, ExitCode code) 
   }
   result.state_ = std::make_unique<State>();
   result.state_->file = std::move(file);
-  result.state_->file_bytes = static_cast<uint64_t>(size);
+  result.state_->raw = std::move(raw);
+  result.state_->file_bytes = size;
   return result;
 }
 
@@ -577,7 +579,7 @@ absl::StatusOr<const H5File::Dataset*> H5File::Find(std::string_view name) const
                             "the usual sizes are accepted");
   }
   const size_t element_bytes = static_cast<size_t>(SizeOf(*dtype));
-  if (elements > state_->file_bytes / element_bytes) {
+  if (elements > static_cast<uint64_t>(state_->file_bytes) / element_bytes) {
     return Error(code_, path_ + ": " + label + " declares " + std::to_string(elements) +
                             " elements of " + std::to_string(element_bytes) +
                             " bytes, more than the file of " + std::to_string(state_->file_bytes) +
@@ -603,6 +605,12 @@ absl::Status H5File::Read(std::string_view name, int64_t begin, int64_t count, v
   KRAIT_CHECK(begin >= 0 && count >= 0 && static_cast<uint64_t>(begin) <= dataset->elements &&
               static_cast<uint64_t>(count) <= dataset->elements - static_cast<uint64_t>(begin));
   if (count == 0) return absl::OkStatus();
+  // HDF5 reads zeros beyond the end of a file, and zeros have a sound Fletcher32 sum.
+  KRAIT_ASSIGN_OR_RETURN(const int64_t size, state_->raw.Size());
+  if (size < state_->file_bytes) {
+    return Error(code_, path_ + " was cut from " + std::to_string(state_->file_bytes) + " to " +
+                            std::to_string(size) + " bytes while in use");
+  }
   const std::string label =
       "cannot read " + std::string(name) + " at element " + std::to_string(begin);
   const hsize_t first = static_cast<hsize_t>(begin);
