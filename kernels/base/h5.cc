@@ -214,6 +214,11 @@ struct H5File::Dataset {
   uint64_t elements;
 };
 
+struct H5File::Attribute {
+  Handle handle, type;
+  int64_t values = 0;  // 1 for a scalar
+};
+
 struct H5File::State {
   Handle file;
   std::map<std::string, Dataset, std::less<>> datasets;  // the ones in use
@@ -374,61 +379,58 @@ absl::Status H5File::WriteAttribute(std::string_view name, uint64_t value) {
   return absl::OkStatus();
 }
 
-absl::StatusOr<std::string> H5File::ReadStringAttribute(std::string_view name) const {
+absl::StatusOr<H5File::Attribute> H5File::OpenAttribute(const std::string& name) const {
   KRAIT_CHECK(state_ != nullptr);
-  const Session session;
-  const std::string label = "attribute " + std::string(name);
   const hid_t file = state_->file.get();
-  const std::string attribute_name(name);
-  if (H5Aexists(file, attribute_name.c_str()) <= 0) {
-    return Error(code_, path_ + ": " + label + " is missing");
+  if (H5Aexists(file, name.c_str()) <= 0) {
+    return Error(code_, path_ + ": attribute " + name + " is missing");
   }
-  const Handle attribute(H5Aopen(file, attribute_name.c_str(), H5P_DEFAULT), H5Aclose);
-  if (!attribute.ok()) return Fail(label);
-  const Handle type(H5Aget_type(attribute.get()), H5Tclose);
-  const Handle space(H5Aget_space(attribute.get()), H5Sclose);
-  if (!type.ok() || !space.ok()) return Fail(label);
-  if (H5Tget_class(type.get()) != H5T_STRING || H5Tis_variable_str(type.get()) != 0 ||
-      H5Sget_simple_extent_npoints(space.get()) != 1) {
-    return Error(code_, path_ + ": " + label + " must be one string of fixed length");
+  Attribute attribute;
+  attribute.handle = Handle(H5Aopen(file, name.c_str(), H5P_DEFAULT), H5Aclose);
+  if (!attribute.handle.ok()) return Fail("attribute " + name);
+  attribute.type = Handle(H5Aget_type(attribute.handle.get()), H5Tclose);
+  const Handle space(H5Aget_space(attribute.handle.get()), H5Sclose);
+  if (!attribute.type.ok() || !space.ok()) return Fail("attribute " + name);
+  attribute.values = H5Sget_simple_extent_npoints(space.get());
+  return attribute;
+}
+
+absl::StatusOr<std::string> H5File::ReadStringAttribute(std::string_view name) const {
+  const Session session;
+  const std::string label(name);
+  KRAIT_ASSIGN_OR_RETURN(const Attribute attribute, OpenAttribute(label));
+  const hid_t type = attribute.type.get();
+  if (H5Tget_class(type) != H5T_STRING || H5Tis_variable_str(type) != 0 || attribute.values != 1) {
+    return Error(code_, path_ + ": attribute " + label + " must be one string of fixed length");
   }
-  const size_t size = H5Tget_size(type.get());
+  const size_t size = H5Tget_size(type);
   if (size == 0 || size > kMaxStringAttribute) {
-    return Error(code_, path_ + ": " + label + " has " + std::to_string(size) +
+    return Error(code_, path_ + ": attribute " + label + " has " + std::to_string(size) +
                             " bytes; at most 65536 are accepted");
   }
   std::string value(size, '\0');
-  if (H5Aread(attribute.get(), type.get(), value.data()) < 0) return Fail(label);
+  if (H5Aread(attribute.handle.get(), type, value.data()) < 0) return Fail("attribute " + label);
   value.resize(strnlen(value.data(), size));
   return value;
 }
 
 absl::StatusOr<uint64_t> H5File::ReadIntAttribute(std::string_view name) const {
-  KRAIT_CHECK(state_ != nullptr);
   const Session session;
-  const std::string label = "attribute " + std::string(name);
-  const hid_t file = state_->file.get();
-  const std::string attribute_name(name);
-  if (H5Aexists(file, attribute_name.c_str()) <= 0) {
-    return Error(code_, path_ + ": " + label + " is missing");
+  const std::string label(name);
+  KRAIT_ASSIGN_OR_RETURN(const Attribute attribute, OpenAttribute(label));
+  const hid_t type = attribute.type.get();
+  if (H5Tget_class(type) != H5T_INTEGER || H5Tget_size(type) > 8 || attribute.values != 1) {
+    return Error(code_, path_ + ": attribute " + label + " must be one integer");
   }
-  const Handle attribute(H5Aopen(file, attribute_name.c_str(), H5P_DEFAULT), H5Aclose);
-  if (!attribute.ok()) return Fail(label);
-  const Handle type(H5Aget_type(attribute.get()), H5Tclose);
-  const Handle space(H5Aget_space(attribute.get()), H5Sclose);
-  if (!type.ok() || !space.ok()) return Fail(label);
-  if (H5Tget_class(type.get()) != H5T_INTEGER || H5Tget_size(type.get()) > 8 ||
-      H5Sget_simple_extent_npoints(space.get()) != 1) {
-    return Error(code_, path_ + ": " + label + " must be one integer");
-  }
-  const bool is_signed = H5Tget_sign(type.get()) != H5T_SGN_NONE;
+  const bool is_signed = H5Tget_sign(type) != H5T_SGN_NONE;
   int64_t value = 0;  // the same bits, whichever sign
-  if (H5Aread(attribute.get(), is_signed ? H5T_NATIVE_INT64 : H5T_NATIVE_UINT64, &value) < 0) {
-    return Fail(label);
+  if (H5Aread(attribute.handle.get(), is_signed ? H5T_NATIVE_INT64 : H5T_NATIVE_UINT64, &value) <
+      0) {
+    return Fail("attribute " + label);
   }
   if (is_signed && value < 0) {
-    return Error(
-        code_, path_ + ": " + label + " is " + std::to_string(value) + "; it must not be negative");
+    return Error(code_, path_ + ": attribute " + label + " is " + std::to_string(value) +
+                            "; it must not be negative");
   }
   return static_cast<uint64_t>(value);
 }

@@ -71,7 +71,9 @@ class H5File {
  private:
   struct State;  // the HDF5 handles
   struct Dataset;
+  struct Attribute;
 
+  absl::StatusOr<Attribute> OpenAttribute(const std::string& name) const;
   absl::StatusOr<const Dataset*> Find(std::string_view name) const;
   absl::Status CheckWritable() const;
   // An error with the path, `what` and HDF5's reason; gives up a file that is being written.
