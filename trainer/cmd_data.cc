@@ -2,9 +2,9 @@
 #include <cstdio>
 
 #include "absl/strings/str_format.h"
+#include "data/inspect.h"
 #include "data/token_file.h"
 #include "kernels/base/number.h"
-#include "nlohmann/json.hpp"
 #include "trainer/commands.h"
 
 namespace krait {
@@ -17,33 +17,22 @@ absl::StatusOr<ExitCode> Build(const BuildOptions& options) {
                PrintGrouped(report.tokens), PrintGrouped(report.documents),
                PrintGrouped(report.files));
   if (report.skipped_files > 0) {
-    absl::PrintF(" (%s skipped: empty or not text)", PrintGrouped(report.skipped_files));
+    absl::PrintF("; %s files skipped: empty or not text", PrintGrouped(report.skipped_files));
+  }
+  if (report.skipped_documents > 0) {
+    absl::PrintF("; %s empty texts skipped", PrintGrouped(report.skipped_documents));
   }
   absl::PrintF("\n");
   return ExitCode::kOk;
 }
 
 absl::StatusOr<ExitCode> Inspect(const std::string& path, bool verify, bool as_json) {
-  std::unique_ptr<TokenFile> file;
-  KRAIT_ASSIGN_OR_RETURN(file, TokenFile::Open(path));
-  if (verify) KRAIT_RETURN_IF_ERROR(file->Verify());
-  if (as_json) {
-    const nlohmann::ordered_json json = {{"path", path},
-                                         {"tokens", file->tokens()},
-                                         {"documents", file->documents()},
-                                         {"tokenizer", file->tokenizer()},
-                                         {"vocab_size", file->vocab_size()},
-                                         {"dtype", Name(file->dtype())},
-                                         {"content_hash", file->content_hash()}};
-    absl::PrintF("%s\n", json.dump(2, ' ', false, nlohmann::json::error_handler_t::replace));
-    return ExitCode::kOk;
-  }
-  absl::PrintF("%s\n", path);
-  absl::PrintF("  tokens        %s (%s)\n", PrintGrouped(file->tokens()), Name(file->dtype()));
-  absl::PrintF("  documents     %s\n", PrintGrouped(file->documents()));
-  absl::PrintF("  tokenizer     %s (vocabulary %s)\n", file->tokenizer(),
-               PrintGrouped(file->vocab_size()));
-  absl::PrintF("  content hash  %s%s\n", file->content_hash(), verify ? " (verified)" : "");
+  TokenFileSummary summary;
+  KRAIT_ASSIGN_OR_RETURN(summary, InspectTokenFile(path, verify));
+  const std::string text = as_json ? summary.ToJson() : summary.ToText();
+  std::fputs(text.c_str(), stdout);
+  if (!text.ends_with('\n')) std::fputs("\n", stdout);
+  KRAIT_RETURN_IF_ERROR(summary.damage);
   return ExitCode::kOk;
 }
 

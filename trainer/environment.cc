@@ -12,6 +12,7 @@
 
 #include "kernels/base/parallel_for.h"
 #include "nlohmann/json.hpp"
+#include "trainer/plan.h"
 
 extern char** environ;
 
@@ -63,7 +64,7 @@ std::string EnvironmentJson() {
   json["processor"] = ProcValue("/proc/cpuinfo", "model name");
   json["processors_online"] = sysconf(_SC_NPROCESSORS_ONLN);
   json["threads"] = MaxThreads();
-  json["memory_bytes"] = TotalMemoryBytes();
+  json["memory_bytes"] = MachineMemory();
   nlohmann::ordered_json variables = nlohmann::ordered_json::object();
   for (char** entry = environ; *entry != nullptr; ++entry) {
     const std::string_view text = *entry;
@@ -79,8 +80,6 @@ std::string EnvironmentJson() {
   // A variable may hold any bytes: what is not UTF-8 is replaced, never thrown at.
   return json.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
 }
-
-int64_t TotalMemoryBytes() { return ToInt(ProcValue("/proc/meminfo", "MemTotal").c_str()) * 1024; }
 
 int64_t PeakMemoryBytes() {
   rusage usage = {};

@@ -16,8 +16,6 @@ std::string VersionString();
 // time, and the variables of the environment that change how the run computes.
 std::string EnvironmentJson();
 
-// MemTotal of /proc/meminfo; 0 when it cannot be read.
-int64_t TotalMemoryBytes();
 // The largest resident set of this process so far.
 int64_t PeakMemoryBytes();
 

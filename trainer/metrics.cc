@@ -11,6 +11,7 @@
 
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
+#include "kernels/base/number.h"
 #include "nlohmann/json.hpp"
 
 namespace krait {
@@ -44,18 +45,6 @@ absl::Status Append(File* file, int64_t* offset, const std::string& text) {
 
 }  // namespace
 
-std::string FormatCount(double count) {
-  constexpr const char* kUnits[] = {"", "k", "M", "B", "T"};
-  int unit = 0;
-  // 999.5 would print as 1000 with three digits.
-  while (count >= 999.5 && unit < 4) {
-    count /= 1000;
-    ++unit;
-  }
-  const int decimals = unit == 0 || count >= 99.95 ? 0 : count >= 9.995 ? 1 : 2;
-  return absl::StrFormat("%.*f%s", decimals, count, kUnits[unit]);
-}
-
 std::string FormatDuration(double seconds) {
   if (!std::isfinite(seconds) || seconds < 0) return "-";
   const auto s = static_cast<int64_t>(std::llround(seconds));
@@ -72,7 +61,7 @@ std::string FormatLogLine(const StepReport& r) {
       absl::StrFormat("lr %.2e", r.lr),
       absl::StrFormat("gnorm %.3f", r.grad_norm),
       r.has_moe ? absl::StrFormat("aux %.2f", r.aux_loss) : "aux -",
-      FormatCount(r.tokens_per_s) + " tok/s",
+      PrintShort(r.tokens_per_s) + " tok/s",
       r.mfu.has_value() ? absl::StrFormat("MFU %.1f%%", *r.mfu * 100) : "MFU -",
       absl::StrFormat("mem %.1f/%.1f GiB", ToGiB(r.peak_memory), ToGiB(r.total_memory)),
       absl::StrFormat("%.0f ms", r.step_ms),
@@ -90,7 +79,7 @@ std::string FormatLiveLine(const StepReport& r) {
   std::string bar(static_cast<size_t>(std::clamp<int64_t>(done, 0, kWidth)), '=');
   bar.resize(kWidth, ' ');
   return absl::StrFormat("[%s] %d/%d | loss %.4f | %s tok/s | ETA %s", bar, r.step, r.steps, r.loss,
-                         FormatCount(r.tokens_per_s), FormatDuration(r.eta_seconds));
+                         PrintShort(r.tokens_per_s), FormatDuration(r.eta_seconds));
 }
 
 absl::StatusOr<Console> Console::Open(const std::string& log_path) {
@@ -212,11 +201,11 @@ std::vector<std::string> FormatSummary(const Summary& s) {
   std::vector<std::string> lines;
   lines.push_back(s.finished ? absl::StrFormat("finished: %d steps", s.step)
                              : absl::StrFormat("stopped at step %d of %d", s.step, s.steps));
-  lines.back() += absl::StrFormat(", %s tokens", FormatCount(static_cast<double>(s.tokens)));
+  lines.back() += absl::StrFormat(", %s tokens", PrintShort(static_cast<double>(s.tokens)));
   if (s.session_seconds > 0) {
     lines.back() += absl::StrFormat(
         " | this session: %s, %s tok/s on average", FormatDuration(s.session_seconds),
-        FormatCount(static_cast<double>(s.session_tokens) / s.session_seconds));
+        PrintShort(static_cast<double>(s.session_tokens) / s.session_seconds));
   }
   if (s.skipped > 0) lines.push_back(absl::StrFormat("skipped steps: %d", s.skipped));
   if (s.val_loss.has_value()) {

@@ -40,7 +40,6 @@ std::string FormatLogLine(const StepReport& report);
 // The short form that is redrawn on a terminal after every step.
 std::string FormatLiveLine(const StepReport& report);
 
-std::string FormatCount(double count);       // 853, 12.3k, 1.24M, 3.15B
 std::string FormatDuration(double seconds);  // 35s, 4m10s, 1h52m, 3d04h
 
 // Standard output and train.log. Lines go to both; the status line goes to a terminal only, is

@@ -159,7 +159,9 @@ absl::Status StartRun(const ResumeOptions& options, const std::string& fingerpri
                        "--resume never");
     }
     KRAIT_ASSIGN_OR_RETURN(checkpoint, std::move(loaded));
-    notice(absl::StrFormat("resuming at step %d from %s", checkpoint.meta.step, checkpoint.path));
+    if (checkpoint.meta.step < trainer->config().train.steps) {
+      notice(absl::StrFormat("resuming at step %d from %s", checkpoint.meta.step, checkpoint.path));
+    }
     if (!options.init.empty()) notice("--init is ignored: this run has a checkpoint of its own");
     if (options.resume != "auto" && Exists(dir)) {
       return SetNewerAside(dir, checkpoint.meta.step, notice);

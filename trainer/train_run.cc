@@ -8,6 +8,7 @@
 
 #include "absl/strings/str_format.h"
 #include "kernels/base/file.h"
+#include "kernels/base/number.h"
 #include "trainer/checkpoint.h"
 #include "trainer/checkpoint_async.h"
 #include "trainer/environment.h"
@@ -117,9 +118,9 @@ absl::Status Run::Describe() {
   const ParamTable& table = trainer_->weights().table();
   return Say(absl::StrFormat(
       "%s: %s parameters (%s active), %d layers, batch %s tokens, memory %.2f GiB planned",
-      config_.run_dir, FormatCount(static_cast<double>(table.total())),
-      FormatCount(static_cast<double>(table.active(config_.model))), config_.model.n_layers,
-      FormatCount(static_cast<double>(config_.train.batch_tokens)),
+      config_.run_dir, PrintShort(static_cast<double>(table.total())),
+      PrintShort(static_cast<double>(table.active(config_.model))), config_.model.n_layers,
+      PrintShort(static_cast<double>(config_.train.batch_tokens)),
       static_cast<double>(trainer_->memory().total()) / (1 << 30)));
 }
 

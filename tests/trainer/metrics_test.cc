@@ -72,13 +72,7 @@ TEST(LogLine, SaysWhatIsMissingOrSkipped) {
   EXPECT_THAT(FormatLogLine(r), HasSubstr("skipped: not finite (2 in a row, 3 in all)"));
 }
 
-TEST(Formats, CountsAndDurations) {
-  EXPECT_EQ(FormatCount(0), "0");
-  EXPECT_EQ(FormatCount(853), "853");
-  EXPECT_EQ(FormatCount(999.6), "1.00k");
-  EXPECT_EQ(FormatCount(12340), "12.3k");
-  EXPECT_EQ(FormatCount(99960), "100k");
-  EXPECT_EQ(FormatCount(1.24e6), "1.24M");
+TEST(Formats, Durations) {
   EXPECT_EQ(FormatDuration(35.2), "35s");
   EXPECT_EQ(FormatDuration(59.7), "1m00s");
   EXPECT_EQ(FormatDuration(250), "4m10s");
