@@ -201,6 +201,25 @@ TEST(GroupedLinear, NoRowsAtAll) {
   EXPECT_EQ(Get(dw, 0), 2);
 }
 
+// CBLAS cuts sums differently for different numbers of threads, but the same for the same number.
+TEST(MatMul, SameBitsAgainWithTheSameThreads) {
+  const TestContext ctx;
+  const int64_t m = 203, n = 171, k = 700;
+  Buf a(DType::kF32, {m, k}), b(DType::kF32, {n, k}), first(DType::kF32, {m, n}),
+      again(DType::kF32, {m, n});
+  a.FillNormal(1);
+  b.FillNormal(2);
+  for (const int threads : {1, 2}) {
+    WithThreads(threads, [&] {
+      MatMul(first, a, false, b, true, false, ctx);
+      for (int i = 0; i < 5; ++i) {
+        MatMul(again, a, false, b, true, false, ctx);
+        EXPECT_TRUE(SameBits(first, again));
+      }
+    });
+  }
+}
+
 TEST(MatMul, PlanningTouchesNothing) {
   TestContext ctx;
   ctx.get()->planning = true;
