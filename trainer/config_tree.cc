@@ -33,6 +33,37 @@ Place At(const Place& origin, const YAML::Mark& mark) {
   return place;
 }
 
+// Length of the UTF-8 sequence at text[i], 0 when it is none (RFC 3629: no overlong forms, no
+// surrogates, nothing above U+10FFFF).
+size_t Utf8Length(const std::string& text, size_t i) {
+  const auto byte = [&text](size_t k) {
+    return k < text.size() ? static_cast<unsigned char>(text[k]) : 0U;
+  };
+  const auto follows = [&byte](size_t k) { return (byte(k) & 0xC0U) == 0x80U; };
+  const unsigned lead = byte(i);
+  const unsigned second = byte(i + 1);
+  if (lead < 0x80) return 1;
+  if (lead >= 0xC2 && lead <= 0xDF) return follows(i + 1) ? 2 : 0;
+  if (lead >= 0xE0 && lead <= 0xEF) {
+    if ((lead == 0xE0 && second < 0xA0) || (lead == 0xED && second > 0x9F)) return 0;
+    return follows(i + 1) && follows(i + 2) ? 3 : 0;
+  }
+  if (lead >= 0xF0 && lead <= 0xF4) {
+    if ((lead == 0xF0 && second < 0x90) || (lead == 0xF4 && second > 0x8F)) return 0;
+    return follows(i + 1) && follows(i + 2) && follows(i + 3) ? 4 : 0;
+  }
+  return 0;
+}
+
+bool IsUtf8(const std::string& text) {
+  for (size_t i = 0; i < text.size();) {
+    const size_t length = Utf8Length(text, i);
+    if (length == 0) return false;
+    i += length;
+  }
+  return true;
+}
+
 class TreeBuilder : public YAML::EventHandler {
  public:
   TreeBuilder(const Place& origin, ConfigErrors* errors) : origin_(origin), errors_(errors) {
@@ -60,6 +91,10 @@ class TreeBuilder : public YAML::EventHandler {
     ConfigNode node = Make(ConfigNode::Kind::kScalar, mark, tag, anchor);
     node.text = value;
     node.quoted = tag == "!";
+    if (!IsUtf8(value)) {  // by an escape such as "\x80"
+      errors_->Add(node.place, "an escape in this text yields a byte that is not UTF-8");
+      node.kind = ConfigNode::Kind::kBroken;
+    }
     Put(std::move(node));
   }
   void OnSequenceStart(const YAML::Mark& mark, const std::string& tag, YAML::anchor_t anchor,
@@ -173,28 +208,6 @@ class TreeBuilder : public YAML::EventHandler {
   int64_t nodes_ = 0;
   int documents_ = 0;
 };
-
-// Length of the UTF-8 sequence at text[i], 0 when it is none (RFC 3629: no overlong forms, no
-// surrogates, nothing above U+10FFFF).
-size_t Utf8Length(const std::string& text, size_t i) {
-  const auto byte = [&text](size_t k) {
-    return k < text.size() ? static_cast<unsigned char>(text[k]) : 0U;
-  };
-  const auto follows = [&byte](size_t k) { return (byte(k) & 0xC0U) == 0x80U; };
-  const unsigned lead = byte(i);
-  const unsigned second = byte(i + 1);
-  if (lead < 0x80) return 1;
-  if (lead >= 0xC2 && lead <= 0xDF) return follows(i + 1) ? 2 : 0;
-  if (lead >= 0xE0 && lead <= 0xEF) {
-    if ((lead == 0xE0 && second < 0xA0) || (lead == 0xED && second > 0x9F)) return 0;
-    return follows(i + 1) && follows(i + 2) ? 3 : 0;
-  }
-  if (lead >= 0xF0 && lead <= 0xF4) {
-    if ((lead == 0xF0 && second < 0x90) || (lead == 0xF4 && second > 0x8F)) return 0;
-    return follows(i + 1) && follows(i + 2) && follows(i + 3) ? 4 : 0;
-  }
-  return 0;
-}
 
 bool CheckEncoding(const std::string& text, const Place& origin, ConfigErrors* errors) {
   Place place = origin;
