@@ -2,6 +2,7 @@
 #include <sys/stat.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <cstring>
 #include <functional>
 #include <set>
@@ -44,7 +45,7 @@ std::string Place(const Checkpoint& checkpoint, const ManifestBox& box) {
 using Take = std::function<void(const char*, int64_t, int64_t)>;
 absl::Status Stream(const File& file, int64_t begin, int64_t end, std::vector<char>* buffer,
                     uint32_t* crc, const Take& take) {
-  buffer->resize(static_cast<size_t>(kPiece));
+  buffer->resize(std::max(buffer->size(), static_cast<size_t>(std::min(kPiece, end - begin))));
   for (int64_t at = begin; at < end; at += kPiece) {
     const int64_t n = std::min(kPiece, end - at);
     KRAIT_RETURN_IF_ERROR(file.ReadAt(buffer->data(), static_cast<size_t>(n), at));
@@ -285,7 +286,10 @@ absl::Status LoadBoxes(const Checkpoint& checkpoint, const std::vector<Checkpoin
 }
 
 absl::StatusOr<std::vector<std::string>> ListCheckpoints(const std::string& dir) {
-  if (!Exists(dir)) return std::vector<std::string>();
+  // Only a folder that is known not to be there holds none: any other failure must not look like a
+  // run without checkpoints.
+  struct stat info;
+  if (lstat(dir.c_str(), &info) != 0 && errno == ENOENT) return std::vector<std::string>();
   KRAIT_ASSIGN_OR_RETURN(const std::vector<std::string> names, ListDirectory(dir, kCode));
   const std::set<std::string> present(names.begin(), names.end());
   std::vector<std::pair<int64_t, std::string>> found;

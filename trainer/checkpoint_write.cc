@@ -1,6 +1,7 @@
 // Saving: shard, manifest, publication by rename, retention.
 #include <fcntl.h>
 #include <sys/random.h>
+#include <sys/stat.h>
 #include <sys/statvfs.h>
 
 #include <algorithm>
@@ -245,7 +246,9 @@ absl::Status Prune(const SaveOptions& options, const SaveNames& names,
 absl::Status WriteTemporary(const SaveNames& names, Checkpoint* checkpoint,
                             const std::vector<CheckpointBox>& boxes) {
   const std::string temporary = names.temporary();
-  KRAIT_RETURN_IF_ERROR(MakeDirectories(temporary, kCode));
+  if (mkdir(temporary.c_str(), 0777) != 0) {
+    return Error(kCode, "cannot create folder " + temporary + ": " + Reason(errno));
+  }
   KRAIT_RETURN_IF_ERROR(WriteShard(temporary, boxes, checkpoint));
   KRAIT_RETURN_IF_ERROR(WriteManifest(temporary, *checkpoint));
   return SyncDirectory(temporary, kCode);
