@@ -87,14 +87,11 @@ int64_t PeakMemoryBytes() {
 }
 
 absl::Status RefuseSeveralRanks() {
-  // A batch script also has SLURM_NTASKS; only a task that srun started has SLURM_PROCID besides
-  // SLURM_STEP_ID.
   struct Launcher {
     const char* name;
     int64_t ranks;
   };
-  const bool srun =
-      std::getenv("SLURM_PROCID") != nullptr && std::getenv("SLURM_STEP_ID") != nullptr;
+  const bool srun = std::getenv("SLURM_PROCID") != nullptr;
   for (const Launcher& launcher :
        {Launcher{"mpirun", ToInt(std::getenv("OMPI_COMM_WORLD_SIZE"))},
         Launcher{"mpiexec", ToInt(std::getenv("PMI_SIZE"))},
