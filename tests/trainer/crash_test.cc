@@ -355,9 +355,25 @@ TEST_F(CrashTest, TheOrderOfDurability) {
                                             "rename latest", "fsync parent", "rename trash"));
 }
 
+// 8 MiB of memory as a file system of this process alone; without root, in a user namespace where
+// this user is root. False where that is not permitted.
+bool MountSmallDisk(const std::string& path) {
+  const std::string uid = std::to_string(geteuid()), gid = std::to_string(getegid());
+  if (geteuid() == 0) {
+    if (unshare(CLONE_NEWNS) != 0) return false;
+  } else {
+    if (unshare(CLONE_NEWNS | CLONE_NEWUSER) != 0) return false;
+    std::ofstream("/proc/self/setgroups") << "deny";
+    std::ofstream("/proc/self/uid_map") << "0 " + uid + " 1";
+    std::ofstream("/proc/self/gid_map") << "0 " + gid + " 1";
+  }
+  return mount(nullptr, "/", nullptr, MS_REC | MS_PRIVATE, nullptr) == 0 &&
+         mount("krait", path.c_str(), "tmpfs", 0, "size=8m") == 0;
+}
+
 // A small file system in memory, really full. In a child with mounts of its own; what is wrong
 // comes back as text.
-TEST(FullDiskTest, SavesFailOrComplete) {
+TEST(FullDiskTest, SavesFailOrCompleteAndReadOnlyIsRefused) {
   const std::string mount_point =
       ::testing::TempDir() + "krait_full_disk_" + std::to_string(getpid());
   std::filesystem::create_directories(mount_point);
@@ -366,11 +382,7 @@ TEST(FullDiskTest, SavesFailOrComplete) {
   const pid_t child = fork();
   if (child == 0) {
     std::string wrong;
-    if (unshare(CLONE_NEWNS | (geteuid() == 0 ? 0 : CLONE_NEWUSER)) != 0 ||
-        mount(nullptr, "/", nullptr, MS_REC | MS_PRIVATE, nullptr) != 0 ||
-        mount("krait", mount_point.c_str(), "tmpfs", 0, "size=8m") != 0) {
-      _exit(77);
-    }
+    if (!MountSmallDisk(mount_point)) _exit(77);
     const std::string dir = mount_point + "/checkpoints";
     constexpr int64_t kScale = 300;  // about 0.3 MiB
     int failed = 0, completed = 0;
@@ -401,6 +413,19 @@ TEST(FullDiskTest, SavesFailOrComplete) {
         if (errors.find("bytes needed") == std::string::npos) wrong += place + errors;
       }
       if (WholeCheckpoints(dir) < 2) wrong += place + "fewer than two whole checkpoints";
+    }
+    // Read-only, as after an error of the disk.
+    const int64_t last = NewestContent(dir, kScale);
+    if (mount(nullptr, mount_point.c_str(), nullptr, MS_REMOUNT | MS_RDONLY, nullptr) == 0) {
+      std::string errors;
+      const int status = Execute(SaveCommand(dir, last + 1, 0, kScale), &errors);
+      if (!WIFEXITED(status) || WEXITSTATUS(status) != 31 ||
+          errors.find("Read-only file system") == std::string::npos) {
+        wrong += "\nread-only: " + errors;
+      }
+      if (NewestContent(dir, kScale) != last) wrong += "\nread-only: does not load";
+    } else {
+      wrong += "\ncannot make the file system read-only";
     }
     if (failed < 5 || completed < 5) {
       wrong += "\n" + std::to_string(failed) + " failed, " + std::to_string(completed) +
