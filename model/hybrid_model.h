@@ -81,7 +81,8 @@ class HybridModel {
   void Backward(const Batch& batch, double aux_scale, ActivationSet* activations,
                 const Context& ctx);
 
-  // Forward without keeping anything: losses only (evaluation).
+  // Forward without keeping anything, in scratch memory: losses only (evaluation). Works without
+  // gradients.
   PassSums Evaluate(const Batch& batch, const Context& ctx);
 
   // Decoding state of `batch` sequences of up to `max_tokens` tokens.
