@@ -8,6 +8,8 @@ namespace krait::cpu {
 namespace {
 
 constexpr int64_t W = kScanBlock;
+// Steps that rows to be read or written are prefetched ahead.
+constexpr int64_t kAhead = 4;
 
 template <typename T>
 KRAIT_INLINE void LoadRow(T* __restrict row, const T* __restrict from, int64_t width) {
@@ -15,6 +17,14 @@ KRAIT_INLINE void LoadRow(T* __restrict row, const T* __restrict from, int64_t w
     for (int64_t i = 0; i < W; ++i) row[i] = from[i];
   } else {
     for (int64_t i = 0; i < W; ++i) row[i] = i < width ? from[i] : T(0);
+  }
+}
+
+// The next step's row lies on another page, which hardware prefetchers do not foresee.
+template <typename T>
+KRAIT_INLINE void Prefetch(const T* row) {
+  for (int64_t i = 0; i < W; i += 64 / static_cast<int64_t>(sizeof(T))) {
+    __builtin_prefetch(row + i);
   }
 }
 
@@ -34,6 +44,10 @@ KRAIT_INLINE void ForwardChunk(const ScanChunk<T>& in, T* __restrict h, TimeRows
   alignas(64) T x[W], z[W], dt[W], dtx[W], s[W];
   for (int64_t t = 0; t < in.steps; ++t) {
     if (in.Reset(t)) std::fill_n(h, states * W, T(0));
+    if (t + kAhead < in.steps) {
+      Prefetch(in.x[t + kAhead]), Prefetch(in.z[t + kAhead]), Prefetch(in.dt_raw[t + kAhead]);
+      Prefetch(y[t + kAhead]);
+    }
     LoadRow(x, in.x[t], in.width);
     LoadRow(z, in.z[t], in.width);
     LoadRow(dt, in.dt_raw[t], in.width);
@@ -63,14 +77,20 @@ KRAIT_INLINE void DecayStep(T* __restrict decay, const T* __restrict dt, const T
   for (int64_t i = 0; i < W; ++i) decay[i] = Exp2NonPositive(dt[i], a2[i]);
 }
 
+// One state's step of all lanes: after = decay * before + b dt x, s += c after. Returns the sum
+// over lanes of ds * after, the gradient of c.
 template <typename T>
-KRAIT_INLINE void KeepStep(const T* __restrict decay, const T* __restrict before,
-                           T* __restrict after, T* __restrict s, const T* __restrict dtx, T b,
-                           T c) {
+KRAIT_INLINE T KeepStep(const T* __restrict decay, const T* __restrict before, T* __restrict after,
+                        T* __restrict s, const T* __restrict dtx, const T* __restrict ds, T b,
+                        T c) {
+  T dc = 0;
+#pragma omp simd reduction(+ : dc)
   for (int64_t i = 0; i < W; ++i) {
     after[i] = decay[i] * before[i] + b * dtx[i];
     s[i] += c * after[i];
+    dc += ds[i] * after[i];
   }
+  return dc;
 }
 
 // First half: the states h[t+1] after each step and the decays a[t], the output, and what of the
@@ -88,12 +108,18 @@ KRAIT_INLINE void BackwardChunk(const ScanChunk<T>& in, const ScanChunkGradients
   T* __restrict dss = slopes + kScanChunk * W;  // gradient of s
   T* __restrict chunk_da = dss + kScanChunk * W;
   const T* __restrict a2 = in.a2;
-  alignas(64) T z[W], dy[W], s[W], dtx[W];
+  alignas(64) T z[W], dy[W], s[W], dtx[W], gate[W], dz[W];
   for (int64_t t = 0; t < in.steps; ++t) {
     T* __restrict x = xs + t * W;
     T* __restrict dt = dts + t * W;
     T* __restrict slope = slopes + t * W;
     T* __restrict ds = dss + t * W;
+    if (t + kAhead < in.steps) {
+      Prefetch(in.x[t + kAhead]), Prefetch(in.z[t + kAhead]);
+      Prefetch(grad.dy[t + kAhead]), Prefetch(in.dt_raw[t + kAhead]);
+      Prefetch(grad.dz[t + kAhead]);
+      if (grad.y.data != nullptr) Prefetch(grad.y[t + kAhead]);
+    }
     LoadRow(x, in.x[t], in.width);
     LoadRow(z, in.z[t], in.width);
     LoadRow(dy, grad.dy[t], in.width);
@@ -104,32 +130,34 @@ KRAIT_INLINE void BackwardChunk(const ScanChunk<T>& in, const ScanChunkGradients
       slope[i] = Sigmoid(raw);
       dtx[i] = dt[i] * x[i];
       s[i] = in.d[i] * x[i];
+      const T sigmoid = Sigmoid(z[i]);
+      gate[i] = z[i] * sigmoid;
+      ds[i] = dy[i] * gate[i];
+      dz[i] = dy[i] * (sigmoid + gate[i] * (1 - sigmoid));  // times s, to come
     }
     T* before = h + t * row;
     T* after = before + row;
     T* decay = a + t * row;
     const T* b = in.b[t];
     const T* c = in.c[t];
+    T* dc = grad.dc + t * states;
     if (in.Reset(t)) {
       // A zero decay cuts the state here and its gradient on the way back.
       std::fill_n(decay, row, T(0));
       for (int64_t n = 0; n < states; ++n) {
-        KeepStep(decay + n * W, before + n * W, after + n * W, s, dtx, b[n], c[n]);
+        dc[n] = KeepStep(decay + n * W, before + n * W, after + n * W, s, dtx, ds, b[n], c[n]);
       }
     } else {
       for (int64_t n = 0; n < states; ++n) {
         DecayStep(decay + n * W, dt, a2 + n * W);
-        KeepStep(decay + n * W, before + n * W, after + n * W, s, dtx, b[n], c[n]);
+        dc[n] = KeepStep(decay + n * W, before + n * W, after + n * W, s, dtx, ds, b[n], c[n]);
       }
     }
     for (int64_t i = 0; i < W; ++i) {
-      const T sigmoid = Sigmoid(z[i]);
-      const T silu = z[i] * sigmoid;
-      ds[i] = dy[i] * silu;
-      z[i] = dy[i] * s[i] * (sigmoid + silu * (1 - sigmoid));
-      s[i] *= silu;
+      dz[i] *= s[i];
+      s[i] *= gate[i];
     }
-    StoreRow(grad.dz[t], z, in.width);
+    StoreRow(grad.dz[t], dz, in.width);
     if (grad.y.data != nullptr) StoreRow(grad.y[t], s, in.width);
   }
 
@@ -137,6 +165,7 @@ KRAIT_INLINE void BackwardChunk(const ScanChunk<T>& in, const ScanChunkGradients
   alignas(64) T d_dt[W], d_dtx[W], dd[W] = {}, d_dt_bias[W] = {};
   std::fill_n(chunk_da, row, T(0));
   for (int64_t t = in.steps - 1; t >= 0; --t) {
+    if (t >= kAhead) Prefetch(grad.dx[t - kAhead]), Prefetch(grad.d_dt_raw[t - kAhead]);
     const T* __restrict x = xs + t * W;
     const T* __restrict dt = dts + t * W;
     const T* __restrict slope = slopes + t * W;
@@ -152,16 +181,14 @@ KRAIT_INLINE void BackwardChunk(const ScanChunk<T>& in, const ScanChunkGradients
       const T bn = b[n], cn = c[n];
       const T* __restrict an = a2 + n * W;
       const T* __restrict before = h + t * row + n * W;
-      const T* __restrict after = before + row;
       const T* __restrict decay = a + t * row + n * W;
       T* __restrict carry = grad.carry + n * W;
       T* __restrict da = chunk_da + n * W;
-      T dbn = 0, dcn = 0;
-#pragma omp simd reduction(+ : dbn, dcn)
+      T db = 0;
+#pragma omp simd reduction(+ : db)
       for (int64_t i = 0; i < W; ++i) {
         const T g = ds[i] * cn + carry[i];
-        dcn += ds[i] * after[i];
-        dbn += g * dtx[i];
+        db += g * dtx[i];
         d_dtx[i] += g * bn;
         const T next = decay[i] * g;
         const T q = next * before[i];
@@ -169,8 +196,7 @@ KRAIT_INLINE void BackwardChunk(const ScanChunk<T>& in, const ScanChunkGradients
         da[i] += dt[i] * q;
         carry[i] = next;
       }
-      grad.db[t * states + n] = dbn;
-      grad.dc[t * states + n] = dcn;
+      grad.db[t * states + n] = db;
     }
     constexpr T ln2 = static_cast<T>(0x1.62e42fefa39efp-1);
     for (int64_t i = 0; i < W; ++i) {
