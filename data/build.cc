@@ -19,9 +19,11 @@
 namespace krait {
 namespace {
 
-constexpr int64_t kTextPiece = int64_t{1} << 20;      // bytes of a text in memory at once
-constexpr size_t kTokenBuffer = size_t{1} << 20;      // tokens between two writes
-constexpr int64_t kChunkElements = int64_t{1} << 16;  // small enough to read single sequences
+constexpr int64_t kTextPiece = int64_t{1} << 20;  // bytes of a text in memory at once
+constexpr size_t kTokenBuffer = size_t{1} << 20;  // tokens between two writes
+// Small enough to read single sequences. With its checksum of 4 bytes a chunk of u8 fills pages.
+constexpr int64_t kTokenChunk = (int64_t{1} << 16) - 4;
+constexpr int64_t kDocumentChunk = int64_t{1} << 12;
 constexpr size_t kOpenFiles = 64;
 
 bool IsCompressed(const std::string& path) {
@@ -294,7 +296,7 @@ class TokenWriter {
  public:
   TokenWriter(H5File* file, int64_t vocab_size) : file_(*file), dtype_(TokenDType(vocab_size)) {}
 
-  absl::Status Start() { return file_.CreateChunked("tokens", dtype_, kChunkElements); }
+  absl::Status Start() { return file_.CreateChunked("tokens", dtype_, kTokenChunk); }
 
   absl::Status Write(const std::vector<int32_t>& ids) {
     switch (dtype_) {
@@ -353,7 +355,7 @@ absl::Status WriteTokens(const std::string& path, const Tokenizer& tokenizer, ui
   starts.push_back(tokens);
   report->documents = static_cast<int64_t>(starts.size()) - 1;
   report->tokens = static_cast<int64_t>(tokens);
-  KRAIT_RETURN_IF_ERROR(file.CreateChunked("documents", DType::kU64, kChunkElements));
+  KRAIT_RETURN_IF_ERROR(file.CreateChunked("documents", DType::kU64, kDocumentChunk));
   KRAIT_RETURN_IF_ERROR(
       file.Append("documents", starts.data(), static_cast<int64_t>(starts.size())));
   const auto vocab_size = static_cast<uint64_t>(tokenizer.vocab_size());

@@ -32,6 +32,7 @@ class H5File {
 
   // `code` is the exit code of every error of this file. Create refuses an existing path.
   static absl::StatusOr<H5File> Create(const std::string& path, ExitCode code);
+  // OpenRead refuses the file formats before HDF5 1.10, whose metadata has no checksums.
   static absl::StatusOr<H5File> OpenRead(const std::string& path, ExitCode code);
   absl::Status Close();
 

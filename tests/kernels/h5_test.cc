@@ -16,6 +16,7 @@
 
 #include "kernels/base/file.h"
 #include "kernels/base/random.h"
+#include "support/temp_folder.h"
 
 namespace krait {
 namespace {
@@ -24,15 +25,8 @@ using ::testing::HasSubstr;
 
 class H5Test : public ::testing::Test {
  protected:
-  void SetUp() override {
-    char name[] = "/tmp/krait_h5_XXXXXX";
-    ASSERT_NE(mkdtemp(name), nullptr);
-    folder_ = name;
-    path_ = folder_ + "/x.h5";
-  }
-  void TearDown() override { std::filesystem::remove_all(folder_); }
-
-  std::string folder_, path_;
+  TempFolder folder_;
+  const std::string path_ = folder_ / "x.h5";
 };
 
 // A file with both kinds of dataset and both kinds of attribute.
@@ -159,23 +153,23 @@ TEST_F(H5Test, ManyTensorsFit) {
 TEST_F(H5Test, EqualContentGivesEqualBytes) {
   ASSERT_TRUE(WriteSample(path_, 5000).ok());
   sleep(1);  // a stored time would differ
-  ASSERT_TRUE(WriteSample(folder_ + "/y.h5", 5000).ok());
-  EXPECT_EQ(ReadBytes(path_), ReadBytes(folder_ + "/y.h5"));
+  ASSERT_TRUE(WriteSample(folder_ / "y.h5", 5000).ok());
+  EXPECT_EQ(ReadBytes(path_), ReadBytes(folder_ / "y.h5"));
 }
 
 TEST_F(H5Test, CreateRefusesAnExistingPathAndAMissingFolder) {
-  ASSERT_TRUE(WriteFileAtomic(path_, "precious", ExitCode::kData).ok());
+  folder_.Write("x.h5", "precious");
   const auto existing = H5File::Create(path_, ExitCode::kCannotSave);
   EXPECT_EQ(ExitCodeOf(existing.status()), ExitCode::kCannotSave);
   EXPECT_THAT(MessageOf(existing.status()), HasSubstr(path_));
   EXPECT_EQ(ReadBytes(path_), "precious");
-  const auto missing = H5File::Create(folder_ + "/none/x.h5", ExitCode::kCannotSave);
+  const auto missing = H5File::Create(folder_ / "none/x.h5", ExitCode::kCannotSave);
   EXPECT_THAT(MessageOf(missing.status()), HasSubstr("No such file or directory"));
 }
 
 TEST_F(H5Test, OpenNamesWhatIsWrong) {
   const auto fault = [&](const std::string& content) {
-    EXPECT_TRUE(WriteFileAtomic(path_, content, ExitCode::kData).ok());
+    folder_.Write("x.h5", content);
     const auto file = H5File::OpenRead(path_, ExitCode::kData);
     EXPECT_EQ(ExitCodeOf(file.status()), ExitCode::kData);
     EXPECT_THAT(MessageOf(file.status()), HasSubstr(path_));
@@ -184,11 +178,13 @@ TEST_F(H5Test, OpenNamesWhatIsWrong) {
   EXPECT_THAT(fault(""), HasSubstr("empty"));
   EXPECT_THAT(fault("abc"), HasSubstr("not an HDF5 file"));
   EXPECT_THAT(fault(std::string(5000, 'x')), HasSubstr("not an HDF5 file"));
-  EXPECT_THAT(fault("\x89HDF\r\n\x1a\n"), HasSubstr("damaged"));
-  EXPECT_THAT(MessageOf(H5File::OpenRead(folder_, ExitCode::kData).status()), HasSubstr("folder"));
-  EXPECT_THAT(MessageOf(H5File::OpenRead(folder_ + "/none", ExitCode::kData).status()),
+  EXPECT_THAT(fault("\x89HDF\r\n\x1a\n"), HasSubstr("not an HDF5 file"));
+  EXPECT_THAT(fault("\x89HDF\r\n\x1a\n\3\10\10"), HasSubstr("damaged"));
+  EXPECT_THAT(MessageOf(H5File::OpenRead(folder_.path(), ExitCode::kData).status()),
+              HasSubstr("folder"));
+  EXPECT_THAT(MessageOf(H5File::OpenRead(folder_ / "none", ExitCode::kData).status()),
               HasSubstr("No such file"));
-  const std::string fifo = folder_ + "/fifo";
+  const std::string fifo = folder_ / "fifo";
   ASSERT_EQ(mkfifo(fifo.c_str(), 0600), 0);
   EXPECT_THAT(MessageOf(H5File::OpenRead(fifo, ExitCode::kData).status()),
               HasSubstr("not a regular file"));
@@ -198,7 +194,7 @@ TEST_F(H5Test, EveryTruncationIsNoticed) {
   ASSERT_TRUE(WriteSample(path_, 3000).ok());
   const std::string whole = ReadBytes(path_);
   for (size_t size = 0; size < whole.size(); size += 1 + size / 50) {
-    ASSERT_TRUE(WriteFileAtomic(path_, whole.substr(0, size), ExitCode::kData).ok());
+    folder_.Write("x.h5", whole.substr(0, size));
     EXPECT_FALSE(ReadSample(path_).ok()) << "cut to " << size << " of " << whole.size();
   }
 }
@@ -213,7 +209,8 @@ TEST_F(H5Test, BitFlipsNeverReachTheReader) {
     std::string flipped = whole;
     const auto bits = random.Bits(i);
     flipped[bits[0] % whole.size()] ^= static_cast<char>(1 << bits[1] % 8);
-    ASSERT_TRUE(WriteFileAtomic(path_, flipped, ExitCode::kData).ok());
+    auto raw = File::OpenWrite(path_, ExitCode::kData);
+    ASSERT_TRUE(raw.ok() && raw->WriteAt(flipped.data(), flipped.size(), 0).ok());
     if (!ReadSample(path_).ok()) {
       ++noticed;
       continue;
@@ -278,8 +275,10 @@ TEST_F(H5Test, AFullDiskAtAnyPointIsAnErrorAndNeverASignal) {
 class ForeignH5Test : public H5Test {
  protected:
   void SetUp() override {
-    H5Test::SetUp();
-    file_ = H5Fcreate(path_.c_str(), H5F_ACC_TRUNC, H5P_DEFAULT, H5P_DEFAULT);
+    const hid_t access = H5Pcreate(H5P_FILE_ACCESS);
+    H5Pset_libver_bounds(access, H5F_LIBVER_V110, H5F_LIBVER_V110);
+    file_ = H5Fcreate(path_.c_str(), H5F_ACC_TRUNC, H5P_DEFAULT, access);
+    H5Pclose(access);
     ASSERT_GE(file_, 0);
   }
   // A dataset "d" of `dims` with creation properties.
@@ -303,7 +302,21 @@ class ForeignH5Test : public H5Test {
   hid_t file_ = -1;
 };
 
-TEST_F(ForeignH5Test, PlainOldFormatDataIsAccepted) {
+TEST_F(ForeignH5Test, OldFileFormatsAreRefused) {
+  for (const H5F_libver_t version : {H5F_LIBVER_EARLIEST, H5F_LIBVER_V18}) {
+    const std::string path = folder_ / "old.h5";
+    const hid_t access = H5Pcreate(H5P_FILE_ACCESS);
+    H5Pset_libver_bounds(access, version, H5F_LIBVER_V18);
+    H5Fclose(H5Fcreate(path.c_str(), H5F_ACC_TRUNC, H5P_DEFAULT, access));
+    H5Pclose(access);
+    const auto file = H5File::OpenRead(path, ExitCode::kData);
+    EXPECT_EQ(ExitCodeOf(file.status()), ExitCode::kData);
+    EXPECT_THAT(MessageOf(file.status()), HasSubstr("h5repack --latest " + path));
+  }
+  H5Fclose(file_);
+}
+
+TEST_F(ForeignH5Test, PlainDataIsAccepted) {
   const hsize_t n = 100;
   const hid_t space = H5Screate_simple(1, &n, nullptr);
   const hid_t dataset =
