@@ -5,27 +5,31 @@
 set(krait_cuda_get "NVIDIA's apt repository (cuda-toolkit-13-0), or: python3 -m venv .venv && \
 .venv/bin/pip install 'cuda-toolkit[nvcc,cudart,crt,nvvm,cccl]==13.0.2'")
 
-# Prints the folder of the CUDA wheels, if the given Python has them.
-set(krait_wheel_probe "import importlib.util as u
-for base in (u.find_spec('nvidia') or type('', (), {'submodule_search_locations': []})).submodule_search_locations:
-    import os
-    path = os.path.join(base, 'cu13')
-    if os.path.exists(os.path.join(path, 'bin', 'nvcc')): print(path); break")
-
+if(KRAIT_NVCC AND NOT EXISTS ${KRAIT_NVCC})
+  unset(KRAIT_NVCC CACHE)
+endif()
 if(DEFINED CMAKE_CUDA_COMPILER)
   set(KRAIT_NVCC ${CMAKE_CUDA_COMPILER})
+elseif(DEFINED ENV{CUDACXX})
+  set(KRAIT_NVCC $ENV{CUDACXX})
 else()
-  find_program(KRAIT_NVCC nvcc HINTS ENV CUDACXX PATHS /usr/local/cuda/bin)
+  find_program(KRAIT_NVCC nvcc PATHS /usr/local/cuda/bin)
   foreach(python ${CMAKE_SOURCE_DIR}/.venv/bin/python3 python3)
     if(NOT KRAIT_NVCC)
-      execute_process(COMMAND ${python} -c "${krait_wheel_probe}" OUTPUT_VARIABLE krait_wheels
-        ERROR_QUIET OUTPUT_STRIP_TRAILING_WHITESPACE)
-      if(krait_wheels)
-        find_program(KRAIT_NVCC nvcc PATHS ${krait_wheels}/bin NO_DEFAULT_PATH)
-        set(CUDAToolkit_ROOT ${krait_wheels})
-      endif()
+      execute_process(COMMAND ${python} -c "import nvidia; print(list(nvidia.__path__)[0])"
+        OUTPUT_VARIABLE krait_wheels OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
+      find_program(KRAIT_NVCC nvcc PATHS ${krait_wheels}/cu13/bin NO_DEFAULT_PATH)
     endif()
   endforeach()
+endif()
+if(KRAIT_NVCC)
+  file(REAL_PATH ${KRAIT_NVCC} krait_cuda_root)
+  cmake_path(GET krait_cuda_root PARENT_PATH krait_cuda_root)
+  cmake_path(GET krait_cuda_root PARENT_PATH krait_cuda_root)
+  if(NOT EXISTS ${krait_cuda_root}/lib64)
+    # nvcc looks for its libraries in lib64, wheels keep them in lib.
+    string(PREPEND CMAKE_CUDA_FLAGS "-L${krait_cuda_root}/lib ")
+  endif()
 endif()
 
 if(KRAIT_CUDA)
@@ -50,13 +54,13 @@ if(KRAIT_CUDA)
   set(CMAKE_CUDA_EXTENSIONS OFF)
   # The runtime is linked statically (krait_cuda below): a binary starts on machines without CUDA.
   set(CMAKE_CUDA_RUNTIME_LIBRARY None)
-  find_package(CUDAToolkit REQUIRED)
+  find_package(Threads REQUIRED)
+  find_library(KRAIT_CUDART libcudart_static.a REQUIRED
+    HINTS ${krait_cuda_root}/lib64 ${krait_cuda_root}/lib ${CMAKE_CUDA_IMPLICIT_LINK_DIRECTORIES})
   add_library(krait_cuda INTERFACE)
-  target_link_libraries(krait_cuda INTERFACE CUDA::cudart_static)
+  target_link_libraries(krait_cuda INTERFACE ${KRAIT_CUDART} Threads::Threads ${CMAKE_DL_LIBS} rt)
   target_compile_options(krait_flags INTERFACE
     "$<$<COMPILE_LANGUAGE:CUDA>:SHELL:-Werror all-warnings -Xcompiler=-Wall,-Wextra,-Werror>")
-else()
-  find_package(CUDAToolkit QUIET)
 endif()
 
 # What the summary says about optional things: found or how to get it.
@@ -70,8 +74,8 @@ endif()
 set(krait_later "no part of Krait calls it yet")
 macro(krait_cuda_library name file get)
   find_library(KRAIT_${name}_LIBRARY NAMES ${file} lib${file}.so.2 lib${file}.so.9 lib${file}.so.13
-    HINTS ${CUDAToolkit_LIBRARY_DIR} ${CUDAToolkit_ROOT}/lib ${CUDAToolkit_ROOT}/../nccl/lib
-    ${CUDAToolkit_ROOT}/../cudnn/lib /usr/local/cuda/lib64)
+    HINTS ${krait_cuda_root}/lib64 ${krait_cuda_root}/lib ${krait_cuda_root}/../nccl/lib
+    ${krait_cuda_root}/../cudnn/lib)
   if(KRAIT_${name}_LIBRARY)
     krait_found("${name}" "${KRAIT_${name}_LIBRARY} (${krait_later})" "")
   else()
