@@ -5,6 +5,7 @@
 #include <fcntl.h>
 #include <signal.h>
 #include <stdlib.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -22,6 +23,7 @@ namespace krait {
 struct ProcessResult {
   int code = -1;  // the exit code, or 128 + the signal that ended it
   std::string out, err;
+  int64_t peak_bytes = 0;  // of resident memory
 };
 
 // A running child; its output goes to unnamed temporary files. Killed when the object goes first.
@@ -62,17 +64,17 @@ class Process {
   }
   bool running() {
     if (pid_ <= 0) return false;
-    if (waitpid(pid_, &status_, WNOHANG) == 0) return true;
+    if (wait4(pid_, &status_, WNOHANG, &usage_) == 0) return true;
     pid_ = -1;
     return false;
   }
   ProcessResult Wait() {
     if (pid_ > 0) {
-      KRAIT_CHECK(waitpid(pid_, &status_, 0) == pid_);
+      KRAIT_CHECK(wait4(pid_, &status_, 0, &usage_) == pid_);
       pid_ = -1;
     }
     return {WIFEXITED(status_) ? WEXITSTATUS(status_) : 128 + WTERMSIG(status_), Content(out_),
-            Content(err_)};
+            Content(err_), int64_t{usage_.ru_maxrss} * 1024};
   }
   std::string out() const { return Content(out_); }  // so far
 
@@ -94,6 +96,7 @@ class Process {
 
   pid_t pid_ = -1;
   int status_ = 0;
+  rusage usage_{};
   int out_ = -1, err_ = -1;
 };
 

@@ -2,15 +2,13 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <sys/stat.h>
-#include <unistd.h>
 
 #include <ctime>
-#include <filesystem>
-#include <fstream>
 #include <string>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "support/temp_folder.h"
 #include "trainer/config.h"
 
 namespace krait {
@@ -169,14 +167,7 @@ constexpr Case kCases[] = {
 
 class BadConfig : public ::testing::Test {
  protected:
-  void SetUp() override {
-    dir_ = std::filesystem::temp_directory_path() / absl::StrCat("krait-bad-config-", getpid());
-    std::filesystem::create_directories(dir_);
-    path_ = (dir_ / "bad.yaml").string();
-  }
-  void TearDown() override { std::filesystem::remove_all(dir_); }
-
-  void Write(const std::string& text) { std::ofstream(path_, std::ios::binary) << text; }
+  void Write(const std::string& text) { folder_.Write("bad.yaml", text); }
 
   // The message, after checking exit code and time.
   std::string Refused(const std::string& path) {
@@ -189,8 +180,8 @@ class BadConfig : public ::testing::Test {
     return MessageOf(config.status());
   }
 
-  std::filesystem::path dir_;
-  std::string path_;
+  TempFolder folder_;
+  const std::string path_ = folder_ / "bad.yaml";
 };
 
 std::string Broken(const Case& c) {
@@ -234,12 +225,12 @@ TEST_F(BadConfig, EachIsNamedWithItsPlace) {
 }
 
 TEST_F(BadConfig, PathsThatAreNoConfigs) {
-  EXPECT_THAT(Refused(dir_.string()), HasSubstr("this is a directory"));
-  EXPECT_THAT(Refused((dir_ / "none.yaml").string()), HasSubstr("there is no such file"));
+  EXPECT_THAT(Refused(folder_.path()), HasSubstr("this is a directory"));
+  EXPECT_THAT(Refused(folder_ / "none.yaml"), HasSubstr("there is no such file"));
   EXPECT_THAT(Refused(""), HasSubstr("there is no such file"));
   EXPECT_THAT(Refused("/dev/zero"), HasSubstr("no regular file"));
-  EXPECT_THAT(Refused((dir_ / "bad.yaml/x").string()), HasSubstr("x:1:1: "));
-  const std::string pipe = (dir_ / "pipe").string();
+  EXPECT_THAT(Refused(folder_ / "bad.yaml/x"), HasSubstr("x:1:1: "));
+  const std::string pipe = folder_ / "pipe";
   ASSERT_EQ(mkfifo(pipe.c_str(), 0600), 0);
   EXPECT_THAT(Refused(pipe), HasSubstr("no regular file"));
   Write("");
