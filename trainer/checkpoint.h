@@ -103,7 +103,7 @@ absl::Status VerifyCheckpoint(const Checkpoint& checkpoint);
 
 // Fills the wanted boxes from those stored (any tiling), checking the CRC of every stored box that
 // is touched while reading it, and the bytes outside boxes of the files touched. A box is read
-// once, in pieces of a few MiB. Dtypes must agree, except that an f32 target may be filled from
+// once, in pieces below 1 MiB. Dtypes must agree, except that an f32 target may be filled from
 // bf16. kNoCheckpoint for damage and for tensors that the checkpoint lacks or has in another shape;
 // after an error the targets hold garbage.
 absl::Status LoadBoxes(const Checkpoint& checkpoint, const std::vector<CheckpointBox>& wanted);

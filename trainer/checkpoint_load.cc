@@ -19,7 +19,8 @@ namespace krait {
 namespace {
 
 constexpr ExitCode kCode = ExitCode::kNoCheckpoint;
-constexpr int64_t kPiece = int64_t{4} << 20;  // bytes, a multiple of every element size
+// Bytes, a multiple of every element size; read, CRC and copy of a piece share the cache.
+constexpr int64_t kPiece = int64_t{256} << 10;
 
 std::string WithoutSlashes(std::string path) {
   while (path.size() > 1 && path.ends_with('/')) path.pop_back();
@@ -40,6 +41,16 @@ std::string Place(const Checkpoint& checkpoint, const ManifestBox& box) {
          ": tensor '" + box.name + "' (" + box.slot + ")";
 }
 
+// Reads bytes [begin, end) of a file into `out` and continues `crc` over them.
+absl::Status ReadInto(const File& file, int64_t begin, int64_t end, char* out, uint32_t* crc) {
+  for (int64_t at = begin; at < end; at += kPiece, out += kPiece) {
+    const auto n = static_cast<size_t>(std::min(kPiece, end - at));
+    KRAIT_RETURN_IF_ERROR(file.ReadAt(out, n, at));
+    *crc = Crc32c(out, n, *crc);
+  }
+  return absl::OkStatus();
+}
+
 // Passes bytes [begin, end) of a file through `take(data, offset from begin, size)` in order and
 // continues `crc` over them.
 using Take = std::function<void(const char*, int64_t, int64_t)>;
@@ -48,18 +59,19 @@ absl::Status Stream(const File& file, int64_t begin, int64_t end, std::vector<ch
   buffer->resize(std::max(buffer->size(), static_cast<size_t>(std::min(kPiece, end - begin))));
   for (int64_t at = begin; at < end; at += kPiece) {
     const int64_t n = std::min(kPiece, end - at);
-    KRAIT_RETURN_IF_ERROR(file.ReadAt(buffer->data(), static_cast<size_t>(n), at));
-    *crc = Crc32c(buffer->data(), static_cast<size_t>(n), *crc);
+    KRAIT_RETURN_IF_ERROR(ReadInto(file, at, at + n, buffer->data(), crc));
     if (take) take(buffer->data(), at - begin, n);
   }
   return absl::OkStatus();
 }
 
+// A stored box through `take`, or straight to `direct` where that is not null.
 absl::Status ReadBox(const Checkpoint& checkpoint, const File& file, const ManifestBox& box,
-                     std::vector<char>* buffer, const Take& take) {
+                     char* direct, std::vector<char>* buffer, const Take& take) {
   uint32_t crc = 0;
   const int64_t end = box.file_offset + box.bytes();
-  KRAIT_RETURN_IF_ERROR(Stream(file, box.file_offset, end, buffer, &crc, take));
+  KRAIT_RETURN_IF_ERROR(direct != nullptr ? ReadInto(file, box.file_offset, end, direct, &crc)
+                                          : Stream(file, box.file_offset, end, buffer, &crc, take));
   if (crc == box.crc) return absl::OkStatus();
   return Error(kCode, Place(checkpoint, box) +
                           absl::StrFormat(": bytes %d to %d have CRC32C %08x, saved was %08x",
@@ -120,6 +132,12 @@ class Scatter {
   }
 
   bool empty() const { return run_length_ == 0; }
+
+  // Where the stored box goes as it is, byte for byte and in one run; null when it does not.
+  char* direct(const ManifestBox& stored) const {
+    const bool whole = from_ == to_ && run_length_ * SizeOf(from_) == stored.bytes();
+    return whole ? target_ + to_start_ * SizeOf(to_) : nullptr;
+  }
 
   // Elements [begin, begin + count) of the stored box, each call behind the previous one.
   void Take(const char* data, int64_t begin, int64_t count) {
@@ -249,7 +267,7 @@ absl::Status VerifyCheckpoint(const Checkpoint& checkpoint) {
     errors.Add(CheckOutsideBoxes(checkpoint, *file, f, ranges[f], &buffer));
     for (const ManifestBox& box : checkpoint.boxes) {
       if (box.file != static_cast<int64_t>(f)) continue;
-      errors.Add(ReadBox(checkpoint, *file, box, &buffer, nullptr));
+      errors.Add(ReadBox(checkpoint, *file, box, nullptr, &buffer, nullptr));
     }
   }
   return errors.ToStatus();
@@ -274,12 +292,12 @@ absl::Status LoadBoxes(const Checkpoint& checkpoint, const std::vector<Checkpoin
     for (const size_t i : indices) {
       const ManifestBox& box = checkpoint.boxes[i];
       const int64_t width = SizeOf(box.dtype);
-      KRAIT_RETURN_IF_ERROR(
-          ReadBox(checkpoint, file, box, &buffer, [&](const char* data, int64_t at, int64_t size) {
-            for (Scatter& scatter : plan.at(i)) {
-              scatter.Take(data, at / width, size / width);
-            }
-          }));
+      std::vector<Scatter>& scatters = plan.at(i);
+      const auto take = [&](const char* data, int64_t at, int64_t size) {
+        for (Scatter& scatter : scatters) scatter.Take(data, at / width, size / width);
+      };
+      char* direct = scatters.size() == 1 ? scatters[0].direct(box) : nullptr;
+      KRAIT_RETURN_IF_ERROR(ReadBox(checkpoint, file, box, direct, &buffer, take));
     }
   }
   return absl::OkStatus();

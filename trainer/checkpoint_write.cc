@@ -23,7 +23,7 @@ namespace krait {
 namespace {
 
 constexpr ExitCode kCode = ExitCode::kCannotSave;
-constexpr int64_t kPiece = int64_t{1} << 20;  // CRC and write of a piece share the cache
+constexpr int64_t kPiece = int64_t{256} << 10;  // CRC and write of a piece share the cache
 
 std::string Reason(int error) { return std::generic_category().message(error); }
 

@@ -35,10 +35,10 @@ TEST(CheckpointSpeedTest, LongAgainstPlainWriteAndRead) {
   const std::string root = ::testing::TempDir() + "krait_speed_" + std::to_string(getpid());
   std::filesystem::create_directories(root);
   testing_checkpoint::State state;
-  for (int layer = 0; layer < 24; ++layer) {  // 3 slots of 24 x 4 MiB and small ones: 288 MiB
+  for (int layer = 0; layer < 24; ++layer) {  // 3 slots of 24 x 16 MiB and small ones: 1.1 GiB
     for (const char* slot : {"weight", "exp_avg", "exp_avg_sq"}) {
       const std::string name = "model.layers." + std::to_string(layer);
-      state.AddWhole(slot, name + ".feed_forward.up_proj.weight", DType::kF32, {1024, 1024});
+      state.AddWhole(slot, name + ".feed_forward.up_proj.weight", DType::kF32, {2048, 2048});
       state.AddWhole(slot, name + ".input_layernorm.weight", DType::kF32, {1024});
     }
   }

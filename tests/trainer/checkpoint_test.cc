@@ -118,7 +118,7 @@ TEST_F(CheckpointTest, TheShardIsAnHdf5FileWithTheContractedDatasets) {
 }
 
 TEST_F(CheckpointTest, AnyTilingLoadsIntoAnyOther) {
-  // Sizes above the reader's piece of 4 MiB in one tensor, odd cuts in all dimensions in the
+  // Sizes above the reader's piece of 256 KiB in one tensor, odd cuts in all dimensions in the
   // other; a scalar; bf16 read as f32.
   const std::vector<int64_t> cube = {5, 7, 11}, large = {1100, 1031};
   const auto cut = [](State* state, const std::string& name, DType dtype,
