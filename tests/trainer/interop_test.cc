@@ -20,6 +20,7 @@ namespace {
 
 using ::testing::AllOf;
 using ::testing::HasSubstr;
+using testing::ReadTensor;
 
 const std::string kGolden = KRAIT_TEST_GOLDEN "/jamba-micro";
 
@@ -29,7 +30,7 @@ SafetensorsReader Folder(const std::string& path) {
   return *reader;
 }
 
-class InteropTest : public testing::Test {
+class InteropTest : public ::testing::Test {
  protected:
   InteropTest() { omp_set_num_threads(1); }
   // Imports the folder and returns the checkpoint's path.
@@ -72,7 +73,8 @@ class InteropTest : public testing::Test {
     const SafetensorsReader reader = Folder(kGolden);
     std::map<std::string, std::pair<std::vector<int64_t>, std::vector<float>>> tensors;
     for (const auto& [name, entry] : reader.entries()) {
-      tensors[name] = {entry.shape, ReadTensor(reader, name)};
+      const std::vector<double> values = ReadTensor(reader, name);
+      tensors[name] = {entry.shape, {values.begin(), values.end()}};
     }
     return tensors;
   }
@@ -173,15 +175,14 @@ TEST_F(InteropTest, Bf16RoundsToNearestEven) {
   const SafetensorsReader golden = Folder(kGolden), out = Folder(folder_ / "out");
   for (const auto& [name, entry] : golden.entries()) {
     ASSERT_EQ(out.entries().at(name).dtype, DType::kBF16);
-    const std::vector<float> exact = ReadTensor(golden, name), rounded = ReadTensor(out, name);
+    const std::vector<double> exact = ReadTensor(golden, name), rounded = ReadTensor(out, name);
     for (size_t i = 0; i < exact.size(); ++i) {
       // The two neighbours in bf16; the nearer one, on a tie the one with an even last bit.
-      const float below = std::bit_cast<float>(std::bit_cast<uint32_t>(exact[i]) & 0xffff0000u);
-      const float above =
-          std::bit_cast<float>((std::bit_cast<uint32_t>(exact[i]) & 0xffff0000u) + 0x10000u);
-      const double to_below = std::abs(double{exact[i]} - below);
-      const double to_above = std::abs(double{above} - exact[i]);
-      const bool below_even = (std::bit_cast<uint32_t>(below) >> 16 & 1) == 0;
+      const uint32_t bits = std::bit_cast<uint32_t>(static_cast<float>(exact[i])) & 0xffff0000u;
+      const double below = std::bit_cast<float>(bits);
+      const double above = std::bit_cast<float>(bits + 0x10000u);
+      const double to_below = std::abs(exact[i] - below), to_above = std::abs(above - exact[i]);
+      const bool below_even = (bits >> 16 & 1) == 0;
       const bool down = to_below < to_above || (to_below == to_above && below_even);
       ASSERT_EQ(rounded[i], down ? below : above) << name << " " << i << " " << exact[i];
     }

@@ -9,17 +9,20 @@
 #include <omp.h>
 
 #include "support/golden.h"
+#include "support/gradcheck.h"
 #include "support/temp_folder.h"
 
 namespace krait {
 namespace {
 
 using ::testing::HasSubstr;
+using testing::ReadTensor;
+using testing::RelativeError;
 
 const std::string kGolden = KRAIT_TEST_GOLDEN "/jamba-micro";
 constexpr double kForward = 2e-6, kGradient = 2e-5, kAfter20 = 2e-4;
 
-class ProbeTest : public testing::Test {
+class ProbeTest : public ::testing::Test {
  protected:
   ProbeTest() { omp_set_num_threads(1); }
   ProbeOptions Options() const {
