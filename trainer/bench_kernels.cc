@@ -58,7 +58,12 @@ class Operands {
     bytes_ += x.bytes();
     return x;
   }
-  Arena* arena() { return arena_; }  // for memory that does not count as an operand
+  // A table of which an op touches few rows: it does not count as an operand.
+  Tensor Uncounted(std::initializer_list<int64_t> shape) {
+    const Tensor x = arena_->Alloc(DType::kF32, shape);
+    std::memset(x.raw(), 0, static_cast<size_t>(x.bytes()));
+    return x;
+  }
   int64_t bytes() const { return bytes_; }
 
  private:
@@ -289,14 +294,12 @@ void AddVocabulary(std::vector<Case>* cases) {
   const std::string embed = absl::StrFormat("M%d D%d V%d", kM, kD, kVocabWide);
   cases->push_back({"embedding", OpFamily::kEmbedding, "forward", embed, 0, [](Operands* o) -> Op {
                       auto y = o->Out({kM, kD}), ids = o->Ids({kM}, kVocabWide);
-                      // Only the rows that are looked up count as an operand.
-                      Arena* arena = o->arena();
-                      auto table = arena->Alloc(DType::kF32, {kVocabWide, kD});
+                      auto table = o->Uncounted({kVocabWide, kD});
                       return [=](const Context& ctx) { EmbeddingForward(y, ids, table, ctx); };
                     }});
   cases->push_back({"embedding", OpFamily::kEmbedding, "backward", embed, 0, [](Operands* o) -> Op {
                       auto dy = o->Normal({kM, kD}), ids = o->Ids({kM}, kVocabWide);
-                      auto dtable = o->arena()->Alloc(DType::kF32, {kVocabWide, kD});
+                      auto dtable = o->Uncounted({kVocabWide, kD});
                       return [=](const Context& ctx) { EmbeddingBackward(dtable, dy, ids, ctx); };
                     }});
   for (int64_t v : {kV, int64_t{16384}}) {

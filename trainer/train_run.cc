@@ -22,6 +22,7 @@ namespace krait {
 namespace {
 
 constexpr int64_t kMaxSkippedInRow = 10;
+constexpr double kRedrawSeconds = 0.1;  // of the live line, at most this often
 
 using Clock = std::chrono::steady_clock;
 double Seconds(Clock::time_point from) {
@@ -62,6 +63,8 @@ class Run {
   int64_t first_step_ = 0, first_tokens_ = 0;  // of this process
   int64_t saving_step_ = 0;                    // of the save under way
   Clock::time_point start_ = Clock::now();
+  const int64_t machine_memory_ = MachineMemory();
+  Clock::time_point drawn_;    // the live line
   double window_seconds_ = 0;  // since the last log line
   int64_t window_steps_ = 0;
   std::optional<double> val_loss_;
@@ -174,8 +177,11 @@ absl::Status Run::Report(StepReport report, double seconds) {
   report.step_ms = step_seconds * 1000;
   report.eta_seconds = step_seconds * static_cast<double>(report.steps - report.step);
   report.peak_memory = PeakMemoryBytes();
-  report.total_memory = MachineMemory();
-  console_.Status(FormatLiveLine(report));
+  report.total_memory = machine_memory_;
+  if (Seconds(drawn_) >= kRedrawSeconds) {
+    drawn_ = Clock::now();
+    console_.Status(FormatLiveLine(report));
+  }
 
   const bool log = report.step == 1 || report.step == report.steps || report.was_skipped ||
                    Due(config_.log.every, report.step);
