@@ -189,7 +189,7 @@ TEST_F(BuildTest, LargeCompressedInputs) {
 }
 
 // Longer than the pieces in which texts are read, encoded and written.
-TEST_F(BuildTest, LongTexts) {
+TEST_F(BuildTest, TextsOfSeveralPieces) {
   std::vector<std::string> texts;
   for (const size_t size : {(size_t{1} << 20) - 1, size_t{1} << 20, (size_t{3} << 20) + 77}) {
     std::string text(size, ' ');
