@@ -31,13 +31,6 @@ Matrix<T> At(Matrix<T> matrix, int64_t row, int64_t column) {
   return matrix;
 }
 
-// OpenBLAS cuts long sums into blocks. What lies between one and two blocks it halves, and rounds
-// the half up to its tile height (at most 16) when it runs on one thread but not on several: other
-// roundings. Lengths that are multiples of 32 are cut alike in both, so Gemm hands over those, and
-// what remains as a product of its own. A short sum is one block on every processor.
-constexpr int64_t kShortSum = 128;
-constexpr int64_t kEvenSum = 32;
-
 // Rows added before the partial sum joins the total: two levels keep the rounding error of long
 // columns small.
 constexpr int64_t kSumBlock = 128;
@@ -76,13 +69,11 @@ void Gemm(int64_t m, int64_t n, int64_t k, T scale, Matrix<T> a, Matrix<T> b, bo
   KRAIT_CHECK(std::max({a.stride, b.stride, c_stride}) <= kMaxBlasExtent);
   for (int64_t i = 0; i < m; i += max_extent) {
     for (int64_t j = 0; j < n; j += max_extent) {
-      for (int64_t l = 0, length; l < k; l += length) {
-        length = std::min(max_extent, k - l);
-        if (length > kShortSum) length -= length % kEvenSum;
+      for (int64_t l = 0; l < k; l += max_extent) {
         Blas(static_cast<int>(std::min(max_extent, m - i)),
-             static_cast<int>(std::min(max_extent, n - j)), static_cast<int>(length), scale,
-             At(a, i, l), At(b, l, j), accumulate || l > 0 ? T{1} : T{0}, c + i * c_stride + j,
-             static_cast<int>(c_stride));
+             static_cast<int>(std::min(max_extent, n - j)),
+             static_cast<int>(std::min(max_extent, k - l)), scale, At(a, i, l), At(b, l, j),
+             accumulate || l > 0 ? T{1} : T{0}, c + i * c_stride + j, static_cast<int>(c_stride));
       }
     }
   }
