@@ -2,9 +2,9 @@
 //
 // Operands have one dtype (f32, f64; bf16 on CUDA) and unit inner stride; a row stride larger than
 // the row is allowed, so that halves of glued tensors (x|z, gate|up) are used in place.
-// CPU: CBLAS on all threads. The same number of threads gives the same bits; with another number the
-// library may cut its sums at other points (this is the one op family whose bits can depend on it).
-// Rows may be 0 (an expert without tokens): outputs are then zeroed or left as they are when
+// CPU: CBLAS on all threads. The same number of threads gives the same bits; with another number
+// the library may cut its sums at other points (this is the one op family whose bits can depend on
+// it). Rows may be 0 (an expert without tokens): outputs are then zeroed or left as they are when
 // accumulating.
 #ifndef KRAIT_KERNELS_GEMM_H_
 #define KRAIT_KERNELS_GEMM_H_
