@@ -115,7 +115,7 @@ void AttentionSublayer::Decode(Tensor y, Tensor x, const Weights& weights, Mixer
   const Context& ctx = *pass.ctx;
   ArenaScope scope(ctx.scratch);
   const int64_t m = x.dim(0);
-  const auto [batch, t] = pass.shape;
+  const int64_t batch = pass.shape.batch, t = pass.shape.seq_len;
   AttentionState& cache = *static_cast<AttentionState*>(state);
   KRAIT_CHECK(cache.k.dim(0) == batch && cache.position + t <= cache.k.dim(1));
   const Tensor w_qkv = weights.Get(qkv_);
