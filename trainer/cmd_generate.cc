@@ -10,7 +10,7 @@ namespace krait {
 namespace {
 
 struct Arguments {
-  std::string checkpoint, prompt;
+  std::string checkpoint, prompt, tokenizer;
   int64_t tokens = 256;
   SamplingOptions sampling;
 };
@@ -22,8 +22,14 @@ absl::StatusOr<ExitCode> Run(const Arguments& arguments) {
                          InferenceModel::Load(arguments.checkpoint, [](const std::string& line) {
                            std::fprintf(stderr, "krait: %s\n", line.c_str());
                          }));
+  const std::string name =
+      arguments.tokenizer.empty() ? model->checkpoint().meta.tokenizer : arguments.tokenizer;
+  if (name.empty()) {
+    return Error(ExitCode::kConfig,
+                 model->checkpoint().path + " names no tokenizer: add --tokenizer NAME");
+  }
   std::unique_ptr<Tokenizer> tokenizer;
-  KRAIT_ASSIGN_OR_RETURN(tokenizer, MakeTokenizer(model->checkpoint().meta.tokenizer));
+  KRAIT_ASSIGN_OR_RETURN(tokenizer, MakeTokenizer(name));
   std::vector<int32_t> prompt;
   tokenizer->Encode(arguments.prompt, &prompt);
   if (prompt.empty()) {
@@ -66,6 +72,8 @@ void AddGenerateCommand(CLI::App* app, CommandLine* line) {
       ->required()
       ->type_name("TEXT");
   AddCount(generate, "--tokens", &arguments->tokens, "how many tokens to add (default 256)");
+  generate->add_option("--tokenizer", arguments->tokenizer, "instead of the checkpoint's: bytes")
+      ->type_name("NAME");
   SamplingOptions& sampling = arguments->sampling;
   generate->add_option("--temperature", sampling.temperature, "0: always the most likely token")
       ->capture_default_str();

@@ -88,20 +88,22 @@ int64_t PeakMemoryBytes() {
 
 absl::Status RefuseSeveralRanks() {
   struct Launcher {
-    const char* name;
-    int64_t ranks;
+    const char *name, *ranks, *rank;
   };
-  const bool srun = std::getenv("SLURM_PROCID") != nullptr;
   for (const Launcher& launcher :
-       {Launcher{"mpirun", ToInt(std::getenv("OMPI_COMM_WORLD_SIZE"))},
-        Launcher{"mpiexec", ToInt(std::getenv("PMI_SIZE"))},
-        Launcher{"srun", srun ? ToInt(std::getenv("SLURM_NTASKS")) : 0}}) {
-    if (launcher.ranks > 1) {
-      return Error(ExitCode::kConfig, std::string(launcher.name) + " started " +
-                                          std::to_string(launcher.ranks) +
-                                          " ranks, but krait runs as one process: several ranks "
-                                          "are not supported yet");
-    }
+       {Launcher{"mpirun", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"},
+        Launcher{"mpiexec", "PMI_SIZE", "PMI_RANK"},
+        Launcher{"srun", "SLURM_NTASKS", "SLURM_PROCID"}}) {
+    const int64_t ranks = ToInt(std::getenv(launcher.ranks));
+    const char* rank = std::getenv(launcher.rank);
+    // A batch script has SLURM_NTASKS too; its tasks have a number besides.
+    if (ranks <= 1 || (rank == nullptr && std::string_view(launcher.name) == "srun")) continue;
+    return Error(ExitCode::kConfig, ToInt(rank) > 0
+                                        ? ""  // rank 0 says it
+                                        : std::string(launcher.name) + " started " +
+                                              std::to_string(ranks) +
+                                              " ranks, but krait runs as one process: several "
+                                              "ranks are not supported yet");
   }
   return absl::OkStatus();
 }

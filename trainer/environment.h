@@ -19,7 +19,8 @@ std::string EnvironmentJson();
 // The largest resident set of this process so far.
 int64_t PeakMemoryBytes();
 
-// kConfig when a launcher (mpirun, srun) started several ranks: krait runs as one process.
+// kConfig when a launcher (mpirun, srun) started several ranks: krait runs as one process. The
+// message is empty on all ranks but the first.
 absl::Status RefuseSeveralRanks();
 
 }  // namespace krait

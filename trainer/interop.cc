@@ -6,6 +6,7 @@
 
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
+#include "data/tokenizer.h"
 #include "kernels/base/file.h"
 #include "model/hf.h"
 #include "trainer/inference.h"
@@ -95,6 +96,9 @@ absl::Status LoadHfWeights(const SafetensorsReader& reader, const ModelSpec& spe
 absl::Status ImportHf(const ImportOptions& options) {
   if (Exists(options.out)) {
     return Error(ExitCode::kConfig, "--out " + options.out + " exists already");
+  }
+  if (!options.tokenizer.empty()) {
+    KRAIT_RETURN_IF_ERROR(MakeTokenizer(options.tokenizer).status());
   }
   RunConfig config;
   KRAIT_ASSIGN_OR_RETURN(config.model, ReadHfSpec(options.hf));

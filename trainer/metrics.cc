@@ -197,6 +197,22 @@ absl::Status DiscardMetricsAfter(const std::string& run_dir, int64_t step) {
   return WriteFileAtomic(path, kept, ExitCode::kCannotSave);
 }
 
+std::optional<double> LastRecorded(const std::string& run_dir, const std::string& name) {
+  const auto content =
+      ReadFile(run_dir + "/metrics.jsonl", kMaxMetricsBytes, ExitCode::kCannotSave);
+  if (!content.ok()) return std::nullopt;
+  std::optional<double> last;
+  std::istringstream lines(*content);
+  for (std::string line; std::getline(lines, line);) {
+    if (line.find(name) == std::string::npos) continue;
+    const auto record = nlohmann::json::parse(line, nullptr, /*allow_exceptions=*/false);
+    if (record.is_object() && record.contains(name) && record[name].is_number()) {
+      last = record[name].get<double>();
+    }
+  }
+  return last;
+}
+
 std::vector<std::string> FormatSummary(const Summary& s) {
   std::vector<std::string> lines;
   lines.push_back(s.finished ? absl::StrFormat("finished: %d steps", s.step)

@@ -94,6 +94,9 @@ std::string FormatRecord(int64_t step, double time, const std::vector<Metric>& m
 // is lost when the process dies on the way; a record may then be in both.
 absl::Status DiscardMetricsAfter(const std::string& run_dir, int64_t step);
 
+// The last value of that name in metrics.jsonl, if any.
+std::optional<double> LastRecorded(const std::string& run_dir, const std::string& name);
+
 // What a finished or stopped run prints last.
 struct Summary {
   bool finished = false;

@@ -67,7 +67,6 @@ class Run {
   Clock::time_point drawn_;    // the live line
   double window_seconds_ = 0;  // since the last log line
   int64_t window_steps_ = 0;
-  std::optional<double> val_loss_;
 };
 
 absl::Status Run::Open() {
@@ -119,12 +118,15 @@ absl::Status Run::WriteRunFolder() {
 
 absl::Status Run::Describe() {
   const ParamTable& table = trainer_->weights().table();
-  return Say(absl::StrFormat(
-      "%s: %s parameters (%s active), %d layers, batch %s tokens, memory %.2f GiB planned",
+  KRAIT_RETURN_IF_ERROR(Say(absl::StrFormat(
+      "%s: %s parameters (%s active), %d layers, batch %s tokens, memory %s planned",
       config_.run_dir, PrintShort(static_cast<double>(table.total())),
       PrintShort(static_cast<double>(table.active(config_.model))), config_.model.n_layers,
       PrintShort(static_cast<double>(config_.train.batch_tokens)),
-      static_cast<double>(trainer_->memory().total()) / (1 << 30)));
+      PrintBytes(trainer_->memory().total()))));
+  if (trainer_->memory().total() <= machine_memory_) return absl::OkStatus();
+  return Say(absl::StrFormat("warning: that is more than the %s of this machine",
+                             PrintBytes(machine_memory_)));
 }
 
 absl::StatusOr<ExitCode> Run::Loop() {
@@ -198,7 +200,6 @@ absl::Status Run::Evaluate(int64_t step) {
   EvalResult result;
   KRAIT_ASSIGN_OR_RETURN(result, EvaluateStored(&trainer_->model(), *validation_, wanted,
                                                 config_.train.micro_batch, trainer_->ctx()));
-  val_loss_ = result.loss;
   const std::optional<double> bpb = BitsPerByte(result.loss, state().tokenizer);
   std::string line =
       absl::StrFormat("step %5d/%d | val loss %.4f", step, config_.train.steps, result.loss);
@@ -250,8 +251,8 @@ absl::Status Run::PrintSummary() {
   summary.skipped = state().skipped;
   summary.session_tokens = state().tokens - first_tokens_;
   summary.session_seconds = state().step > first_step_ ? Seconds(start_) : 0;
-  summary.val_loss = val_loss_;
-  if (val_loss_.has_value()) summary.val_bpb = BitsPerByte(*val_loss_, state().tokenizer);
+  summary.val_loss = LastRecorded(config_.run_dir, "val/loss");
+  summary.val_bpb = LastRecorded(config_.run_dir, "val/bpb");
   if (Exists(checkpoint)) summary.checkpoint = checkpoint;
   if (!summary.finished) {
     summary.next_commands = {options_.command_line};

@@ -98,12 +98,17 @@ TEST(Cli, SeveralRanksAreRefused) {
   for (const std::map<std::string, std::string>& launcher :
        {std::map<std::string, std::string>{{"OMPI_COMM_WORLD_SIZE", "2"}},
         {{"PMI_SIZE", "4"}},
-        {{"SLURM_NTASKS", "8"}, {"SLURM_PROCID", "3"}}}) {
+        {{"SLURM_NTASKS", "8"}, {"SLURM_PROCID", "0"}}}) {
     const ProcessResult result = RunProcess(
         {KRAIT_BINARY, "plan", KRAIT_SOURCE_DIR "/configs/models/jamba-tiny.yaml"}, launcher);
     EXPECT_EQ(result.code, 20) << result.err;
     EXPECT_THAT(result.err, HasSubstr("several ranks are not supported yet"));
   }
+  const ProcessResult second =
+      RunProcess({KRAIT_BINARY, "plan", KRAIT_SOURCE_DIR "/configs/models/jamba-tiny.yaml"},
+                 {{"OMPI_COMM_WORLD_SIZE", "2"}, {"OMPI_COMM_WORLD_RANK", "1"}});
+  EXPECT_EQ(second.code, 20);
+  EXPECT_THAT(second.err, IsEmpty());  // said once, by rank 0
   EXPECT_EQ(RunProcess({KRAIT_BINARY, "plan", KRAIT_SOURCE_DIR "/configs/models/jamba-tiny.yaml"},
                        {{"OMPI_COMM_WORLD_SIZE", "1"}, {"SLURM_NTASKS", "1"}})
                 .code,
@@ -169,6 +174,7 @@ TEST(Cli, GenerateIsAFunctionOfItsSeed) {
   other.back() = "6";
   EXPECT_NE(Krait(other).out, first.out);
   EXPECT_EQ(Krait({"generate", tiny / "run", "--prompt", ""}).code, 20);
+  EXPECT_EQ(Krait({"generate", tiny / "run", "--prompt", "a", "--tokenizer", "bpe"}).code, 20);
   EXPECT_EQ(Krait({"generate", tiny / "run", "--prompt", "a", "--top-p", "2"}).code, 20);
 }
 

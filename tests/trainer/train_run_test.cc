@@ -106,7 +106,7 @@ TEST(TrainRun, FinishedRunSaysSoAndFolderHasItsFiles) {
 
   const ProcessResult again = tiny.Train("run", {"train.steps=20"});
   EXPECT_EQ(again.code, 0) << again.err;
-  EXPECT_THAT(again.out, HasSubstr("finished"));
+  EXPECT_THAT(again.out, AllOf(HasSubstr("finished"), HasSubstr("bits per byte")));
   EXPECT_EQ(ReadText(tiny / "run/metrics.jsonl"), metrics);
 }
 
