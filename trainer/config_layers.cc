@@ -250,7 +250,7 @@ class Loader {
         ConfigNode fresh;
         fresh.kind = ConfigNode::Kind::kMap;
         fresh.place = place;
-        if (last) fresh = std::move(value);
+        if (last) fresh = std::move(value);  // NOLINT(bugprone-use-after-move): at most once
         fresh.key = parts[i];
         fresh.key_place = place;
         node->children.push_back(std::move(fresh));
