@@ -93,11 +93,11 @@ absl::Status RefuseSeveralRanks() {
   for (const Launcher& launcher :
        {Launcher{"mpirun", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"},
         Launcher{"mpiexec", "PMI_SIZE", "PMI_RANK"},
-        Launcher{"srun", "SLURM_NTASKS", "SLURM_PROCID"}}) {
+        // Set for the tasks of srun only; a batch script has SLURM_NTASKS and SLURM_PROCID too.
+        Launcher{"srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"}}) {
     const int64_t ranks = ToInt(std::getenv(launcher.ranks));
     const char* rank = std::getenv(launcher.rank);
-    // A batch script has SLURM_NTASKS too; its tasks have a number besides.
-    if (ranks <= 1 || (rank == nullptr && std::string_view(launcher.name) == "srun")) continue;
+    if (ranks <= 1) continue;
     return Error(ExitCode::kConfig, ToInt(rank) > 0
                                         ? ""  // rank 0 says it
                                         : std::string(launcher.name) + " started " +

@@ -98,7 +98,7 @@ TEST(Cli, SeveralRanksAreRefused) {
   for (const std::map<std::string, std::string>& launcher :
        {std::map<std::string, std::string>{{"OMPI_COMM_WORLD_SIZE", "2"}},
         {{"PMI_SIZE", "4"}},
-        {{"SLURM_NTASKS", "8"}, {"SLURM_PROCID", "0"}}}) {
+        {{"SLURM_STEP_NUM_TASKS", "8"}, {"SLURM_PROCID", "0"}}}) {
     const ProcessResult result = RunProcess(
         {KRAIT_BINARY, "plan", KRAIT_SOURCE_DIR "/configs/models/jamba-tiny.yaml"}, launcher);
     EXPECT_EQ(result.code, 20) << result.err;
@@ -109,10 +109,11 @@ TEST(Cli, SeveralRanksAreRefused) {
                  {{"OMPI_COMM_WORLD_SIZE", "2"}, {"OMPI_COMM_WORLD_RANK", "1"}});
   EXPECT_EQ(second.code, 20);
   EXPECT_THAT(second.err, IsEmpty());  // said once, by rank 0
-  EXPECT_EQ(RunProcess({KRAIT_BINARY, "plan", KRAIT_SOURCE_DIR "/configs/models/jamba-tiny.yaml"},
-                       {{"OMPI_COMM_WORLD_SIZE", "1"}, {"SLURM_NTASKS", "1"}})
-                .code,
-            0);
+  EXPECT_EQ(
+      RunProcess({KRAIT_BINARY, "plan", KRAIT_SOURCE_DIR "/configs/models/jamba-tiny.yaml"},
+                 {{"OMPI_COMM_WORLD_SIZE", "1"}, {"SLURM_NTASKS", "8"}, {"SLURM_PROCID", "0"}})
+          .code,
+      0);
 }
 
 TEST(Cli, ConfigErrorsNameTheirPlace) {
