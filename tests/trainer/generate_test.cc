@@ -80,7 +80,7 @@ TEST_F(GenerateTest, PiecesOfThePromptGiveTheSameLogits) {
   }
 }
 
-TEST_F(GenerateTest, LongPromptsGoInPieces) {
+TEST_F(GenerateTest, PromptsAboveOnePieceGoInPieces) {
   // More than one piece of 512 tokens, and the last token decides as in one pass.
   const std::vector<int32_t> ids = Ids(700);
   const std::vector<float> logits = Logits(ids, {700});
