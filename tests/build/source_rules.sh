@@ -23,20 +23,25 @@ arrows() {
     data/*) echo '^(data|kernels/base)/' ;;
     parallel/*) echo '^(parallel|kernels)/' ;;
     model/*) echo '^(model|parallel|kernels)/' ;;
-    trainer/*) echo '^(trainer|model|data|parallel|kernels)/' ;;
+    trainer/config/*) echo '^(trainer/config|model|data|kernels/base)/' ;;
+    trainer/checkpoint/*) echo '^(trainer/checkpoint|kernels/base)/' ;;
+    trainer/report/*) echo '^(trainer/report|kernels/base)/' ;;
+    trainer/train/*) echo '^(trainer/(train|config|checkpoint|report)|model|data|parallel|kernels)/' ;;
+    trainer/tools/*) echo '^(trainer/(tools|train|config|checkpoint|report)|model|data|parallel|kernels)/' ;;
+    trainer/cli/*) echo '^(trainer|model|data|parallel|kernels)/' ;;
     *) echo '.' ;;
   esac
 }
 
 # Edges: a pattern of third-party headers, and that of the files that may include them.
 edges=(
-  '^yaml-cpp/' '^trainer/config'
+  '^yaml-cpp/' '^trainer/config/'
   '^hdf5' '^kernels/base/h5\.cc$'
-  '^(cblas|openblas)' '^(kernels/cpu/|trainer/bench)'
+  '^(cblas|openblas)' '^kernels/cpu/'
   '^(cuda|cublas|cudnn|nccl|cub/|thrust/)' '^kernels/cuda/'
   '^mpi\.h$' '^parallel/'
-  '^nlohmann/' '^(kernels/base|data|trainer)/'
-  '^CLI/' '^trainer/'
+  '^nlohmann/' '^(kernels/base|data|trainer/(report|tools|cli))/'
+  '^CLI/' '^trainer/cli/'
   '^(zlib|zstd)\.h$' '^data/'
   '^omp\.h$' '^kernels/base/parallel_for\.h$'
   '^(gtest|gmock)/' '^tests/'
@@ -59,6 +64,7 @@ plain_only() {  # FILE ORIGIN
 }
 
 for file in "${sources[@]}"; do
+  [[ $file =~ ^trainer/[^/]+$ ]] && breach "$file" "lies in no room of trainer/"
   allowed=$(arrows "$file")
   for header in $(headers "$file"); do
     if [[ $header =~ ^(kernels|data|parallel|model|trainer)/ ]]; then

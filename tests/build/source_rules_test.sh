@@ -6,10 +6,12 @@ here=$(cd "$(dirname "$0")" && pwd)
 
 tree=$(mktemp -d)
 trap 'rm -rf "$tree"' EXIT
-mkdir -p "$tree"/{kernels/base,kernels/cuda,data,parallel,model,trainer,launch}
+mkdir -p "$tree"/{kernels/base,kernels/cuda,data,parallel,model,launch}
+mkdir -p "$tree"/trainer/{config,checkpoint,report,train,tools,cli}
 cd "$tree" || exit 1
 echo '#include "absl/status/status.h"' > kernels/base/status.h
 touch kernels/tensor.h model/spec.h data/sampler.h
+for room in config checkpoint report train tools cli; do touch trainer/$room/x.h; done
 failed=0
 # FILE, its content, and a word of the sentence that must come.
 expect() {
@@ -27,10 +29,19 @@ expect parallel/a.cc '#include "model/spec.h"' 'against the arrows'
 expect data/a.cc '#include "kernels/tensor.h"' 'against the arrows'
 expect model/a.cc '#include "data/sampler.h"' 'against the arrows'
 expect kernels/base/a.cc '#include "kernels/tensor.h"' 'against the arrows'
-expect kernels/a.cc '#  include "trainer/x.h"' 'against the arrows'
+expect kernels/a.cc '#  include "trainer/config/x.h"' 'against the arrows'
+expect trainer/config/a.cc '#include "trainer/report/x.h"' 'against the arrows'
+expect trainer/checkpoint/a.cc '#include "trainer/config/x.h"' 'against the arrows'
+expect trainer/report/a.cc '#include "trainer/config/x.h"' 'against the arrows'
+expect trainer/train/a.cc '#include "trainer/tools/x.h"' 'against the arrows'
+expect trainer/tools/a.cc '#include "trainer/cli/x.h"' 'against the arrows'
+expect trainer/a.cc '#include "model/spec.h"' 'in no room'
 expect model/a.cc '#include "model/none.h"' 'does not exist'
-expect trainer/checkpoint.cc '#include <hdf5.h>' 'belongs to'
-expect trainer/plan.cc '#include <yaml-cpp/yaml.h>' 'belongs to'
+expect trainer/checkpoint/a.cc '#include <hdf5.h>' 'belongs to'
+expect trainer/tools/a.cc '#include <yaml-cpp/yaml.h>' 'belongs to'
+expect trainer/tools/a.cc '#include <CLI/CLI.hpp>' 'belongs to'
+expect trainer/train/a.cc '#include <nlohmann/json.hpp>' 'belongs to'
+expect trainer/tools/a.cc '#include <cblas.h>' 'belongs to'
 expect kernels/a.cc '#include <cblas.h>' 'belongs to'
 expect kernels/a.h '#include <cuda_runtime.h>' 'belongs to'
 expect model/hf.cc '#include <nlohmann/json.hpp>' 'belongs to'

@@ -1,0 +1,250 @@
+// Hugging Face folders in and out: the same bits, every layout of weight files, refusals.
+#include "trainer/tools/interop.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <omp.h>
+
+#include <bit>
+#include <filesystem>
+#include <fstream>
+
+#include "nlohmann/json.hpp"
+#include "support/golden.h"
+#include "support/tiny_run.h"
+#include "trainer/checkpoint/checkpoint.h"
+#include "trainer/tools/probe.h"
+
+namespace krait {
+namespace {
+
+using ::testing::AllOf;
+using ::testing::HasSubstr;
+using testing::ReadTensor;
+
+const std::string kGolden = KRAIT_TEST_GOLDEN "/jamba-micro";
+
+SafetensorsReader Folder(const std::string& path) {
+  auto reader = SafetensorsReader::OpenFolder(path);
+  if (!reader.ok()) KRAIT_FATAL(MessageOf(reader.status()));
+  return *reader;
+}
+
+class InteropTest : public ::testing::Test {
+ protected:
+  InteropTest() { omp_set_num_threads(1); }
+  // Imports the folder and returns the checkpoint's path.
+  std::string Import(const std::string& hf, const std::string& name) const {
+    ImportOptions options;
+    options.hf = hf;
+    options.out = folder_ / name;
+    options.tokenizer = "bytes";
+    const absl::Status status = ImportHf(options);
+    EXPECT_TRUE(status.ok()) << status;
+    return options.out;
+  }
+  ExportOptions Export(const std::string& checkpoint, const std::string& name) const {
+    ExportOptions options;
+    options.checkpoint = checkpoint;
+    options.hf = folder_ / name;
+    return options;
+  }
+  // A folder with the golden config and the given weights.
+  void WriteFolder(const std::string& name,
+                   const std::map<std::string, std::pair<std::vector<int64_t>, std::vector<float>>>&
+                       tensors) const {
+    std::filesystem::create_directories(folder_ / name);
+    std::filesystem::copy_file(kGolden + "/config.json", folder_ / (name + "/config.json"));
+    std::vector<SafetensorsWriter::Item> items;
+    for (const auto& [tensor, content] : tensors) {
+      items.push_back({tensor, DType::kF32, content.first});
+    }
+    auto writer = SafetensorsWriter::Create(folder_ / (name + "/model.safetensors"), items, {});
+    KRAIT_CHECK(writer.ok());
+    for (const auto& [tensor, content] : tensors) {
+      KRAIT_CHECK(
+          writer->Write(content.second.data(), static_cast<int64_t>(content.second.size() * 4))
+              .ok());
+    }
+    KRAIT_CHECK(writer->Finish().ok());
+  }
+  static std::map<std::string, std::pair<std::vector<int64_t>, std::vector<float>>>
+  GoldenTensors() {
+    const SafetensorsReader reader = Folder(kGolden);
+    std::map<std::string, std::pair<std::vector<int64_t>, std::vector<float>>> tensors;
+    for (const auto& [name, entry] : reader.entries()) {
+      const std::vector<double> values = ReadTensor(reader, name);
+      tensors[name] = {entry.shape, {values.begin(), values.end()}};
+    }
+    return tensors;
+  }
+  void ExpectGoldenWeights(const std::string& folder) const {
+    const SafetensorsReader golden = Folder(kGolden), out = Folder(folder);
+    EXPECT_EQ(out.entries().size(), golden.entries().size());
+    for (const auto& [name, entry] : golden.entries()) {
+      ASSERT_TRUE(out.entries().contains(name)) << name;
+      EXPECT_EQ(out.entries().at(name).shape, entry.shape) << name;
+      EXPECT_EQ(ReadTensor(out, name), ReadTensor(golden, name)) << name;
+    }
+  }
+  TempFolder folder_;
+};
+
+TEST_F(InteropTest, ImportAndExportKeepEveryBit) {
+  const std::string checkpoint = Import(kGolden, "checkpoint");
+  const auto report = ExportHf(Export(checkpoint, "out"));
+  ASSERT_TRUE(report.ok()) << report.status();
+  EXPECT_EQ(report->tensors, 163);
+  EXPECT_EQ(report->files, 1);
+  ExpectGoldenWeights(folder_ / "out");
+  std::ifstream in(folder_ / "out/config.json");
+  const auto config = nlohmann::json::parse(in);
+  EXPECT_EQ(config["model_type"], "jamba");
+  EXPECT_EQ(config["dtype"], "float32");
+  EXPECT_EQ(config["attn_layer_offset"], 2);
+  EXPECT_TRUE(std::filesystem::exists(folder_ / "out/generation_config.json"));
+  // Once more round: the tokenizer's name travels in the weight file.
+  ImportOptions again;
+  again.hf = folder_ / "out";
+  again.out = folder_ / "again";
+  ASSERT_TRUE(ImportHf(again).ok());
+  const auto opened = OpenCheckpoint(again.out);
+  ASSERT_TRUE(opened.ok());
+  EXPECT_EQ(opened->meta.tokenizer, "bytes");
+}
+
+TEST_F(InteropTest, ProbeOfTheExportIsProbeOfTheOriginal) {
+  const auto report = ExportHf(Export(Import(kGolden, "checkpoint"), "out"));
+  ASSERT_TRUE(report.ok()) << report.status();
+  std::string outputs[2];
+  for (int i = 0; i < 2; ++i) {
+    ProbeOptions options;
+    options.hf = i == 0 ? kGolden : folder_ / "out";
+    options.batches = kGolden + "/trajectory.safetensors";
+    options.out = folder_ / "probe.safetensors";
+    options.steps = 2;
+    ASSERT_TRUE(RunProbe(options).ok());
+    outputs[i] = *ReadFile(options.out, 1 << 30, ExitCode::kData);
+  }
+  EXPECT_EQ(outputs[0], outputs[1]);
+}
+
+TEST_F(InteropTest, ShardsWithAnIndex) {
+  ExportOptions options = Export(Import(kGolden, "checkpoint"), "out");
+  options.shard_bytes = 500'000;
+  const auto report = ExportHf(options);
+  ASSERT_TRUE(report.ok()) << report.status();
+  EXPECT_GE(report->files, 5);
+  EXPECT_TRUE(std::filesystem::exists(folder_ / "out/model.safetensors.index.json"));
+  EXPECT_FALSE(std::filesystem::exists(folder_ / "out/model.safetensors"));
+  for (const auto& entry : std::filesystem::directory_iterator(folder_ / "out")) {
+    // The data of a shard is below the limit; its header comes on top.
+    EXPECT_LT(entry.file_size(), 520'000u) << entry.path();
+  }
+  ExpectGoldenWeights(folder_ / "out");
+  ASSERT_TRUE(ExportHf(Export(Import(folder_ / "out", "second"), "whole")).ok());
+  ExpectGoldenWeights(folder_ / "whole");
+}
+
+TEST_F(InteropTest, FusedExpertsReadLikeSeparateOnes) {
+  auto tensors = GoldenTensors();
+  constexpr int64_t kExperts = 4, kF = 96, kD = 64;
+  for (int layer : {1, 3, 5, 7}) {
+    const std::string prefix = "model.layers." + std::to_string(layer) + ".feed_forward.experts.";
+    std::vector<float> gate_up, down;
+    for (int e = 0; e < kExperts; ++e) {
+      const std::string expert = prefix + std::to_string(e) + ".";
+      for (const char* name : {"gate_proj.weight", "up_proj.weight", "down_proj.weight"}) {
+        const auto node = tensors.extract(expert + name);
+        auto& to = std::string(name) == "down_proj.weight" ? down : gate_up;
+        to.insert(to.end(), node.mapped().second.begin(), node.mapped().second.end());
+      }
+    }
+    tensors[prefix + "gate_up_proj"] = {{kExperts, 2 * kF, kD}, gate_up};
+    tensors[prefix + "down_proj"] = {{kExperts, kD, kF}, down};
+  }
+  WriteFolder("fused", tensors);
+  ASSERT_TRUE(ExportHf(Export(Import(folder_ / "fused", "checkpoint"), "out")).ok());
+  ExpectGoldenWeights(folder_ / "out");
+}
+
+TEST_F(InteropTest, Bf16RoundsToNearestEven) {
+  ExportOptions options = Export(Import(kGolden, "checkpoint"), "out");
+  options.dtype = DType::kBF16;
+  ASSERT_TRUE(ExportHf(options).ok());
+  const SafetensorsReader golden = Folder(kGolden), out = Folder(folder_ / "out");
+  for (const auto& [name, entry] : golden.entries()) {
+    ASSERT_EQ(out.entries().at(name).dtype, DType::kBF16);
+    const std::vector<double> exact = ReadTensor(golden, name), rounded = ReadTensor(out, name);
+    for (size_t i = 0; i < exact.size(); ++i) {
+      // The two neighbours in bf16; the nearer one, on a tie the one with an even last bit.
+      const uint32_t bits = std::bit_cast<uint32_t>(static_cast<float>(exact[i])) & 0xffff0000u;
+      const double below = std::bit_cast<float>(bits);
+      const double above = std::bit_cast<float>(bits + 0x10000u);
+      const double to_below = std::abs(exact[i] - below), to_above = std::abs(above - exact[i]);
+      const bool below_even = (bits >> 16 & 1) == 0;
+      const bool down = to_below < to_above || (to_below == to_above && below_even);
+      ASSERT_EQ(rounded[i], down ? below : above) << name << " " << i << " " << exact[i];
+    }
+  }
+}
+
+TEST_F(InteropTest, BrokenFoldersAreRefusedAllAtOnce) {
+  auto tensors = GoldenTensors();
+  tensors.erase("model.layers.0.mamba.D");
+  tensors["model.layers.0.mamba.E"] = {{128}, std::vector<float>(128)};
+  tensors["lm_head.weight"] = {{64, 256}, std::vector<float>(64 * 256)};
+  WriteFolder("broken", tensors);
+  ImportOptions options;
+  options.hf = folder_ / "broken";
+  options.out = folder_ / "checkpoint";
+  const absl::Status status = ImportHf(options);
+  EXPECT_EQ(ExitCodeOf(status), ExitCode::kNoCheckpoint);
+  EXPECT_THAT(MessageOf(status),
+              AllOf(HasSubstr("lacks model.layers.0.mamba.D"),
+                    HasSubstr("holds what the config does not: model.layers.0.mamba.E"),
+                    HasSubstr("lm_head.weight has shape [64,256], but the config makes it "
+                              "[256,64]")));
+  EXPECT_FALSE(std::filesystem::exists(options.out));
+
+  options.hf = folder_ / "none";
+  EXPECT_EQ(ExitCodeOf(ImportHf(options)), ExitCode::kNoCheckpoint);
+  options.hf = kGolden;
+  options.out = folder_.Write("file", "in the way");
+  EXPECT_EQ(ExitCodeOf(ImportHf(options)), ExitCode::kConfig);
+}
+
+TEST_F(InteropTest, ExportRefusesWhatTransformersCannotExpress) {
+  const TinyRun tiny;
+  ASSERT_EQ(tiny.Train("run", {"train.steps=10", "model.attention.rope_theta=10000"}).code, 0);
+  const auto refused = ExportHf(Export(tiny / "run", "out"));
+  EXPECT_EQ(ExitCodeOf(refused.status()), ExitCode::kConfig);
+  EXPECT_THAT(MessageOf(refused.status()), HasSubstr("rope_theta"));
+  EXPECT_FALSE(std::filesystem::exists(folder_ / "out"));
+
+  folder_.Write("full/file", "content");
+  const auto full = ExportHf(Export(Import(kGolden, "checkpoint"), "full"));
+  EXPECT_EQ(ExitCodeOf(full.status()), ExitCode::kConfig);
+  EXPECT_EQ(ExitCodeOf(ExportHf(Export(tiny / "none", "out")).status()), ExitCode::kNoCheckpoint);
+}
+
+TEST_F(InteropTest, TrainedModelTravelsThroughTheCommandLine) {
+  const TinyRun tiny;
+  ASSERT_EQ(tiny.Train("run", {"train.steps=10"}).code, 0);
+  ProcessResult result = TinyRun::Krait({"export", tiny / "run", "--hf", tiny / "hf"});
+  ASSERT_EQ(result.code, 0) << result.err;
+  result = TinyRun::Krait({"import", "--hf", tiny / "hf", "--out", tiny / "back"});
+  ASSERT_EQ(result.code, 0) << result.err;
+  const auto words = [&](const std::string& checkpoint) {
+    return std::vector<std::string>{"generate", checkpoint, "--prompt", "scan", "--tokens", "20"};
+  };
+  const ProcessResult before = TinyRun::Krait(words(tiny / "run"));
+  const ProcessResult after = TinyRun::Krait(words(tiny / "back"));
+  EXPECT_EQ(after.code, 0) << after.err;
+  EXPECT_EQ(before.out, after.out);
+  result = tiny.Train("next", {"train.steps=10", "--init", tiny / "back"});
+  EXPECT_EQ(result.code, 0) << result.err;
+}
+
+}  // namespace
+}  // namespace krait

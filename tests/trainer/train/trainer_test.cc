@@ -1,0 +1,252 @@
+// The optimizer step: accumulation, clipping, skipped steps, starting points.
+#include "trainer/train/trainer.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <omp.h>
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "support/tiny_run.h"
+#include "trainer/train/evaluate.h"
+#include "trainer/train/resume.h"
+#include "trainer/train/schedule.h"
+
+namespace krait {
+namespace {
+
+class TrainerTest : public testing::Test {
+ protected:
+  // The passes are too small for threads, and tests share the machine.
+  TrainerTest() { omp_set_num_threads(1); }
+  RunConfig Config(const std::vector<std::string>& overrides = {}) const {
+    auto config = LoadConfig(tiny_.config(), overrides, ConfigUse::kTrain, 1);
+    KRAIT_CHECK(config.ok());
+    return *config;
+  }
+  std::unique_ptr<Dataset> Data(const RunConfig& config) const {
+    auto data = Dataset::Open(config.data.train, config.data.seq_len, config.model.vocab_size,
+                              config.train.seed, config.data.reset_at_documents);
+    KRAIT_CHECK(data.ok());
+    return std::move(*data);
+  }
+  TokenBatch BatchAt(const RunConfig& config, int64_t first) const {
+    TokenBatch batch;
+    KRAIT_CHECK(Data(config)
+                    ->ReadTraining(first, config.accumulation(1) * config.train.micro_batch, &batch)
+                    .ok());
+    return batch;
+  }
+  // The bytes of weights and moments.
+  static std::string Bits(const Trainer& trainer) {
+    std::string bits;
+    for (const CheckpointBox& box : trainer.Boxes()) {
+      bits.append(static_cast<const char*>(box.data), static_cast<size_t>(box.bytes()));
+    }
+    return bits;
+  }
+  static float* FirstWeight(const Trainer& trainer) {
+    return trainer.weights().Param(0).data<float>();
+  }
+  TinyRun tiny_;
+};
+
+TEST_F(TrainerTest, StepIsDeterministic) {
+  const RunConfig config = Config();
+  Trainer a(config), b(config);
+  a.Init();
+  b.Init();
+  for (int64_t s = 0; s < 5; ++s) {
+    const TokenBatch batch = BatchAt(config, 4 * s);
+    const StepReport ra = a.Step(batch), rb = b.Step(batch);
+    EXPECT_EQ(ra.total_loss, rb.total_loss);
+    EXPECT_EQ(ra.grad_norm, rb.grad_norm);
+  }
+  EXPECT_EQ(Bits(a), Bits(b));
+  EXPECT_EQ(a.state().step, 5);
+  EXPECT_EQ(a.state().adam_steps, 5);
+  EXPECT_EQ(a.state().sequences, 20);
+  EXPECT_EQ(a.state().tokens, 5 * 128);
+}
+
+TEST_F(TrainerTest, AccumulationGivesTheGradientOfTheWholeStep) {
+  // Without MoE statistics, which are pooled per pass, one pass of four rows equals two of two: the
+  // sums are in fp32 in another order, so the gradients agree to a few hundred roundings (1e-5).
+  const RunConfig one = Config({"model.moe=none", "train.micro_batch=4"});
+  const RunConfig two = Config({"model.moe=none", "train.micro_batch=2"});
+  Trainer a(one), b(two);
+  a.Init();
+  b.Init();
+  const TokenBatch batch = BatchAt(one, 0);
+  const StepReport ra = a.Gradients(batch), rb = b.Gradients(batch);
+  EXPECT_NEAR(ra.loss, rb.loss, 1e-6 * ra.loss);
+  double difference = 0, norm = 0;
+  for (size_t p = 0; p < a.weights().table().params().size(); ++p) {
+    const Tensor ga = a.weights().ParamGrad(static_cast<int>(p));
+    const Tensor gb = b.weights().ParamGrad(static_cast<int>(p));
+    for (int64_t i = 0; i < ga.numel(); ++i) {
+      const double d = ga.data<float>()[i] - gb.data<float>()[i];
+      difference += d * d;
+      norm += std::pow(ga.data<float>()[i], 2);
+    }
+  }
+  EXPECT_LT(std::sqrt(difference / norm), 1e-5);
+}
+
+TEST_F(TrainerTest, LossIsTheMeanOverAllTargetsOfTheStep) {
+  const RunConfig config = Config();
+  Trainer trainer(config);
+  trainer.Init();
+  // A step with documents that start inside its rows.
+  TokenBatch batch;
+  do {
+    batch = BatchAt(config, trainer.state().sequences += 4);
+  } while (batch.target_count == batch.sequences * (batch.seq_len - 1));
+  double sum = 0;
+  int64_t targets = 0;
+  for (int64_t row = 0; row < batch.sequences; ++row) {
+    const PassSums sums = trainer.model().Evaluate(PassOf(batch, row, 1), trainer.ctx());
+    sum += sums.cross_entropy;
+    targets += sums.targets;
+  }
+  EXPECT_EQ(targets, batch.target_count);
+  // fp32 losses, summed in double.
+  EXPECT_NEAR(trainer.Gradients(batch).loss, sum / static_cast<double>(targets), 1e-5);
+}
+
+TEST_F(TrainerTest, NonFiniteStepChangesNothingButScheduleAndData) {
+  const RunConfig config = Config();
+  Trainer trainer(config);
+  trainer.Init();
+  trainer.Step(BatchAt(config, 0));
+
+  const float good = *FirstWeight(trainer);
+  for (const float bad :
+       {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
+    *FirstWeight(trainer) = bad;
+    const TokenBatch batch = BatchAt(config, 4);
+    // Token 0 is embedded by the poisoned row only if it occurs: make it.
+    TokenBatch poisoned = batch;
+    poisoned.tokens[0] = 0;
+    const std::string before = Bits(trainer);
+    const StepReport report = trainer.Step(poisoned);
+    EXPECT_TRUE(report.was_skipped);
+    EXPECT_EQ(Bits(trainer), before);
+  }
+  EXPECT_EQ(trainer.state().step, 3);
+  EXPECT_EQ(trainer.state().adam_steps, 1);
+  EXPECT_EQ(trainer.state().skipped, 2);
+  EXPECT_EQ(trainer.state().skipped_in_row, 2);
+  EXPECT_EQ(trainer.state().sequences, 12);
+
+  *FirstWeight(trainer) = good;
+  const StepReport report = trainer.Step(BatchAt(config, 12));
+  EXPECT_FALSE(report.was_skipped);
+  EXPECT_EQ(report.step, 4);
+  EXPECT_EQ(report.lr, LearningRate(config.schedule, config.optimizer.lr, 4, 200));
+  EXPECT_EQ(trainer.state().adam_steps, 2);
+  EXPECT_EQ(trainer.state().skipped, 2);
+  EXPECT_EQ(trainer.state().skipped_in_row, 0);
+}
+
+TEST_F(TrainerTest, ClipFactor) {
+  EXPECT_EQ(ClipFactor(0, 100), 1);
+  EXPECT_EQ(ClipFactor(1, 0.5), 1);
+  EXPECT_DOUBLE_EQ(ClipFactor(1, 4), 1 / (4 + 1e-6));
+}
+
+TEST_F(TrainerTest, DecayLeavesNormsBiasesAndScanParametersAlone) {
+  // With a learning rate and no gradient only decay moves a weight: zero the moments' effect by a
+  // step whose gradient is zero, which a batch without targets has (the aux loss is off).
+  const RunConfig config =
+      Config({"model.moe.aux_loss=0", "optimizer.weight_decay=0.5", "schedule.warmup_steps=0"});
+  Trainer trainer(config);
+  trainer.Init();
+  TokenBatch batch = BatchAt(config, 0);
+  std::fill(batch.targets.begin(), batch.targets.end(), -1);
+  batch.target_count = 0;
+  std::vector<float> before;
+  const auto& params = trainer.weights().table().params();
+  for (size_t p = 0; p < params.size(); ++p) {
+    // Zeros do not show decay.
+    float* values = trainer.weights().Param(static_cast<int>(p)).data<float>();
+    if (values[0] == 0) values[0] = 0.25f;
+    before.push_back(values[0]);
+  }
+  const StepReport report = trainer.Step(batch);
+  EXPECT_EQ(report.grad_norm, 0);
+  for (size_t p = 0; p < params.size(); ++p) {
+    const std::string& name = params[p].name;
+    const bool exempt = name.find("norm") != std::string::npos || name.ends_with(".bias") ||
+                        name.ends_with(".A_log") || name.ends_with(".D");
+    const float after = trainer.weights().Param(static_cast<int>(p)).data<float>()[0];
+    const float expected = exempt ? before[p] : before[p] * static_cast<float>(1 - report.lr * 0.5);
+    EXPECT_NEAR(after, expected, 1e-7 * std::abs(before[p]) + 1e-12) << name;
+  }
+}
+
+TEST_F(TrainerTest, EvaluateStoredWeighsTargetsAndNotPasses) {
+  const RunConfig config = Config();
+  Trainer trainer(config);
+  trainer.Init();
+  const auto data = Data(config);
+  const auto five = EvaluateStored(&trainer.model(), *data, 5, 2, trainer.ctx());
+  const auto single = EvaluateStored(&trainer.model(), *data, 5, 1, trainer.ctx());
+  ASSERT_TRUE(five.ok() && single.ok());
+  EXPECT_EQ(five->sequences, 5);
+  EXPECT_EQ(five->targets, single->targets);
+  EXPECT_NEAR(five->loss, single->loss, 1e-6);
+  const auto all = EvaluateStored(&trainer.model(), *data, 1 << 20, 2, trainer.ctx());
+  ASSERT_TRUE(all.ok());
+  EXPECT_EQ(all->sequences, data->sequences());
+  EXPECT_NEAR(*BitsPerByte(all->loss, "bytes"), all->loss / std::log(2.0), 1e-12);
+  EXPECT_FALSE(BitsPerByte(all->loss, "bpe").has_value());
+}
+
+TEST_F(TrainerTest, InitLoadsTheWeightsOfTheOtherRunBitForBit) {
+  const RunConfig first_config = Config({"run_dir=" + (tiny_ / "first")});
+  Trainer first(first_config);
+  first.Init();
+  first.Step(BatchAt(first_config, 0));
+  first.state().config_yaml = first_config.ToYaml();
+  SaveOptions save;
+  save.dir = first_config.checkpoint.dir;
+  ASSERT_TRUE(SaveCheckpoint(save, first.state(), first.Boxes()).ok());
+
+  const RunConfig config = Config({"run_dir=" + (tiny_ / "second")});
+  Trainer second(config);
+  ResumeOptions options;
+  options.init = tiny_ / "first";
+  std::vector<std::string> notices;
+  const absl::Status started =
+      StartRun(options, "", &second, [&](const std::string& line) { notices.push_back(line); });
+  ASSERT_TRUE(started.ok()) << started;
+  EXPECT_EQ(second.state().step, 0);
+  EXPECT_EQ(second.state().adam_steps, 0);
+  for (size_t p = 0; p < first.weights().table().params().size(); ++p) {
+    const Tensor a = first.weights().Param(static_cast<int>(p));
+    const Tensor b = second.weights().Param(static_cast<int>(p));
+    EXPECT_EQ(std::memcmp(a.raw(), b.raw(), static_cast<size_t>(a.bytes())), 0);
+    const Tensor moment = second.optimizer().ExpAvg(static_cast<int>(p));
+    for (int64_t i = 0; i < moment.numel(); ++i) ASSERT_EQ(moment.data<float>()[i], 0);
+  }
+}
+
+TEST_F(TrainerTest, Bf16MomentsTrainAndAreHalfAsLarge) {
+  const RunConfig full = Config(), half = Config({"optimizer.moments=bf16"});
+  Trainer a(full), b(half);
+  a.Init();
+  b.Init();
+  EXPECT_LT(b.memory().optimizer, a.memory().optimizer * 6 / 10);
+  double first = 0, last = 0;
+  for (int64_t s = 0; s < 30; ++s) {
+    last = b.Step(BatchAt(half, 4 * s)).loss;
+    if (s == 0) first = last;
+  }
+  EXPECT_LT(last, first - 0.5);
+}
+
+}  // namespace
+}  // namespace krait

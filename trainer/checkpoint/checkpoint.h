@@ -1,0 +1,166 @@
+// Sharded checkpoints: one HDF5 file per writing rank and manifest.json, in a folder step-NNNNNNNN.
+//
+// The contract is design section 5 ("Checkpoint"), restated in the README. A checkpoint is
+// described in global, published tensors: each slot (weight, exp_avg, exp_avg_sq) holds boxes
+// (offset, extent) that tile every tensor once. Loading reads only the manifest and the boxes,
+// never HDF5.
+#ifndef KRAIT_TRAINER_CHECKPOINT_CHECKPOINT_H_
+#define KRAIT_TRAINER_CHECKPOINT_CHECKPOINT_H_
+
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "kernels/base/dtype.h"
+#include "kernels/base/status.h"
+
+namespace krait {
+
+// A box of a published tensor in one slot, and its bytes in host memory (contiguous, row-major).
+struct CheckpointBox {
+  std::string slot;  // "weight", "exp_avg", "exp_avg_sq"
+  std::string name;  // published
+  DType dtype = DType::kF32;
+  std::vector<int64_t> shape;   // of the whole tensor
+  std::vector<int64_t> offset;  // of the box
+  std::vector<int64_t> extent;
+  void* data = nullptr;  // read when saving, written when loading
+  int64_t bytes() const;
+};
+
+// What a checkpoint carries besides tensors.
+struct CheckpointMeta {
+  int64_t step = 0;        // schedule steps done
+  int64_t adam_steps = 0;  // updates applied (skipped steps are not counted)
+  int64_t skipped = 0;     // non-finite steps so far
+  int64_t skipped_in_row = 0;
+  int64_t sequences = 0;  // training positions consumed
+  int64_t tokens = 0;
+  std::string data_fingerprint;
+  std::string config_yaml;  // resolved
+  std::string tokenizer;    // name stored in the token files
+};
+
+struct SaveOptions {
+  std::string dir;   // .../checkpoints
+  int64_t keep = 3;  // whole checkpoints to keep; >= 2
+  // The folder's name instead of step-NNNNNNNN, for a single checkpoint outside a run (import).
+  // Then `latest` is not written and nothing is pruned, and only a checkpoint is replaced.
+  std::string name;
+};
+
+// Writes step-N.SAVEID.tmp/ (shard, fsync, manifest, fsync, folder fsync), renames to step-N,
+// fsyncs the parent, points `latest` (a text file with the folder's name) at it by rename, then
+// removes old checkpoints: never the one just written, never below `keep` whole ones. An existing
+// step-N is moved aside as old-step-N.SAVEID first, which ListCheckpoints takes for it until the
+// new one is in place. What killed saves left behind goes at the start.
+//
+// On failure nothing new is under the final name, the temporary folder is gone and older
+// checkpoints are untouched; only where the failure came after the rename (parent fsync, `latest`)
+// does the message say that the checkpoint is in place. The error, kCannotSave, names the path, the
+// reason, and needed/free bytes. Failures to delete what is no longer a checkpoint are not errors:
+// they go to `warnings`, and the next save tries again. SIGXFSZ is ignored from the first call on,
+// so that a file size limit is an error and not a death.
+//
+// One save at a time per folder (RunLock). Blocks until all is on disk.
+absl::Status SaveCheckpoint(const SaveOptions& options, const CheckpointMeta& meta,
+                            const std::vector<CheckpointBox>& boxes,
+                            std::vector<std::string>* warnings = nullptr);
+
+// For the start of a run: creates `dir`, and kCannotSave unless it can be written and has room for
+// a checkpoint of `bytes`.
+absl::Status CheckCanSave(const std::string& dir, int64_t bytes);
+
+// A manifest that passed its own checks (CRC, sizes, box tiling), not yet its files' bytes.
+struct ManifestBox {
+  std::string slot, name;
+  DType dtype;
+  std::vector<int64_t> shape, offset, extent;
+  int64_t file;         // index into files
+  int64_t file_offset;  // of the data
+  uint32_t crc;
+  int64_t bytes() const;
+};
+struct ManifestFile {
+  std::string name;  // inside the folder, no path separators
+  int64_t size;
+  uint32_t crc_rest;  // of all bytes outside boxes, in order (HDF5's own, and padding)
+};
+struct Checkpoint {
+  std::string path;  // of the folder
+  std::string save_id;
+  CheckpointMeta meta;
+  std::vector<ManifestFile> files;
+  std::vector<ManifestBox> boxes;
+};
+// Reads and checks `folder`/manifest.json and the files' sizes. kNoCheckpoint with the reason.
+// Nothing is followed out of the folder: file names have no separators, symbolic links are refused.
+absl::StatusOr<Checkpoint> OpenCheckpoint(const std::string& folder);
+
+// Every byte of every file against its CRC; all damage found, each with file, tensor and offset.
+absl::Status VerifyCheckpoint(const Checkpoint& checkpoint);
+
+// Fills the wanted boxes from those stored (any tiling), checking the CRC of every stored box that
+// is touched while reading it, and the bytes outside boxes of the files touched. A box is read
+// once, in pieces below 1 MiB. Dtypes must agree, except that an f32 target may be filled from
+// bf16. kNoCheckpoint for damage and for tensors that the checkpoint lacks or has in another shape;
+// after an error the targets hold garbage.
+absl::Status LoadBoxes(const Checkpoint& checkpoint, const std::vector<CheckpointBox>& wanted);
+
+// Folders of `dir` named as checkpoints, newest step first, whole or not (a step-N without a
+// manifest is a damaged one). A missing `dir` has none.
+absl::StatusOr<std::vector<std::string>> ListCheckpoints(const std::string& dir);
+
+// The checkpoints that a user's PATH stands for, newest first: itself when it is a checkpoint's
+// folder, else those in it or in its `checkpoints` (a run folder); the file `latest` stands for its
+// folder. kNoCheckpoint when there are none, or when PATH is missing.
+absl::StatusOr<std::vector<std::string>> FindCheckpoints(const std::string& path);
+
+// Something that a load did not use, and why: the path of a folder or file.
+struct PassedOver {
+  std::string path, reason;
+};
+// Takes a checkpoint's contents, by LoadBoxes. kNoCheckpoint: damaged, try the next; any other
+// error ends the search (a model that does not fit).
+using CheckpointLoader = std::function<absl::Status(const Checkpoint&)>;
+
+// Tries `folders` (newest first, from ListCheckpoints or FindCheckpoints) until one loads. Whole
+// means: the manifest holds, and all that `load` reads matches its CRC. `passed_over` gets the
+// reason for each one that is not. kNoCheckpoint, with all reasons, when none is whole.
+absl::StatusOr<Checkpoint> LoadNewestWhole(const std::vector<std::string>& folders,
+                                           const CheckpointLoader& load,
+                                           std::vector<PassedOver>* passed_over);
+
+// Receives one line for the user.
+using Notice = std::function<void(const std::string& line)>;
+
+// Loads the newest whole checkpoint of `folders` (FindCheckpoints, ListCheckpoints), with one
+// notice for each that is passed over.
+absl::StatusOr<Checkpoint> LoadNewest(const std::vector<std::string>& folders,
+                                      const CheckpointLoader& load, const Notice& notice);
+
+// What is wrong with `dir`/latest, which is only a hint that loading does not rely on; "" when it
+// names the newest checkpoint, or when there is neither. `damaged` tells whether it is more than
+// what a kill just before its update leaves: a missing file, or one that names an older checkpoint.
+std::string CheckLatest(const std::string& dir, bool* damaged = nullptr);
+
+// Exclusive use of a run folder: RUN_DIR/lock with host, pid and start time, held with flock. The
+// kernel lets go of it when the process ends, however that happens.
+class RunLock {
+ public:
+  RunLock() = default;
+  RunLock(RunLock&& other) noexcept;
+  RunLock& operator=(RunLock&& other) noexcept;
+  ~RunLock();
+  // Creates the folder. kConfig when another live process holds it, naming it; kCannotSave when the
+  // file cannot be written.
+  static absl::StatusOr<RunLock> Acquire(const std::string& run_dir);
+
+ private:
+  int fd_ = -1;
+};
+
+}  // namespace krait
+
+#endif  // KRAIT_TRAINER_CHECKPOINT_CHECKPOINT_H_

@@ -1,0 +1,62 @@
+#include "trainer/checkpoint/checkpoint_async.h"
+
+#include <cstring>
+#include <system_error>
+#include <utility>
+
+#include "kernels/base/check.h"
+#include "kernels/base/parallel_for.h"
+
+namespace krait {
+
+AsyncSaver::~AsyncSaver() {
+  if (thread_.joinable()) thread_.join();
+}
+
+int64_t AsyncSaver::StagingBytes(const std::vector<CheckpointBox>& boxes) {
+  int64_t bytes = 0;
+  for (const CheckpointBox& box : boxes) bytes += box.bytes();
+  return bytes;
+}
+
+absl::Status AsyncSaver::Start(const SaveOptions& options, const CheckpointMeta& meta,
+                               const std::vector<CheckpointBox>& boxes, void* staging,
+                               int64_t staging_bytes) {
+  KRAIT_RETURN_IF_ERROR(Wait());
+  KRAIT_CHECK(StagingBytes(boxes) <= staging_bytes);
+  std::vector<CheckpointBox> copies = boxes;
+  char* to = static_cast<char*>(staging);
+  for (CheckpointBox& box : copies) {
+    const auto* from = static_cast<const char*>(box.data);
+    ParallelFor(box.bytes(), int64_t{1} << 20, [&](int64_t begin, int64_t end) {
+      std::memcpy(to + begin, from + begin, static_cast<size_t>(end - begin));
+    });
+    box.data = to;
+    to += box.bytes();
+  }
+  finished_ = false;
+  warnings_.clear();
+  try {
+    thread_ = std::thread([this, options, meta, boxes = std::move(copies)] {
+      result_ = SaveCheckpoint(options, meta, boxes, &warnings_);
+      finished_ = true;
+    });
+  } catch (const std::system_error& error) {
+    return Error(ExitCode::kCannotSave,
+                 std::string("cannot start a thread for saving: ") + error.what());
+  }
+  return absl::OkStatus();
+}
+
+std::optional<absl::Status> AsyncSaver::Poll() {
+  if (!thread_.joinable() || !finished_) return std::nullopt;
+  return Wait();
+}
+
+absl::Status AsyncSaver::Wait() {
+  if (!thread_.joinable()) return absl::OkStatus();
+  thread_.join();
+  return result_;
+}
+
+}  // namespace krait

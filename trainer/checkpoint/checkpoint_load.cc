@@ -1,0 +1,392 @@
+// Opening, verifying and loading: the manifest first, then only bytes at the places it names.
+#include <sys/stat.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <functional>
+#include <set>
+
+#include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
+#include "kernels/base/check.h"
+#include "kernels/base/crc32c.h"
+#include "kernels/base/file.h"
+#include "trainer/checkpoint/checkpoint.h"
+#include "trainer/checkpoint/checkpoint_manifest.h"
+
+namespace krait {
+namespace {
+
+constexpr ExitCode kCode = ExitCode::kNoCheckpoint;
+// Bytes, a multiple of every element size; read, CRC and copy of a piece share the cache.
+constexpr int64_t kPiece = int64_t{256} << 10;
+
+std::string WithoutSlashes(std::string path) {
+  while (path.size() > 1 && path.ends_with('/')) path.pop_back();
+  return path;
+}
+
+// A regular file, not a link to one.
+absl::Status CheckRegular(const std::string& path) {
+  struct stat info;
+  if (lstat(path.c_str(), &info) != 0) return Error(kCode, path + " is missing");
+  if (S_ISLNK(info.st_mode)) return Error(kCode, path + " is a symbolic link; not followed");
+  if (!S_ISREG(info.st_mode)) return Error(kCode, path + " is not a regular file");
+  return absl::OkStatus();
+}
+
+std::string Place(const Checkpoint& checkpoint, const ManifestBox& box) {
+  return checkpoint.path + "/" + checkpoint.files[static_cast<size_t>(box.file)].name +
+         ": tensor '" + box.name + "' (" + box.slot + ")";
+}
+
+// Reads bytes [begin, end) of a file into `out` and continues `crc` over them.
+absl::Status ReadInto(const File& file, int64_t begin, int64_t end, char* out, uint32_t* crc) {
+  for (int64_t at = begin; at < end; at += kPiece, out += kPiece) {
+    const auto n = static_cast<size_t>(std::min(kPiece, end - at));
+    KRAIT_RETURN_IF_ERROR(file.ReadAt(out, n, at));
+    *crc = Crc32c(out, n, *crc);
+  }
+  return absl::OkStatus();
+}
+
+// Passes bytes [begin, end) of a file through `take(data, offset from begin, size)` in order and
+// continues `crc` over them.
+using Take = std::function<void(const char*, int64_t, int64_t)>;
+absl::Status Stream(const File& file, int64_t begin, int64_t end, std::vector<char>* buffer,
+                    uint32_t* crc, const Take& take) {
+  buffer->resize(std::max(buffer->size(), static_cast<size_t>(std::min(kPiece, end - begin))));
+  for (int64_t at = begin; at < end; at += kPiece) {
+    const int64_t n = std::min(kPiece, end - at);
+    KRAIT_RETURN_IF_ERROR(ReadInto(file, at, at + n, buffer->data(), crc));
+    if (take) take(buffer->data(), at - begin, n);
+  }
+  return absl::OkStatus();
+}
+
+// A stored box through `take`, or straight to `direct` where that is not null.
+absl::Status ReadBox(const Checkpoint& checkpoint, const File& file, const ManifestBox& box,
+                     char* direct, std::vector<char>* buffer, const Take& take) {
+  uint32_t crc = 0;
+  const int64_t end = box.file_offset + box.bytes();
+  KRAIT_RETURN_IF_ERROR(direct != nullptr ? ReadInto(file, box.file_offset, end, direct, &crc)
+                                          : Stream(file, box.file_offset, end, buffer, &crc, take));
+  if (crc == box.crc) return absl::OkStatus();
+  return Error(kCode, Place(checkpoint, box) +
+                          absl::StrFormat(": bytes %d to %d have CRC32C %08x, saved was %08x",
+                                          box.file_offset, end, crc, box.crc));
+}
+
+absl::Status CheckOutsideBoxes(const Checkpoint& checkpoint, const File& file, size_t index,
+                               const std::vector<std::pair<int64_t, int64_t>>& ranges,
+                               std::vector<char>* buffer) {
+  uint32_t crc = 0;
+  for (const auto& [begin, end] : ranges) {
+    KRAIT_RETURN_IF_ERROR(Stream(file, begin, end, buffer, &crc, nullptr));
+  }
+  const ManifestFile& entry = checkpoint.files[index];
+  if (crc == entry.crc_rest) return absl::OkStatus();
+  return Error(kCode, file.path() + absl::StrFormat(": the bytes outside tensors (headers, the "
+                                                    "first at byte %d) have CRC32C %08x, saved "
+                                                    "was %08x",
+                                                    ranges.empty() ? 0 : ranges[0].first, crc,
+                                                    entry.crc_rest));
+}
+
+// Copies the common part of a stored and a wanted box while the stored box's elements stream by in
+// order. The part is a sequence of runs that are contiguous in both.
+class Scatter {
+ public:
+  Scatter(const ManifestBox& stored, const CheckpointBox& wanted)
+      : target_(static_cast<char*>(wanted.data)), from_(stored.dtype), to_(wanted.dtype) {
+    const size_t rank = stored.shape.size();
+    std::vector<int64_t> from_stride(rank, 1), to_stride(rank, 1);
+    extent_.resize(rank);
+    for (size_t d = rank; d-- > 0;) {
+      if (d + 1 < rank) {
+        from_stride[d] = from_stride[d + 1] * stored.extent[d + 1];
+        to_stride[d] = to_stride[d + 1] * wanted.extent[d + 1];
+      }
+      const int64_t begin = std::max(stored.offset[d], wanted.offset[d]);
+      extent_[d] =
+          std::min(stored.offset[d] + stored.extent[d], wanted.offset[d] + wanted.extent[d]) -
+          begin;
+      if (extent_[d] <= 0) return;  // run_length_ stays 0: nothing in common
+      from_start_ += (begin - stored.offset[d]) * from_stride[d];
+      to_start_ += (begin - wanted.offset[d]) * to_stride[d];
+    }
+    // Inner dimensions that both boxes have whole belong to the run.
+    run_length_ = 1;
+    outer_ = rank;
+    while (outer_ > 0) {
+      --outer_;
+      run_length_ *= extent_[outer_];
+      if (extent_[outer_] != stored.extent[outer_] || extent_[outer_] != wanted.extent[outer_]) {
+        break;
+      }
+    }
+    from_stride_ = std::move(from_stride);
+    to_stride_ = std::move(to_stride);
+    index_.assign(outer_, 0);
+  }
+
+  bool empty() const { return run_length_ == 0; }
+
+  // Where the stored box goes as it is, byte for byte and in one run; null when it does not.
+  char* direct(const ManifestBox& stored) const {
+    const bool whole = from_ == to_ && run_length_ * SizeOf(from_) == stored.bytes();
+    return whole ? target_ + to_start_ * SizeOf(to_) : nullptr;
+  }
+
+  // Elements [begin, begin + count) of the stored box, each call behind the previous one.
+  void Take(const char* data, int64_t begin, int64_t count) {
+    while (!done_) {
+      const int64_t at = from_start_ + run_done_;
+      const int64_t n = std::min(run_length_ - run_done_, begin + count - at);
+      if (n <= 0) return;
+      Copy(data + (at - begin) * SizeOf(from_), to_start_ + run_done_, n);
+      run_done_ += n;
+      if (run_done_ == run_length_) NextRun();
+    }
+  }
+
+ private:
+  void NextRun() {
+    run_done_ = 0;
+    for (size_t d = outer_; d-- > 0;) {
+      from_start_ += from_stride_[d];
+      to_start_ += to_stride_[d];
+      if (++index_[d] < extent_[d]) return;
+      from_start_ -= extent_[d] * from_stride_[d];
+      to_start_ -= extent_[d] * to_stride_[d];
+      index_[d] = 0;
+    }
+    done_ = true;
+  }
+
+  void Copy(const char* data, int64_t element, int64_t count) {
+    char* out = target_ + element * SizeOf(to_);
+    if (from_ == to_) {
+      std::memcpy(out, data, static_cast<size_t>(count * SizeOf(to_)));
+      return;
+    }
+    for (int64_t i = 0; i < count; ++i) {  // bf16 is the upper half of an f32
+      uint16_t half;
+      std::memcpy(&half, data + 2 * i, 2);
+      const uint32_t bits = static_cast<uint32_t>(half) << 16;
+      std::memcpy(out + 4 * i, &bits, 4);
+    }
+  }
+
+  char* target_;
+  DType from_, to_;
+  int64_t from_start_ = 0, to_start_ = 0;  // of the current run, in elements
+  int64_t run_length_ = 0, run_done_ = 0;
+  size_t outer_ = 0;  // dimensions before the run
+  std::vector<int64_t> extent_, index_, from_stride_, to_stride_;
+  bool done_ = false;
+};
+
+// Which stored boxes each wanted box needs; all that is missing or does not fit is reported.
+absl::StatusOr<std::map<size_t, std::vector<Scatter>>> PlanScatter(
+    const Checkpoint& checkpoint, const std::vector<CheckpointBox>& wanted) {
+  const TensorIndex index = IndexTensors(checkpoint.boxes);
+  std::map<size_t, std::vector<Scatter>> plan;
+  ErrorList errors;
+  for (const CheckpointBox& want : wanted) {
+    if (errors.errors().size() >= 10) break;
+    const std::string tensor = checkpoint.path + ": tensor '" + want.name + "' (" + want.slot + ")";
+    const auto found = index.find({want.slot, want.name});
+    if (found == index.end()) {
+      errors.Add(kCode, tensor + " is not in the checkpoint");
+      continue;
+    }
+    const ManifestBox& first = checkpoint.boxes[found->second[0]];
+    if (first.shape != want.shape) {
+      errors.Add(kCode, tensor + " has shape [" + absl::StrJoin(first.shape, ", ") + "]; [" +
+                            absl::StrJoin(want.shape, ", ") + "] is needed");
+      continue;
+    }
+    if (first.dtype != want.dtype && !(first.dtype == DType::kBF16 && want.dtype == DType::kF32)) {
+      errors.Add(kCode, tensor + " has dtype " + Name(first.dtype) + "; " + Name(want.dtype) +
+                            " is needed");
+      continue;
+    }
+    KRAIT_CHECK(want.offset.size() == want.shape.size());
+    KRAIT_CHECK(want.extent.size() == want.shape.size());
+    for (size_t d = 0; d < want.shape.size(); ++d) {
+      KRAIT_CHECK(want.offset[d] >= 0 && want.extent[d] > 0 &&
+                  want.offset[d] + want.extent[d] <= want.shape[d]);
+    }
+    for (const size_t i : found->second) {
+      Scatter scatter(checkpoint.boxes[i], want);
+      if (!scatter.empty()) plan[i].push_back(std::move(scatter));
+    }
+  }
+  KRAIT_RETURN_IF_ERROR(errors.ToStatus());
+  return plan;
+}
+
+}  // namespace
+
+absl::StatusOr<Checkpoint> OpenCheckpoint(const std::string& path_of_folder) {
+  const std::string folder = WithoutSlashes(path_of_folder);
+  const std::string path = folder + "/" + kManifestName;
+  KRAIT_RETURN_IF_ERROR(CheckRegular(path));
+  KRAIT_ASSIGN_OR_RETURN(const std::string text, ReadFile(path, kMaxManifestBytes, kCode));
+  KRAIT_ASSIGN_OR_RETURN(Checkpoint checkpoint, ParseManifest(text, path));
+  checkpoint.path = folder;
+  int64_t step = 0;
+  const std::string name = folder.substr(folder.find_last_of('/') + 1);
+  if (IsStepFolderName(name, &step) && step != checkpoint.meta.step) {
+    return Error(kCode, path + " is of step " + std::to_string(checkpoint.meta.step) +
+                            ", not of the step in the folder's name");
+  }
+  for (const ManifestFile& entry : checkpoint.files) {
+    const std::string shard = folder + "/" + entry.name;
+    KRAIT_RETURN_IF_ERROR(CheckRegular(shard));
+    KRAIT_ASSIGN_OR_RETURN(const File file, File::OpenRead(shard, kCode));
+    KRAIT_ASSIGN_OR_RETURN(const int64_t size, file.Size());
+    if (size != entry.size) {
+      return Error(kCode, shard + " has " + std::to_string(size) + " bytes; the manifest says " +
+                              std::to_string(entry.size));
+    }
+  }
+  return checkpoint;
+}
+
+absl::Status VerifyCheckpoint(const Checkpoint& checkpoint) {
+  ErrorList errors;
+  std::vector<char> buffer;
+  const auto ranges = RangesOutsideBoxes(checkpoint.files, checkpoint.boxes);
+  for (size_t f = 0; f < checkpoint.files.size(); ++f) {
+    const auto file = File::OpenRead(checkpoint.path + "/" + checkpoint.files[f].name, kCode);
+    errors.Add(file.status());
+    if (!file.ok()) continue;
+    errors.Add(CheckOutsideBoxes(checkpoint, *file, f, ranges[f], &buffer));
+    for (const ManifestBox& box : checkpoint.boxes) {
+      if (box.file != static_cast<int64_t>(f)) continue;
+      errors.Add(ReadBox(checkpoint, *file, box, nullptr, &buffer, nullptr));
+    }
+  }
+  return errors.ToStatus();
+}
+
+absl::Status LoadBoxes(const Checkpoint& checkpoint, const std::vector<CheckpointBox>& wanted) {
+  KRAIT_ASSIGN_OR_RETURN(auto plan, PlanScatter(checkpoint, wanted));
+  std::map<int64_t, std::vector<size_t>> of_file;
+  for (const auto& entry : plan) of_file[checkpoint.boxes[entry.first].file].push_back(entry.first);
+  const auto ranges = RangesOutsideBoxes(checkpoint.files, checkpoint.boxes);
+  std::vector<char> buffer;
+  for (auto& [f, indices] : of_file) {
+    const auto file_index = static_cast<size_t>(f);
+    KRAIT_ASSIGN_OR_RETURN(
+        const File file,
+        File::OpenRead(checkpoint.path + "/" + checkpoint.files[file_index].name, kCode));
+    KRAIT_RETURN_IF_ERROR(
+        CheckOutsideBoxes(checkpoint, file, file_index, ranges[file_index], &buffer));
+    std::sort(indices.begin(), indices.end(), [&](size_t a, size_t b) {
+      return checkpoint.boxes[a].file_offset < checkpoint.boxes[b].file_offset;
+    });
+    for (const size_t i : indices) {
+      const ManifestBox& box = checkpoint.boxes[i];
+      const int64_t width = SizeOf(box.dtype);
+      std::vector<Scatter>& scatters = plan.at(i);
+      const auto take = [&](const char* data, int64_t at, int64_t size) {
+        for (Scatter& scatter : scatters) scatter.Take(data, at / width, size / width);
+      };
+      char* direct = scatters.size() == 1 ? scatters[0].direct(box) : nullptr;
+      KRAIT_RETURN_IF_ERROR(ReadBox(checkpoint, file, box, direct, &buffer, take));
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::vector<std::string>> ListCheckpoints(const std::string& dir) {
+  // Only a folder that is known not to be there holds none: any other failure must not look like a
+  // run without checkpoints.
+  struct stat info;
+  if (lstat(dir.c_str(), &info) != 0 && errno == ENOENT) return std::vector<std::string>();
+  KRAIT_ASSIGN_OR_RETURN(const std::vector<std::string> names, ListDirectory(dir, kCode));
+  const std::set<std::string> present(names.begin(), names.end());
+  std::vector<std::pair<int64_t, std::string>> found;
+  for (const std::string& name : names) {
+    int64_t step = 0;
+    if (IsStepFolderName(name, &step)) {
+      found.emplace_back(step, name);
+    } else if (name.starts_with("old-") && name.size() > 5 + kSaveIdDigits) {
+      // step-N moved aside by a save that was killed before its own step-N was in place.
+      const std::string stem = name.substr(4, name.size() - 5 - kSaveIdDigits);
+      if (IsStepFolderName(stem, &step) && !present.contains(stem)) found.emplace_back(step, name);
+    }
+  }
+  std::sort(found.rbegin(), found.rend());
+  std::vector<std::string> folders;
+  for (const auto& entry : found) folders.push_back(dir + "/" + entry.second);
+  return folders;
+}
+
+absl::StatusOr<std::vector<std::string>> FindCheckpoints(const std::string& given) {
+  std::string path = WithoutSlashes(given);
+  if (path.ends_with("/latest") && !IsDirectory(path)) path = ParentFolder(path);
+  if (!IsDirectory(path)) return Error(kCode, path + " is not a folder; a checkpoint is one");
+  if (Exists(path + "/" + kManifestName) ||
+      IsStepFolderName(path.substr(path.find_last_of('/') + 1))) {
+    return std::vector<std::string>{path};
+  }
+  for (const std::string& dir : {path, path + "/checkpoints"}) {
+    KRAIT_ASSIGN_OR_RETURN(std::vector<std::string> folders, ListCheckpoints(dir));
+    if (!folders.empty()) return folders;
+  }
+  return Error(kCode, path + " holds no checkpoint (" + kManifestName +
+                          "), no step-N folders and no checkpoints/step-N");
+}
+
+absl::StatusOr<Checkpoint> LoadNewestWhole(const std::vector<std::string>& folders,
+                                           const CheckpointLoader& load,
+                                           std::vector<PassedOver>* passed_over) {
+  ErrorList errors;
+  for (const std::string& folder : folders) {
+    absl::StatusOr<Checkpoint> checkpoint = OpenCheckpoint(folder);
+    const absl::Status status = checkpoint.ok() ? load(*checkpoint) : checkpoint.status();
+    if (status.ok()) return checkpoint;
+    if (ExitCodeOf(status) != kCode) return status;
+    errors.Add(status);
+    passed_over->push_back({folder, MessageOf(status)});
+  }
+  if (errors.empty()) return Error(kCode, "there is no checkpoint");
+  return Error(kCode, "no checkpoint is whole:\n" + MessageOf(errors.ToStatus()));
+}
+
+absl::StatusOr<Checkpoint> LoadNewest(const std::vector<std::string>& folders,
+                                      const CheckpointLoader& load, const Notice& notice) {
+  std::vector<PassedOver> passed_over;
+  auto loaded = LoadNewestWhole(folders, load, &passed_over);
+  // An error names all reasons itself.
+  for (size_t i = 0; loaded.ok() && i < passed_over.size(); ++i) {
+    notice("passed over " + passed_over[i].path + ": " + passed_over[i].reason);
+  }
+  return loaded;
+}
+
+std::string CheckLatest(const std::string& dir, bool* damaged) {
+  const auto folders = ListCheckpoints(dir);
+  const std::string path = dir + "/latest";
+  if (damaged != nullptr) *damaged = false;
+  if (folders.ok() && !Exists(path)) return folders->empty() ? "" : path + " is missing";
+  const auto text = ReadFile(path, 100, kCode);
+  if (folders.ok() && text.ok()) {
+    for (size_t i = 0; i < folders->size(); ++i) {
+      if (*text != (*folders)[i].substr(dir.size() + 1) + "\n") continue;
+      return i == 0 ? "" : path + " names an older checkpoint; the newest is " + folders->front();
+    }
+  }
+  if (damaged != nullptr) *damaged = true;
+  if (!folders.ok()) return MessageOf(folders.status());
+  if (!text.ok()) return MessageOf(text.status());
+  return path + " does not name a checkpoint" +
+         (folders->empty() ? "" : "; the newest is " + folders->front());
+}
+
+}  // namespace krait

@@ -1,0 +1,35 @@
+// krait checkpoint inspect | verify | diff: the answers as text or JSON.
+#ifndef KRAIT_TRAINER_CHECKPOINT_CHECKPOINT_TOOLS_H_
+#define KRAIT_TRAINER_CHECKPOINT_CHECKPOINT_TOOLS_H_
+
+#include <string>
+#include <vector>
+
+#include "kernels/base/status.h"
+
+namespace krait {
+
+// What goes to standard output (ends with a newline), and the exit code.
+struct ToolReport {
+  ExitCode code = ExitCode::kOk;
+  std::string text;
+};
+
+// A PATH is a checkpoint's folder, a folder of checkpoints, or a run folder (FindCheckpoints).
+// A PATH without any checkpoint is an error (kNoCheckpoint).
+
+// Meta data, files and tensors of the newest checkpoint of `path` whose manifest holds. Reads no
+// tensor data.
+absl::StatusOr<ToolReport> InspectCheckpoint(const std::string& path, bool json);
+
+// Every byte of every checkpoint of every path against its CRC. kNo when one is damaged, or when a
+// folder's `latest` names none of its checkpoints; each damage with file, tensor and bytes.
+absl::StatusOr<ToolReport> VerifyCheckpoints(const std::vector<std::string>& paths, bool json);
+
+// Compares all tensors of the newest whole checkpoints of `a` and `b`, slot by slot: equal bits, or
+// the largest absolute difference. kNo when they differ in anything but meta data.
+absl::StatusOr<ToolReport> DiffCheckpoints(const std::string& a, const std::string& b, bool json);
+
+}  // namespace krait
+
+#endif  // KRAIT_TRAINER_CHECKPOINT_CHECKPOINT_TOOLS_H_

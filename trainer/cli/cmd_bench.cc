@@ -1,0 +1,71 @@
+// krait bench step, krait bench kernels
+#include <cstdio>
+
+#include "kernels/base/file.h"
+#include "trainer/cli/commands.h"
+#include "trainer/tools/bench.h"
+
+namespace krait {
+namespace {
+
+// JSON to a file ("-": standard output instead of the text).
+absl::Status Print(const std::string& text, const std::string& json, const std::string& path) {
+  std::fputs(path == "-" ? json.c_str() : text.c_str(), stdout);
+  if (path.empty() || path == "-") return absl::OkStatus();
+  return WriteFileAtomic(path, json, ExitCode::kCannotSave);
+}
+
+void AddJson(CLI::App* app, std::string* path) {
+  app->add_option("--json", *path, "write the figures as JSON (-: to standard output)")
+      ->type_name("FILE");
+}
+
+}  // namespace
+
+void AddBenchCommands(CLI::App* app, CommandLine* line) {
+  CLI::App* bench = app->add_subcommand("bench", "Measure speed.")->require_subcommand(0, 1);
+
+  struct StepArguments {
+    ConfigArguments config;
+    int64_t steps = 10;
+    std::string json;
+  };
+  auto step = std::make_shared<StepArguments>();
+  CLI::App* step_command = bench->add_subcommand(
+      "step", "Median training step on synthetic tokens, against the 2048^3 matrix product.");
+  AddConfigArguments(step_command, &step->config);
+  AddCount(step_command, "--steps", &step->steps, "steps to measure (default 10)");
+  AddJson(step_command, &step->json);
+  step_command->callback([line, step] {
+    line->run = [step]() -> absl::StatusOr<ExitCode> {
+      if (step->steps < 1) return Error(ExitCode::kConfig, "--steps 0: at least 1 is measured");
+      RunConfig config;
+      KRAIT_ASSIGN_OR_RETURN(config, LoadConfig(step->config.path, step->config.overrides,
+                                                ConfigUse::kPlan, /*ranks=*/1));
+      StepBench result;
+      KRAIT_ASSIGN_OR_RETURN(result, RunStepBench(config, step->steps));
+      KRAIT_RETURN_IF_ERROR(Print(StepBenchText(result), StepBenchJson(result), step->json));
+      return ExitCode::kOk;
+    };
+  });
+
+  struct KernelArguments {
+    std::string only, json;
+  };
+  auto kernels = std::make_shared<KernelArguments>();
+  CLI::App* kernel_command = bench->add_subcommand(
+      "kernels", "Every op family forward and backward, against matrix product or copy rate.");
+  kernel_command->add_option("--only", kernels->only, "names that begin with NAME")
+      ->type_name("NAME");
+  AddJson(kernel_command, &kernels->json);
+  kernel_command->callback([line, kernels] {
+    line->run = [kernels]() -> absl::StatusOr<ExitCode> {
+      KernelBenches result;
+      KRAIT_ASSIGN_OR_RETURN(result, RunKernelBench(kernels->only));
+      KRAIT_RETURN_IF_ERROR(Print(KernelBenchText(result), KernelBenchJson(result), kernels->json));
+      return ExitCode::kOk;
+    };
+  });
+}
+
+}  // namespace krait

@@ -1,0 +1,46 @@
+// krait train
+#include "trainer/cli/commands.h"
+#include "trainer/train/train_run.h"
+
+namespace krait {
+
+void AddTrainCommand(CLI::App* app, CommandLine* line) {
+  struct Arguments {
+    ConfigArguments config;
+    TrainOptions options;
+  };
+  auto arguments = std::make_shared<Arguments>();
+  CLI::App* train = app->add_subcommand(
+      "train", "Train a model; a second start continues the run where its last checkpoint is.");
+  AddConfigArguments(train, &arguments->config);
+  ResumeOptions& resume = arguments->options.resume;
+  train
+      ->add_option("--resume", resume.resume,
+                   "auto: the newest whole checkpoint; never: start anew, older checkpoints are "
+                   "set aside; PATH: that checkpoint")
+      ->type_name("auto|never|PATH")
+      ->capture_default_str();
+  train
+      ->add_option("--init", resume.init,
+                   "start at step 0 with the weights of CHECKPOINT (a checkpoint of this run "
+                   "goes first)")
+      ->type_name("CHECKPOINT");
+  train
+      ->add_option("--allow-change", resume.allow_change,
+                   "let a resumed run change seq_len, batch_tokens, data or seed; once per key")
+      ->type_name("KEY")
+      ->allow_extra_args(false);
+  train->callback([line, arguments] {
+    line->run = [line, arguments]() -> absl::StatusOr<ExitCode> {
+      RunConfig config;
+      KRAIT_ASSIGN_OR_RETURN(
+          config, LoadConfig(arguments->config.path, arguments->config.overrides, ConfigUse::kTrain,
+                             /*ranks=*/1));
+      arguments->options.program = line->program;
+      arguments->options.command_line = line->text;
+      return RunTraining(config, arguments->options);
+    };
+  });
+}
+
+}  // namespace krait

@@ -1,0 +1,133 @@
+// A run as one typed struct, and the reader that makes it from YAML. This folder is the only user
+// of yaml-cpp.
+#ifndef KRAIT_TRAINER_CONFIG_CONFIG_H_
+#define KRAIT_TRAINER_CONFIG_CONFIG_H_
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "data/sampler.h"
+#include "kernels/base/status.h"
+#include "model/hybrid_model.h"
+#include "model/spec.h"
+
+namespace krait {
+
+enum class DevicePreference : uint8_t { kAuto, kCpu, kCuda };
+enum class Precision : uint8_t { kAuto, kFp32, kBf16 };
+
+struct ParallelConfig {
+  int64_t tensor = 1, expert = 1;
+  int64_t data = 0;  // 0: auto
+  double expert_slack = 1.5;
+};
+
+struct DataConfig {
+  std::vector<SourceSpec> train;
+  std::vector<SourceSpec> validation;
+  int64_t seq_len = 4096;
+  bool reset_at_documents = true;
+};
+
+struct TrainConfig {
+  DevicePreference device = DevicePreference::kAuto;
+  Precision precision = Precision::kAuto;
+  bool deterministic = true;
+  int64_t steps = 0;  // resolved from tokens where that was given
+  int64_t batch_tokens = 4 << 20;
+  int64_t micro_batch = 2;
+  uint64_t seed = 1234;
+  Recompute recompute = Recompute::kNone;
+  double hang_timeout = 600;  // seconds
+};
+
+enum class MomentDType : uint8_t { kFp32, kBf16 };
+struct OptimizerConfig {
+  double lr = 3e-4, beta1 = 0.9, beta2 = 0.95, eps = 1e-8, weight_decay = 0.1;
+  double clip = 1.0;  // 0: off
+  MomentDType moments = MomentDType::kFp32;
+};
+
+enum class ScheduleKind : uint8_t { kCosine, kWsd, kLinear, kConstant };
+struct ScheduleConfig {
+  ScheduleKind kind = ScheduleKind::kCosine;
+  int64_t warmup_steps = 2000;
+  double min_lr_ratio = 0.1;
+  int64_t decay_steps = 0;  // of wsd; resolved: a count (a share of the steps is multiplied out)
+};
+
+struct CheckpointConfig {
+  int64_t every = 1000;
+  int64_t keep = 3;
+  bool async = true;
+  std::string dir;  // default run_dir/checkpoints
+};
+struct LogConfig {
+  int64_t every = 10;
+  bool tensorboard = true;
+};
+struct EvaluationConfig {
+  int64_t every = 1000;
+  int64_t tokens = 2 << 20;
+};
+
+struct RunConfig {
+  std::string path;  // of the YAML file, or the name given to ParseConfig
+  std::string run_dir;
+  ModelSpec model;
+  ParallelConfig parallel;
+  DataConfig data;
+  TrainConfig train;
+  OptimizerConfig optimizer;
+  ScheduleConfig schedule;
+  CheckpointConfig checkpoint;
+  LogConfig log;
+  EvaluationConfig evaluation;
+
+  // The resolved configuration as YAML text that reads back to the same struct. Numbers are printed
+  // in shortest round-trip form.
+  std::string ToYaml() const;
+
+  int64_t accumulation(int64_t data_ranks) const {
+    return train.batch_tokens / (data.seq_len * train.micro_batch * data_ranks);
+  }
+};
+
+// How much of the file a command needs: kPlan (plan, bench, a stored config) does without
+// data.train and train.steps (steps is 0 then).
+enum class ConfigUse : uint8_t { kTrain, kPlan };
+
+// Reads base files, the file, then "key.path=value" words. All errors at once, each with
+// file:line:column (or the word), what was found and what would be right; exit code kConfig.
+// `ranks` is the world size that the batch and the mesh are checked against (1 without mpirun).
+// Touches no GPU and opens no data file.
+absl::StatusOr<RunConfig> LoadConfig(const std::string& path,
+                                     const std::vector<std::string>& overrides, ConfigUse use,
+                                     int64_t ranks);
+// The same from YAML text that stands alone (a checkpoint's manifest, probe's built-in settings);
+// `name` stands for the path in messages.
+absl::StatusOr<RunConfig> ParseConfig(const std::string& text, const std::string& name,
+                                      const std::vector<std::string>& overrides, ConfigUse use,
+                                      int64_t ranks);
+
+// What a resume compares: keys whose change is refused (model.*), needs --allow-change KEY (data.*,
+// train.batch_tokens, train.seed), or applies with a line (optimizer.*, schedule.*, steps, device,
+// precision, deterministic). All others are free. Each difference once, with the dotted key of the
+// resolved config and both values as YAML.
+struct ConfigDifference {
+  enum class Kind : uint8_t { kRefused, kNeedsAllow, kApplies } kind;
+  std::string key, before, after;
+};
+std::vector<ConfigDifference> CompareForResume(const RunConfig& saved, const RunConfig& now);
+
+// The words of model.pattern that yield the model's layers, one period.
+std::string LayoutPattern(const ModelSpec& model);
+
+// Whether `--allow-change WORD` covers a key: the whole key, its last part, or its section
+// ("data.seq_len", "seq_len", "data").
+bool AllowsChange(const std::string& word, const std::string& key);
+
+}  // namespace krait
+
+#endif  // KRAIT_TRAINER_CONFIG_CONFIG_H_

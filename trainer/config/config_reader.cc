@@ -1,0 +1,333 @@
+#include "trainer/config/config_reader.h"
+
+#include <algorithm>
+#include <optional>
+
+#include "kernels/base/number.h"
+
+namespace krait {
+namespace {
+
+std::string LastPart(const std::string& path) { return path.substr(path.rfind('.') + 1); }
+
+std::string Parent(const std::string& path) {
+  const size_t dot = path.rfind('.');
+  return dot == std::string::npos ? "" : path.substr(0, dot);
+}
+
+// Edits (insert, delete, replace, swap of neighbours) from a to b: optimal string alignment.
+size_t EditDistance(const std::string& a, const std::string& b) {
+  std::vector<std::vector<size_t>> d(a.size() + 1, std::vector<size_t>(b.size() + 1));
+  for (size_t i = 0; i <= a.size(); ++i) {
+    for (size_t j = 0; j <= b.size(); ++j) {
+      if (i == 0 || j == 0) {
+        d[i][j] = i + j;
+        continue;
+      }
+      d[i][j] = std::min(
+          {d[i - 1][j] + 1, d[i][j - 1] + 1, d[i - 1][j - 1] + (a[i - 1] == b[j - 1] ? 0 : 1)});
+      if (i > 1 && j > 1 && a[i - 1] == b[j - 2] && a[i - 2] == b[j - 1]) {
+        d[i][j] = std::min(d[i][j], d[i - 2][j - 2] + 1);
+      }
+    }
+  }
+  return d[a.size()][b.size()];
+}
+
+// The candidate nearest to a misspelt key, or "". A third of the letters may differ.
+std::string Nearest(const std::string& key, const std::vector<std::string>& candidates) {
+  constexpr size_t kLongest = 64;  // of any key worth comparing
+  std::string best;
+  size_t best_distance = kLongest;
+  if (key.size() > kLongest) return best;
+  for (const std::string& candidate : candidates) {
+    const size_t distance = EditDistance(key, candidate);
+    const size_t allowed = std::max<size_t>(1, std::max(key.size(), candidate.size()) / 3);
+    if (distance <= allowed && distance < best_distance) {
+      best = candidate;
+      best_distance = distance;
+    }
+  }
+  return best;
+}
+
+std::string IntegerExpected(int64_t min, int64_t max) {
+  if (max == std::numeric_limits<int64_t>::max()) {
+    return absl::StrCat("a whole number of at least ", min);
+  }
+  return absl::StrCat("a whole number from ", min, " to ", max);
+}
+
+std::string NumberExpected(const Range& range) {
+  std::string text = absl::StrCat(range.min_open ? "a number above " : "a number of at least ",
+                                  PrintNumber(range.min));
+  if (range.max < std::numeric_limits<double>::max()) {
+    absl::StrAppend(&text, range.max_open ? " and below " : " and at most ",
+                    PrintNumber(range.max));
+  }
+  return text;
+}
+
+bool Inside(double x, const Range& range) {
+  return (range.min_open ? x > range.min : x >= range.min) &&
+         (range.max_open ? x < range.max : x <= range.max);
+}
+
+bool HasControl(const std::string& text) {
+  return std::any_of(text.begin(), text.end(),
+                     [](char c) { return static_cast<unsigned char>(c) < 0x20 || c == 0x7F; });
+}
+
+}  // namespace
+
+const ConfigNode* ConfigReader::Walk(const std::string& path) const {
+  const ConfigNode* node = &root_;
+  for (size_t begin = 0; node != nullptr && begin <= path.size();) {
+    const size_t end = std::min(path.find('.', begin), path.size());
+    node = node->Find(std::string_view(path).substr(begin, end - begin));
+    begin = end + 1;
+  }
+  return node;
+}
+
+const ConfigNode* ConfigReader::Find(const std::string& path) {
+  if (known_set_.insert(path).second) known_.push_back(path);
+  const ConfigNode* node = Walk(path);
+  if (node == nullptr) return nullptr;
+  if (node->kind == ConfigNode::Kind::kBroken) {
+    bad_.insert(path);
+    return nullptr;
+  }
+  return node;
+}
+
+bool ConfigReader::Has(const std::string& path) const { return Walk(path) != nullptr; }
+
+Place ConfigReader::PlaceOf(const std::string& path) const {
+  for (std::string p = path; !p.empty(); p = Parent(p)) {
+    if (const ConfigNode* node = Walk(p); node != nullptr) {
+      return p == path ? node->place : node->key_place;
+    }
+  }
+  return root_.place;
+}
+
+void ConfigReader::Fail(const std::string& path, const std::string& message) {
+  bad_.insert(path);
+  errors_->Add(PlaceOf(path), message);
+}
+
+void ConfigReader::Require(const std::string& path, const std::string& hint) {
+  if (Has(path) || bad_.contains(path)) return;
+  if (!complete_) {
+    bad_.insert(path);
+    return;
+  }
+  // A section that is no map is reported once, not for each of its keys.
+  for (std::string p = Parent(path); !p.empty(); p = Parent(p)) {
+    const ConfigNode* section = Walk(p);
+    if (section != nullptr && !section->is_map() && section->kind != ConfigNode::Kind::kNull) {
+      bad_.insert(path);
+      return;
+    }
+  }
+  Fail(path, absl::StrCat(path, " is missing", hint.empty() ? "" : "; ", hint));
+}
+
+bool ConfigReader::Good(std::initializer_list<const char*> paths) const {
+  return std::none_of(paths.begin(), paths.end(),
+                      [this](const char* path) { return bad_.contains(path); });
+}
+
+std::string ConfigReader::Show(const std::string& path, const std::string& value) const {
+  return absl::StrCat(path, " ", value, Has(path) ? "" : " (the default)");
+}
+
+void ConfigReader::Wrong(const std::string& path, const ConfigNode& node,
+                         const std::string& expected) {
+  Fail(path, absl::StrCat(path, ": expected ", expected, ", found ", Describe(node)));
+}
+
+const std::string* ConfigReader::Plain(const std::string& path, const std::string& expected) {
+  const ConfigNode* node = Find(path);
+  if (node == nullptr) return nullptr;
+  if (node->kind != ConfigNode::Kind::kScalar) {
+    Wrong(path, *node, expected);
+    return nullptr;
+  }
+  if (node->quoted) {
+    Fail(path, absl::StrCat(path, ": expected ", expected, ", found the quoted string ",
+                            Quote(node->text)));
+    return nullptr;
+  }
+  return &node->text;
+}
+
+void ConfigReader::Integer(const std::string& path, int64_t* out, int64_t min, int64_t max) {
+  IntegerOr(path, nullptr, 0, out, min, max);
+}
+
+void ConfigReader::IntegerOr(const std::string& path, const char* word, int64_t value, int64_t* out,
+                             int64_t min, int64_t max) {
+  const std::string expected = absl::StrCat(
+      IntegerExpected(min, max), word == nullptr ? "" : " or ", word == nullptr ? "" : word);
+  const std::string* text = Plain(path, expected);
+  if (text == nullptr) return;
+  if (word != nullptr && *text == word) {
+    *out = value;
+    return;
+  }
+  std::string why = "is out of range";
+  const std::optional<int64_t> number = ParseInteger(*text, &why);
+  if (number.has_value() && *number >= min && *number <= max) {
+    *out = *number;
+    return;
+  }
+  Fail(path, absl::StrCat(path, ": ", Quote(*text), " ", why, "; expected ", expected));
+}
+
+void ConfigReader::Number(const std::string& path, double* out, const Range& range) {
+  const std::string expected = NumberExpected(range);
+  const std::string* text = Plain(path, expected);
+  if (text == nullptr) return;
+  std::string why = "is out of range";
+  const std::optional<double> number = ParseNumber(*text, &why);
+  if (number.has_value() && Inside(*number, range)) {
+    *out = *number;
+    return;
+  }
+  Fail(path, absl::StrCat(path, ": ", Quote(*text), " ", why, "; expected ", expected));
+}
+
+void ConfigReader::Bool(const std::string& path, bool* out) {
+  const std::string* text = Plain(path, "true or false");
+  if (text == nullptr) return;
+  if (*text == "true" || *text == "false") {
+    *out = *text == "true";
+    return;
+  }
+  Fail(path, absl::StrCat(path, ": expected true or false, found ", Quote(*text)));
+}
+
+void ConfigReader::String(const std::string& path, std::string* out) {
+  const ConfigNode* node = Find(path);
+  if (node == nullptr) return;
+  if (node->kind != ConfigNode::Kind::kScalar || node->text.empty()) {
+    Wrong(path, *node, "text");
+  } else if (HasControl(node->text)) {
+    Fail(path, absl::StrCat(path, ": control characters in ", Quote(node->text)));
+  } else {
+    *out = node->text;
+  }
+}
+
+void ConfigReader::NumberList(const std::string& path, std::initializer_list<double*> out,
+                              const Range& range) {
+  const ConfigNode* node = Find(path);
+  if (node == nullptr) return;
+  const std::string expected =
+      absl::StrCat("a list of ", out.size(), " numbers, each ", NumberExpected(range));
+  if (node->kind != ConfigNode::Kind::kList || node->children.size() != out.size()) {
+    if (node->kind != ConfigNode::Kind::kList) return Wrong(path, *node, expected);
+    return Fail(path,
+                absl::StrCat(path, ": expected ", expected, ", found ", node->children.size()));
+  }
+  for (size_t i = 0; i < out.size(); ++i) {
+    const ConfigNode& item = node->children[i];
+    std::string why = "is out of range";
+    std::optional<double> number;
+    if (item.kind == ConfigNode::Kind::kBroken) return;
+    if (item.kind == ConfigNode::Kind::kScalar && !item.quoted) {
+      number = ParseNumber(item.text, &why);
+    } else {
+      why = "is no number";
+    }
+    if (!number.has_value() || !Inside(*number, range)) {
+      bad_.insert(path);
+      errors_->Add(item.place, absl::StrCat(path, "[", i, "]: ", Describe(item), " ", why,
+                                            "; expected ", NumberExpected(range)));
+      return;
+    }
+    *out.begin()[i] = *number;
+  }
+}
+
+void ConfigReader::Sources(const std::string& path, std::vector<SourceSpec>* out) {
+  const ConfigNode* node = Find(path);
+  if (node == nullptr) return;
+  const std::string expected = "a list of sources such as [{path: data/train.h5, weight: 1.0}]";
+  if (node->kind != ConfigNode::Kind::kList) return Wrong(path, *node, expected);
+  out->clear();
+  for (size_t i = 0; i < node->children.size(); ++i) {
+    const ConfigNode& item = node->children[i];
+    const std::string name = absl::StrCat(path, "[", i, "]");
+    if (item.kind == ConfigNode::Kind::kBroken) {
+      bad_.insert(path);
+      continue;
+    }
+    if (!item.is_map()) {
+      bad_.insert(path);
+      errors_->Add(item.place,
+                   absl::StrCat(name, ": expected {path: FILE}, found ", Describe(item)));
+      continue;
+    }
+    // The item is read as a config of its own.
+    ConfigReader reader(item, /*complete=*/true, errors_);
+    SourceSpec source;
+    reader.String("path", &source.path);
+    reader.Number("weight", &source.weight,
+                  {0, std::numeric_limits<double>::max(), /*min_open=*/true});
+    reader.Require("path", absl::StrCat("each entry of ", path, " names a token file"));
+    reader.Finish();
+    if (!reader.bad_.empty()) bad_.insert(path);
+    out->push_back(std::move(source));
+  }
+}
+
+void ConfigReader::Finish() { CheckKeys(root_, ""); }
+
+void ConfigReader::CheckKeys(const ConfigNode& map, const std::string& prefix) {
+  std::vector<std::string> siblings;
+  for (const std::string& path : known_) {
+    if (path.compare(0, prefix.size(), prefix) != 0) continue;
+    const std::string key =
+        path.substr(prefix.size(), path.find('.', prefix.size()) - prefix.size());
+    if (std::find(siblings.begin(), siblings.end(), key) == siblings.end()) siblings.push_back(key);
+  }
+  for (const ConfigNode& child : map.children) {
+    const std::string path = prefix + child.key;
+    if (known_set_.contains(path)) continue;
+    if (std::find(siblings.begin(), siblings.end(), child.key) == siblings.end()) {
+      Unknown(child, path, siblings);
+    } else if (child.is_map()) {
+      CheckKeys(child, path + ".");
+    } else if (child.kind == ConfigNode::Kind::kScalar || child.kind == ConfigNode::Kind::kList) {
+      Wrong(path, child, "a map of keys");
+    }
+  }
+}
+
+void ConfigReader::Unknown(const ConfigNode& node, const std::string& path,
+                           const std::vector<std::string>& siblings) {
+  std::string message = absl::StrCat("unknown key ", Quote(path));
+  const std::string prefix = Parent(path);
+  std::string guess = Nearest(node.key, siblings);
+  if (!guess.empty() && !prefix.empty()) guess = absl::StrCat(prefix, ".", guess);
+  if (guess.empty()) {
+    // The right word in the wrong section.
+    for (const std::string& known : known_) {
+      if (LastPart(known) == node.key && guess.empty()) guess = known;
+    }
+  }
+  if (!guess.empty()) {
+    absl::StrAppend(&message, "; did you mean ", guess, "?");
+  } else {
+    absl::StrAppend(&message, "; known here: ");
+    for (size_t i = 0; i < siblings.size(); ++i) {
+      absl::StrAppend(&message, i > 0 ? ", " : "", siblings[i]);
+    }
+  }
+  errors_->Add(node.key_place, message);
+}
+
+}  // namespace krait

@@ -1,0 +1,133 @@
+#include "trainer/report/environment.h"
+
+#include <sys/resource.h>
+#include <sys/utsname.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdlib>
+#include <cstring>
+#include <fstream>
+#include <limits>
+#include <string_view>
+
+#include "kernels/base/number.h"
+#include "kernels/base/parallel_for.h"
+#include "nlohmann/json.hpp"
+
+extern char** environ;
+
+namespace krait {
+namespace {
+
+// The value of the first "key : value" line of a /proc file, or "".
+std::string ProcValue(const char* path, std::string_view key) {
+  std::ifstream in(path);
+  for (std::string line; std::getline(in, line);) {
+    if (!std::string_view(line).starts_with(key)) continue;
+    const size_t colon = line.find(':');
+    if (colon == std::string::npos) continue;
+    const size_t start = line.find_first_not_of(" \t", colon + 1);
+    return start == std::string::npos ? "" : line.substr(start);
+  }
+  return "";
+}
+
+// First line of a file as a number, or -1 ("max", or no such file).
+int64_t ReadLimit(const char* path) {
+  std::ifstream file(path);
+  std::string text;
+  if (!std::getline(file, text)) return -1;
+  return ParseInteger(text).value_or(-1);
+}
+
+int64_t ToInt(const char* text) { return text == nullptr ? 0 : std::strtoll(text, nullptr, 10); }
+
+}  // namespace
+
+std::string VersionString() {
+#if defined(__clang__)
+  const std::string compiler = "Clang " __clang_version__;
+#else
+  const std::string compiler = "GCC " __VERSION__;
+#endif
+#ifdef KRAIT_WITH_CUDA
+  const std::string devices = "CPU and CUDA";
+#else
+  const std::string devices = "CPU";
+#endif
+  return KRAIT_VERSION " (" KRAIT_BUILD_TYPE ", " + compiler + ", " + devices + ")";
+}
+
+std::string EnvironmentJson() {
+  nlohmann::ordered_json json;
+  json["krait"] = VersionString();
+  utsname system = {};
+  if (uname(&system) == 0) {
+    json["host"] = system.nodename;
+    json["system"] = std::string(system.sysname) + " " + system.release + " " + system.machine;
+  }
+  json["pid"] = getpid();
+  json["started"] =
+      std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count();
+  json["processor"] = ProcValue("/proc/cpuinfo", "model name");
+  json["processors_online"] = sysconf(_SC_NPROCESSORS_ONLN);
+  json["threads"] = MaxThreads();
+  json["memory_bytes"] = MachineMemory();
+  nlohmann::ordered_json variables = nlohmann::ordered_json::object();
+  for (char** entry = environ; *entry != nullptr; ++entry) {
+    const std::string_view text = *entry;
+    for (std::string_view prefix : {"OMP_", "GOMP_", "OPENBLAS_", "MKL_", "CUDA_", "NCCL_", "OMPI_",
+                                    "PMI", "SLURM_", "MALLOC_"}) {
+      const size_t equals = text.find('=');
+      if (text.starts_with(prefix) && equals != std::string_view::npos) {
+        variables[std::string(text.substr(0, equals))] = std::string(text.substr(equals + 1));
+      }
+    }
+  }
+  json["variables"] = variables;
+  // A variable may hold any bytes: what is not UTF-8 is replaced, never thrown at.
+  return json.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
+}
+
+int64_t MachineMemory() {
+  const int64_t pages = sysconf(_SC_PHYS_PAGES);
+  const int64_t page = sysconf(_SC_PAGESIZE);
+  int64_t memory = pages > 0 && page > 0 ? pages * page : std::numeric_limits<int64_t>::max();
+  for (const char* path :
+       {"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"}) {
+    const int64_t limit = ReadLimit(path);
+    if (limit > 0) memory = std::min(memory, limit);
+  }
+  return memory;
+}
+
+int64_t PeakMemoryBytes() {
+  rusage usage = {};
+  return getrusage(RUSAGE_SELF, &usage) == 0 ? int64_t{usage.ru_maxrss} * 1024 : 0;
+}
+
+absl::Status RefuseSeveralRanks() {
+  struct Launcher {
+    const char *name, *ranks, *rank;
+  };
+  for (const Launcher& launcher :
+       {Launcher{"mpirun", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"},
+        Launcher{"mpiexec", "PMI_SIZE", "PMI_RANK"},
+        // Set for the tasks of srun only; a batch script has SLURM_NTASKS and SLURM_PROCID too.
+        Launcher{"srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"}}) {
+    const int64_t ranks = ToInt(std::getenv(launcher.ranks));
+    const char* rank = std::getenv(launcher.rank);
+    if (ranks <= 1) continue;
+    return Error(ExitCode::kConfig, ToInt(rank) > 0
+                                        ? ""  // rank 0 says it
+                                        : std::string(launcher.name) + " started " +
+                                              std::to_string(ranks) +
+                                              " ranks, but krait runs as one process: several "
+                                              "ranks are not supported yet");
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace krait

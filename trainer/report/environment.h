@@ -1,0 +1,31 @@
+// What a run finds around it: machine, build, memory, launcher.
+#ifndef KRAIT_TRAINER_REPORT_ENVIRONMENT_H_
+#define KRAIT_TRAINER_REPORT_ENVIRONMENT_H_
+
+#include <cstdint>
+#include <string>
+
+#include "kernels/base/status.h"
+
+namespace krait {
+
+// "0.1.0 (Release, GCC 12.2.0, CPU)".
+std::string VersionString();
+
+// The text of environment.json: version, host, kernel, processor, cores and threads, memory, start
+// time, and the variables of the environment that change how the run computes.
+std::string EnvironmentJson();
+
+// The largest resident set of this process so far.
+int64_t PeakMemoryBytes();
+
+// kConfig when a launcher (mpirun, srun) started several ranks: krait runs as one process. The
+// message is empty on all ranks but the first.
+absl::Status RefuseSeveralRanks();
+
+// Bytes of memory that this process may use: the machine's, or its control group's limit if lower.
+int64_t MachineMemory();
+
+}  // namespace krait
+
+#endif  // KRAIT_TRAINER_REPORT_ENVIRONMENT_H_

@@ -1,0 +1,102 @@
+#include "trainer/tools/generate.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <numeric>
+
+#include "absl/strings/str_format.h"
+#include "kernels/base/random.h"
+
+namespace krait {
+namespace {
+
+constexpr int64_t kPromptChunk = 512;  // tokens per pass over the prompt
+
+double Seconds(std::chrono::steady_clock::time_point from) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - from).count();
+}
+
+}  // namespace
+
+absl::Status CheckSampling(const SamplingOptions& options) {
+  ErrorList errors;
+  if (!(options.temperature >= 0) || !std::isfinite(options.temperature)) {
+    errors.Add(ExitCode::kConfig, absl::StrFormat("--temperature %g: must be 0 (greedy) or more",
+                                                  options.temperature));
+  }
+  if (options.top_k < 0) {
+    errors.Add(ExitCode::kConfig,
+               absl::StrFormat("--top-k %d: must be 0 (all) or more", options.top_k));
+  }
+  if (!(options.top_p > 0 && options.top_p <= 1)) {
+    errors.Add(ExitCode::kConfig,
+               absl::StrFormat("--top-p %g: must be above 0 and at most 1", options.top_p));
+  }
+  return errors.ToStatus();
+}
+
+int32_t Sample(const float* logits, int64_t vocab, const SamplingOptions& options, uint64_t index) {
+  std::vector<int32_t> ids(static_cast<size_t>(vocab));
+  std::iota(ids.begin(), ids.end(), 0);
+  std::stable_sort(ids.begin(), ids.end(),
+                   [&](int32_t a, int32_t b) { return logits[a] > logits[b]; });
+  if (options.temperature == 0) return ids.front();
+  if (options.top_k > 0 && options.top_k < vocab) ids.resize(static_cast<size_t>(options.top_k));
+
+  std::vector<double> shares;  // running sums of unnormalised probabilities
+  double sum = 0;
+  for (int32_t id : ids) {
+    sum += std::exp((double{logits[id]} - double{logits[ids.front()]}) / options.temperature);
+    shares.push_back(sum);
+  }
+  const auto kept = std::lower_bound(shares.begin(), shares.end(), options.top_p * sum);
+  const double limit = kept == shares.end() ? sum : *kept;
+  const RandomStream random(options.seed, RandomPurpose::kSampling, 0);
+  const double draw = random.Uniform(index) * limit;
+  const auto chosen = std::upper_bound(shares.begin(), shares.end(), draw);
+  return ids[static_cast<size_t>(std::min(chosen, std::prev(shares.end())) - shares.begin())];
+}
+
+absl::StatusOr<GenerateStats> Generate(InferenceModel* model, const std::vector<int32_t>& prompt,
+                                       int64_t tokens, int64_t vocab,
+                                       const SamplingOptions& options,
+                                       const std::function<void(int32_t id)>& on_token) {
+  KRAIT_RETURN_IF_ERROR(CheckSampling(options));
+  KRAIT_CHECK(!prompt.empty() && vocab <= model->config().model.vocab_size);
+  const auto prompt_size = static_cast<int64_t>(prompt.size());
+  std::unique_ptr<DecodeState> state;
+  const Context ctx = model->ForDecode({.batch = 1, .seq_len = std::min(kPromptChunk, prompt_size)},
+                                       prompt_size + tokens, &state);
+  std::vector<float> logits(static_cast<size_t>(model->config().model.vocab_size));
+  const Tensor logits_view(logits.data(), DType::kF32, Device::kCpu,
+                           {1, static_cast<int64_t>(logits.size())});
+  const auto decode = [&](const int32_t* ids, int64_t count) {
+    // A view is not const; the model does not write to tokens.
+    const Tensor view(const_cast<int32_t*>(ids), DType::kI32, Device::kCpu, {1, count});
+    model->model().Decode(logits_view, view, state.get(), ctx);
+  };
+
+  GenerateStats stats;
+  auto start = std::chrono::steady_clock::now();
+  for (int64_t done = 0; done < prompt_size; done += kPromptChunk) {
+    decode(prompt.data() + done, std::min(kPromptChunk, prompt_size - done));
+  }
+  stats.prompt_seconds = Seconds(start);
+  start = std::chrono::steady_clock::now();
+  for (int64_t i = 0; i < tokens; ++i) {
+    if (!std::all_of(logits.begin(), logits.end(), [](float x) { return std::isfinite(x); })) {
+      return Error(ExitCode::kNumerics,
+                   absl::StrFormat("the logits of token %d are not finite: the checkpoint's "
+                                   "weights are not usable",
+                                   prompt_size + i));
+    }
+    const int32_t id = Sample(logits.data(), vocab, options, static_cast<uint64_t>(i));
+    on_token(id);
+    if (i + 1 < tokens) decode(&id, 1);
+  }
+  stats.decode_seconds = Seconds(start);
+  return stats;
+}
+
+}  // namespace krait

@@ -1,0 +1,47 @@
+// A checkpoint's model for evaluation and generation: weights only.
+#ifndef KRAIT_TRAINER_TOOLS_INFERENCE_H_
+#define KRAIT_TRAINER_TOOLS_INFERENCE_H_
+
+#include <memory>
+#include <string>
+
+#include "model/hybrid_model.h"
+#include "trainer/checkpoint/checkpoint.h"
+#include "trainer/config/config.h"
+
+namespace krait {
+
+class InferenceModel {
+ public:
+  // `path` is a checkpoint, or a folder of checkpoints or a run, of which the newest whole one is
+  // taken; a notice names each that is passed over. kNoCheckpoint when there is none.
+  static absl::StatusOr<std::unique_ptr<InferenceModel>> Load(const std::string& path,
+                                                              const Notice& notice);
+
+  const RunConfig& config() const { return config_; }
+  const Checkpoint& checkpoint() const { return checkpoint_; }
+  const Weights& weights() const { return *weights_; }
+  HybridModel& model() { return *model_; }
+
+  // A context whose scratch memory suffices for passes of up to `shape` by Evaluate, or by Decode
+  // (one after another, of one state for `max_tokens`). Valid until the next call.
+  Context ForEvaluate(PassShape shape);
+  Context ForDecode(PassShape shape, int64_t max_tokens, std::unique_ptr<DecodeState>* state);
+
+ private:
+  InferenceModel() = default;
+
+  RunConfig config_;
+  Checkpoint checkpoint_;
+  std::unique_ptr<ParamTable> table_;
+  std::unique_ptr<Arena> weight_arena_, scratch_, state_arena_;
+  std::unique_ptr<Weights> weights_;
+  std::unique_ptr<HybridModel> model_;
+};
+
+// Weights without gradients in an arena of exactly their size.
+std::unique_ptr<Weights> NewWeights(const ParamTable* table, std::unique_ptr<Arena>* arena);
+
+}  // namespace krait
+
+#endif  // KRAIT_TRAINER_TOOLS_INFERENCE_H_

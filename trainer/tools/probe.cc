@@ -1,0 +1,218 @@
+#include "trainer/tools/probe.h"
+
+#include <algorithm>
+#include <map>
+
+#include "absl/strings/str_format.h"
+#include "kernels/base/safetensors.h"
+#include "trainer/tools/interop.h"
+#include "trainer/train/trainer.h"
+
+namespace krait {
+namespace {
+
+// The batches of the file, each [B,T].
+struct ProbeBatches {
+  int64_t count = 0;   // S of `batches`; 1 when there is only `input_ids`
+  TokenBatch forward;  // of the forward values and gradients
+  std::vector<TokenBatch> steps;
+};
+
+absl::StatusOr<TokenBatch> ReadBatch(const SafetensorsReader& reader, const std::string& name,
+                                     int64_t index, int64_t b, int64_t t, int64_t vocab) {
+  TokenBatch batch;
+  batch.sequences = b;
+  batch.seq_len = t;
+  batch.tokens.resize(static_cast<size_t>(b * t));
+  batch.targets.assign(batch.tokens.size(), -1);
+  batch.doc_start.assign(batch.tokens.size(), 0);
+  KRAIT_RETURN_IF_ERROR(reader.ReadI32(name, index * b * t, b * t, batch.tokens.data()));
+  for (int64_t i = 0; i < b * t; ++i) {
+    const int32_t id = batch.tokens[static_cast<size_t>(i)];
+    if (id < 0 || id >= vocab) {
+      return Error(ExitCode::kData,
+                   absl::StrFormat("%s: %s: element %d is %d, outside the "
+                                   "vocabulary of %d",
+                                   reader.path(), name, index * b * t + i, id, vocab));
+    }
+    if (i % t > 0) batch.targets[static_cast<size_t>(i - 1)] = id;
+  }
+  batch.target_count = b * (t - 1);
+  return batch;
+}
+
+absl::StatusOr<ProbeBatches> ReadBatches(const ProbeOptions& options, int64_t vocab) {
+  SafetensorsReader reader;
+  KRAIT_ASSIGN_OR_RETURN(reader, SafetensorsReader::OpenFile(options.batches));
+  const auto batches = reader.entries().find("batches");
+  const auto input_ids = reader.entries().find("input_ids");
+  const auto end = reader.entries().end();
+  const bool stacked = batches != end && batches->second.shape.size() == 3;
+  const bool single = input_ids != end && input_ids->second.shape.size() == 2;
+  if (!stacked && !single) {
+    return Error(ExitCode::kData,
+                 options.batches + ": needs int32 `batches` [S,B,T] or `input_ids` [B,T]");
+  }
+  const auto size = [](const auto& entry, size_t from_back) {
+    return entry->second.shape[entry->second.shape.size() - from_back];
+  };
+  const auto& first = single ? input_ids : batches;
+  const int64_t b = size(first, 2), t = size(first, 1);
+  const int64_t available = stacked ? batches->second.shape[0] : 1;
+  if (b < 1 || t < 2 || available < 1) {
+    return Error(ExitCode::kData,
+                 options.batches + ": a batch needs at least one sequence of two tokens");
+  }
+  if (options.steps > available) {
+    return Error(ExitCode::kConfig, absl::StrFormat("--steps %d: %s holds %d batches",
+                                                    options.steps, options.batches, available));
+  }
+  if (stacked && single && options.steps > 0 && (size(batches, 2) != b || size(batches, 1) != t)) {
+    return Error(ExitCode::kData,
+                 options.batches + ": `input_ids` and `batches` differ in their [B,T]");
+  }
+  ProbeBatches read;
+  KRAIT_ASSIGN_OR_RETURN(read.forward,
+                         ReadBatch(reader, single ? "input_ids" : "batches", 0, b, t, vocab));
+  for (int64_t s = 0; s < options.steps; ++s) {
+    read.steps.emplace_back();
+    KRAIT_ASSIGN_OR_RETURN(read.steps.back(),
+                           ReadBatch(reader, stacked ? "batches" : "input_ids", s, b, t, vocab));
+  }
+  return read;
+}
+
+// The contract's defaults with the batch of the file: one pass of B sequences per step.
+absl::StatusOr<RunConfig> ProbeConfig(const ModelSpec& spec, const TokenBatch& batch,
+                                      const ProbeOptions& options) {
+  RunConfig config;
+  config.model = spec;
+  config.run_dir = "probe";
+  config.checkpoint.dir = "probe/checkpoints";
+  config.data.seq_len = batch.seq_len;
+  config.train.batch_tokens = batch.sequences * batch.seq_len;
+  config.train.micro_batch = batch.sequences;
+  config.train.steps = std::max<int64_t>(1, options.steps);
+  config.schedule.kind = ScheduleKind::kConstant;
+  config.schedule.warmup_steps = 0;
+  const std::string text = config.ToYaml();
+  KRAIT_ASSIGN_OR_RETURN(config,
+                         ParseConfig(text, "probe", options.overrides, ConfigUse::kPlan, 1));
+  if (config.data.seq_len != batch.seq_len ||
+      config.train.batch_tokens != batch.sequences * batch.seq_len) {
+    return Error(ExitCode::kConfig,
+                 "data.seq_len and train.batch_tokens are those of the batches: they cannot be "
+                 "set for probe");
+  }
+  return config;
+}
+
+struct NamedValues {
+  std::vector<int64_t> shape;
+  std::vector<float> values;
+};
+
+// Collects the probe's tensors; chunks of rows, and passes, follow one another.
+class ForwardValues {
+ public:
+  ForwardValues(const ModelSpec& spec, const TokenBatch& batch) : spec_(spec), batch_(batch) {}
+
+  ProbeSink Sink() {
+    return {[this](const std::string& name, Tensor value) {
+      if (!values_.contains(name)) order_.push_back(name);
+      std::vector<float>& out = values_[name];
+      const int64_t rows = value.rows(), columns = value.dim(-1);
+      const float* data = value.data<float>();
+      for (int64_t r = 0; r < rows; ++r) {
+        out.insert(out.end(), data + r * value.row_stride(),
+                   data + r * value.row_stride() + columns);
+      }
+    }};
+  }
+
+  const std::vector<std::string>& names() const { return order_; }
+  const std::vector<float>& values(const std::string& name) const { return values_.at(name); }
+  std::vector<int64_t> Shape(const std::string& name) const {
+    const int64_t b = batch_.sequences, t = batch_.seq_len;
+    if (name == "logits") return {b, t, spec_.vocab_size};
+    if (name.starts_with("router_logits.")) return {b * t, spec_.moe.experts};
+    return {b, t, spec_.d_model};
+  }
+
+ private:
+  const ModelSpec& spec_;
+  const TokenBatch& batch_;
+  std::vector<std::string> order_;
+  std::map<std::string, std::vector<float>> values_;
+};
+
+// Header of the whole file: the writer wants every item before the first value.
+std::vector<SafetensorsWriter::Item> Items(const ForwardValues& forward, const ParamTable& table,
+                                           int64_t steps) {
+  std::vector<SafetensorsWriter::Item> items;
+  const auto add = [&](const std::string& name, const std::vector<int64_t>& shape) {
+    items.push_back({.name = name, .dtype = DType::kF32, .shape = shape});
+  };
+  for (const std::string& name : forward.names()) add(name, forward.Shape(name));
+  for (const char* name : {"cross_entropy", "aux_loss", "loss"}) add(name, {1});
+  for (const Param& param : table.params()) add("grad." + param.name, param.shape);
+  if (steps == 0) return items;
+  add("losses", {steps});
+  add("grad_norms", {steps});
+  for (const Param& param : table.params()) add("weight." + param.name, param.shape);
+  return items;
+}
+
+absl::Status WriteFloats(SafetensorsWriter* writer, const std::vector<float>& values) {
+  return writer->Write(values.data(), static_cast<int64_t>(values.size() * sizeof(float)));
+}
+
+}  // namespace
+
+absl::Status RunProbe(const ProbeOptions& options) {
+  ModelSpec spec;
+  KRAIT_ASSIGN_OR_RETURN(spec, ReadHfSpec(options.hf));
+  SafetensorsReader reader;
+  KRAIT_ASSIGN_OR_RETURN(reader, SafetensorsReader::OpenFolder(options.hf));
+  ProbeBatches batches;
+  KRAIT_ASSIGN_OR_RETURN(batches, ReadBatches(options, spec.vocab_size));
+  RunConfig config;
+  KRAIT_ASSIGN_OR_RETURN(config, ProbeConfig(spec, batches.forward, options));
+
+  Trainer trainer(config);
+  const ParamTable& table = trainer.weights().table();
+  KRAIT_RETURN_IF_ERROR(LoadHfWeights(reader, config.model, trainer.weights()));
+  ForwardValues forward(trainer.config().model, batches.forward);
+  const ProbeSink sink = forward.Sink();
+  const StepReport first = trainer.Gradients(batches.forward, &sink);
+
+  auto writer = SafetensorsWriter::Create(options.out, Items(forward, table, options.steps), {});
+  if (!writer.ok()) return writer.status();
+  for (const std::string& name : forward.names()) {
+    KRAIT_RETURN_IF_ERROR(WriteFloats(&*writer, forward.values(name)));
+  }
+  for (double loss : {first.loss, first.aux_loss, first.total_loss}) {
+    KRAIT_RETURN_IF_ERROR(WriteFloats(&*writer, {static_cast<float>(loss)}));
+  }
+  for (size_t p = 0; p < table.params().size(); ++p) {
+    const Tensor grad = trainer.weights().ParamGrad(static_cast<int>(p));
+    KRAIT_RETURN_IF_ERROR(writer->Write(grad.raw(), grad.bytes()));
+  }
+  if (options.steps > 0) {
+    std::vector<float> losses, norms;
+    for (const TokenBatch& batch : batches.steps) {
+      const StepReport report = trainer.Step(batch);
+      losses.push_back(static_cast<float>(report.total_loss));
+      norms.push_back(static_cast<float>(report.grad_norm));
+    }
+    KRAIT_RETURN_IF_ERROR(WriteFloats(&*writer, losses));
+    KRAIT_RETURN_IF_ERROR(WriteFloats(&*writer, norms));
+    for (size_t p = 0; p < table.params().size(); ++p) {
+      const Tensor weight = trainer.weights().Param(static_cast<int>(p));
+      KRAIT_RETURN_IF_ERROR(writer->Write(weight.raw(), weight.bytes()));
+    }
+  }
+  return writer->Finish();
+}
+
+}  // namespace krait

@@ -1,0 +1,32 @@
+// How much memory a run takes, by segment. The trainer reserves exactly these sizes; `krait plan`
+// prints them. Found by running the model with measuring arenas (kernels/arena.h), so plan and run
+// cannot differ.
+#ifndef KRAIT_TRAINER_TRAIN_MEMORY_PLAN_H_
+#define KRAIT_TRAINER_TRAIN_MEMORY_PLAN_H_
+
+#include <cstdint>
+
+#include "trainer/config/config.h"
+
+namespace krait {
+
+// Bytes per rank.
+struct MemoryPlan {
+  int64_t weights = 0;
+  int64_t gradients = 0;
+  int64_t optimizer = 0;    // exp_avg and exp_avg_sq (and fp32 masters where precision is not fp32)
+  int64_t activations = 0;  // kept from forward to backward by one pass
+  int64_t scratch = 0;      // temporaries of ops and sublayers
+  int64_t batches = 0;      // token batches
+  int64_t staging = 0;      // copy of the state for asynchronous checkpoints
+  int64_t total() const {
+    return weights + gradients + optimizer + activations + scratch + batches + staging;
+  }
+};
+
+// Of a training run, evaluation included. Touches no memory to speak of whatever the model's size.
+MemoryPlan PlanTraining(const RunConfig& config);
+
+}  // namespace krait
+
+#endif  // KRAIT_TRAINER_TRAIN_MEMORY_PLAN_H_

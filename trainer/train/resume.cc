@@ -1,0 +1,176 @@
+#include "trainer/train/resume.h"
+
+#include <algorithm>
+
+#include "absl/strings/str_format.h"
+#include "kernels/base/file.h"
+
+namespace krait {
+namespace {
+
+// The word of --allow-change that a changed key asks for.
+std::string AllowWord(const std::string& key) {
+  const std::string last = key.substr(key.rfind('.') + 1);
+  return key.starts_with("data.") && last != "seq_len" ? "data" : last;
+}
+
+absl::Status CheckAllowWords(const std::vector<std::string>& words) {
+  for (const std::string& word : words) {
+    const auto covers = [&](const char* key) { return AllowsChange(word, key); };
+    if (!covers("data.seq_len") && !covers("train.batch_tokens") && !covers("data.train") &&
+        !covers("data.validation") && !covers("data.reset_at_documents") && !covers("train.seed")) {
+      return Error(ExitCode::kConfig,
+                   "--allow-change " + word + ": takes seq_len, batch_tokens, data or seed");
+    }
+  }
+  return absl::OkStatus();
+}
+
+// Restores everything from `checkpoint`, after its config has been compared with the run's.
+absl::Status Restore(const ResumeOptions& options, const std::string& fingerprint,
+                     const Checkpoint& checkpoint, Trainer* trainer, const Notice& notice) {
+  RunConfig saved;
+  KRAIT_ASSIGN_OR_RETURN(
+      saved, ParseConfig(checkpoint.meta.config_yaml, checkpoint.path + "/manifest.json: config",
+                         {}, ConfigUse::kTrain, 1));
+  KRAIT_RETURN_IF_ERROR(CheckChanges(saved, trainer->config(), options.allow_change, notice));
+  const bool data_allowed =
+      std::any_of(options.allow_change.begin(), options.allow_change.end(),
+                  [](const auto& word) { return AllowsChange(word, "data.train"); });
+  if (checkpoint.meta.data_fingerprint != fingerprint && !data_allowed) {
+    return Error(ExitCode::kConfig,
+                 "data.train: the token files are not those that " + checkpoint.path +
+                     " was trained on; give back the old ones, or add --allow-change data");
+  }
+  const std::vector<CheckpointBox> boxes = trainer->Boxes();
+  KRAIT_RETURN_IF_ERROR(LoadBoxes(checkpoint, boxes));
+  trainer->state() = checkpoint.meta;
+  return absl::OkStatus();
+}
+
+absl::Status RestoreWeights(const Checkpoint& checkpoint, Trainer* trainer, const Notice& notice) {
+  const auto saved =
+      ParseConfig(checkpoint.meta.config_yaml, checkpoint.path, {}, ConfigUse::kPlan, 1);
+  if (!saved.ok()) {
+    notice(checkpoint.path + ": its config cannot be read here: " + MessageOf(saved.status()));
+  } else {
+    for (const ConfigDifference& change : CompareForResume(*saved, trainer->config())) {
+      if (change.kind != ConfigDifference::Kind::kRefused) continue;
+      notice(absl::StrFormat("%s: %s there, %s here", change.key, change.before, change.after));
+    }
+  }
+  return LoadBoxes(checkpoint, StateBoxes(trainer->weights(), nullptr));
+}
+
+// Sets checkpoints newer than `step` aside (never deletes them): the run continues on another path
+// and `auto` must not jump to theirs.
+absl::Status SetNewerAside(const std::string& dir, int64_t step, const Notice& notice) {
+  std::vector<std::string> folders;
+  KRAIT_ASSIGN_OR_RETURN(folders, ListCheckpoints(dir));
+  for (const std::string& folder : folders) {
+    const auto checkpoint = OpenCheckpoint(folder);
+    if (!checkpoint.ok() || checkpoint->meta.step <= step) continue;
+    const std::string aside =
+        dir + "/discarded-" + folder.substr(folder.rfind('/') + 1) + "." + checkpoint->save_id;
+    KRAIT_RETURN_IF_ERROR(Rename(folder, aside, ExitCode::kCannotSave));
+    notice(folder + " is past the resumed step: moved to " + aside);
+  }
+  return absl::OkStatus();
+}
+
+// --resume never beside checkpoints: the old ones are kept under another name, so that neither
+// keep-k nor a later --resume auto mixes the two runs.
+absl::Status SetAllAside(const std::string& dir, const Notice& notice) {
+  std::vector<std::string> folders;
+  if (Exists(dir)) {
+    KRAIT_ASSIGN_OR_RETURN(folders, ListCheckpoints(dir));
+  }
+  if (folders.empty()) return absl::OkStatus();
+  int n = 1;
+  while (Exists(absl::StrFormat("%s.before-%d", dir, n))) ++n;
+  const std::string aside = absl::StrFormat("%s.before-%d", dir, n);
+  KRAIT_RETURN_IF_ERROR(Rename(dir, aside, ExitCode::kCannotSave));
+  notice(absl::StrFormat(
+      "--resume never: the %d checkpoints of this folder were moved to %s; another run_dir "
+      "(run_dir=NAME) keeps runs apart",
+      folders.size(), aside));
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::Status CheckChanges(const RunConfig& saved, const RunConfig& now,
+                          const std::vector<std::string>& allow_change, const Notice& notice) {
+  ErrorList errors;
+  for (const ConfigDifference& change : CompareForResume(saved, now)) {
+    const std::string what = absl::StrFormat("%s: %s in the checkpoint, %s now", change.key,
+                                             change.before, change.after);
+    const bool allowed =
+        std::any_of(allow_change.begin(), allow_change.end(),
+                    [&](const auto& word) { return AllowsChange(word, change.key); });
+    if (change.kind == ConfigDifference::Kind::kRefused) {
+      errors.Add(ExitCode::kConfig, what +
+                                        "; a resumed run keeps its model: set it back, or "
+                                        "start another run_dir with --init");
+    } else if (change.kind == ConfigDifference::Kind::kNeedsAllow && !allowed) {
+      errors.Add(ExitCode::kConfig,
+                 what + "; set it back, or add --allow-change " + AllowWord(change.key));
+    } else {
+      notice("changed: " + what);
+    }
+  }
+  return errors.ToStatus();
+}
+
+absl::Status StartRun(const ResumeOptions& options, const std::string& fingerprint,
+                      Trainer* trainer, const Notice& notice) {
+  KRAIT_RETURN_IF_ERROR(CheckAllowWords(options.allow_change));
+  const std::string& dir = trainer->config().checkpoint.dir;
+  const auto restore = [&](const Checkpoint& checkpoint) {
+    return Restore(options, fingerprint, checkpoint, trainer, notice);
+  };
+
+  std::vector<std::string> candidates;
+  if (options.resume == "never") {
+    KRAIT_RETURN_IF_ERROR(SetAllAside(dir, notice));
+  } else if (options.resume != "auto") {
+    KRAIT_ASSIGN_OR_RETURN(candidates, FindCheckpoints(options.resume));
+  } else if (Exists(dir)) {
+    KRAIT_ASSIGN_OR_RETURN(candidates, ListCheckpoints(dir));
+  }
+  if (!candidates.empty()) {
+    Checkpoint checkpoint;
+    auto loaded = LoadNewest(candidates, restore, notice);
+    if (!loaded.ok() && ExitCodeOf(loaded.status()) == ExitCode::kNoCheckpoint) {
+      return Error(ExitCode::kNoCheckpoint,
+                   MessageOf(loaded.status()) +
+                       "\nnothing was started; to train anew use another run_dir, or add "
+                       "--resume never");
+    }
+    KRAIT_ASSIGN_OR_RETURN(checkpoint, std::move(loaded));
+    if (checkpoint.meta.step < trainer->config().train.steps) {
+      notice(absl::StrFormat("resuming at step %d from %s", checkpoint.meta.step, checkpoint.path));
+    }
+    if (!options.init.empty()) notice("--init is ignored: this run has a checkpoint of its own");
+    if (options.resume != "auto" && Exists(dir)) {
+      return SetNewerAside(dir, checkpoint.meta.step, notice);
+    }
+    return absl::OkStatus();
+  }
+
+  if (!options.init.empty()) {
+    KRAIT_ASSIGN_OR_RETURN(candidates, FindCheckpoints(options.init));
+    Checkpoint checkpoint;
+    KRAIT_ASSIGN_OR_RETURN(
+        checkpoint,
+        LoadNewest(
+            candidates, [&](const Checkpoint& c) { return RestoreWeights(c, trainer, notice); },
+            notice));
+    notice("starting at step 0 with the weights of " + checkpoint.path);
+    return absl::OkStatus();
+  }
+  trainer->Init();
+  return absl::OkStatus();
+}
+
+}  // namespace krait

@@ -1,0 +1,34 @@
+// Where a run starts: at a checkpoint of its own, at a named one, from another run's weights, or
+// from fresh weights.
+#ifndef KRAIT_TRAINER_TRAIN_RESUME_H_
+#define KRAIT_TRAINER_TRAIN_RESUME_H_
+
+#include <string>
+#include <vector>
+
+#include "trainer/checkpoint/checkpoint.h"
+#include "trainer/config/config.h"
+#include "trainer/train/trainer.h"
+
+namespace krait {
+
+struct ResumeOptions {
+  std::string resume = "auto";            // auto | never | PATH of a checkpoint
+  std::string init;                       // checkpoint whose weights start the run, "" for none
+  std::vector<std::string> allow_change;  // seq_len, batch_tokens, data, seed
+};
+
+// Brings `trainer` to its starting point: weights, moments and state. `fingerprint` is that of the
+// training data. Errors: kConfig for a config that does not fit the checkpoint, kNoCheckpoint when
+// checkpoints exist and none is whole (a run never starts anew beside them by itself).
+absl::Status StartRun(const ResumeOptions& options, const std::string& fingerprint,
+                      Trainer* trainer, const Notice& notice);
+
+// The differences between a checkpoint's config and the run's: one notice per change that applies;
+// kConfig with all changes that are refused or need `allow_change`.
+absl::Status CheckChanges(const RunConfig& saved, const RunConfig& now,
+                          const std::vector<std::string>& allow_change, const Notice& notice);
+
+}  // namespace krait
+
+#endif  // KRAIT_TRAINER_TRAIN_RESUME_H_

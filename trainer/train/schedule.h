@@ -1,0 +1,18 @@
+// Learning-rate schedules: pure functions of the update number.
+#ifndef KRAIT_TRAINER_TRAIN_SCHEDULE_H_
+#define KRAIT_TRAINER_TRAIN_SCHEDULE_H_
+
+#include <cstdint>
+
+#include "trainer/config/config.h"
+
+namespace krait {
+
+// The learning rate of update s = 1..S (W warm-up steps): s <= W: lr * s / W; cosine and linear go
+// from lr at s = W to lr * min_lr_ratio at s = S; wsd holds lr until the last decay_steps updates,
+// then falls to lr * min_lr_ratio at s = S; constant holds. Beyond S the value at S.
+double LearningRate(const ScheduleConfig& schedule, double lr, int64_t s, int64_t steps);
+
+}  // namespace krait
+
+#endif  // KRAIT_TRAINER_TRAIN_SCHEDULE_H_

@@ -1,0 +1,26 @@
+// `krait train`: the run folder, the loop over steps, evaluation, checkpoints and the summary.
+#ifndef KRAIT_TRAINER_TRAIN_TRAIN_RUN_H_
+#define KRAIT_TRAINER_TRAIN_TRAIN_RUN_H_
+
+#include <string>
+
+#include "kernels/base/status.h"
+#include "trainer/config/config.h"
+#include "trainer/train/resume.h"
+
+namespace krait {
+
+struct TrainOptions {
+  ResumeOptions resume;
+  std::string program = "krait";  // as typed, for the commands named in the summary
+  std::string command_line;       // as typed, for command.txt
+};
+
+// Trains to the last step (kOk), or to the step at which SIGUSR1, SIGTERM or SIGINT arrived, which
+// is saved (kStopped). A finished run says so and is left alone. Errors: kConfig, kData,
+// kNoCheckpoint, kCannotSave, and kNumerics after ten steps in a row without a finite gradient.
+absl::StatusOr<ExitCode> RunTraining(const RunConfig& config, const TrainOptions& options);
+
+}  // namespace krait
+
+#endif  // KRAIT_TRAINER_TRAIN_TRAIN_RUN_H_
