@@ -342,7 +342,7 @@ absl::StatusOr<std::string> HfConfigFromSpec(const ModelSpec& spec) {
 
 std::vector<HfSource> HfSources(const Param& param, const ModelSpec& spec) {
   std::vector<HfSource> sources = {{param.name, param.shape, 0}};
-  if (param.replicas != ReplicaSet::kExpert) return sources;
+  if (param.shard.axis != MeshAxis::kExpert) return sources;
   // "PREFIX.experts.E.MATRIX.weight"
   const std::string marker = ".experts.";
   const size_t experts = param.name.find(marker) + marker.size();

@@ -14,7 +14,7 @@ int64_t Product(const std::vector<int64_t>& shape) {
 }
 
 // Rows of the table. Each takes the published name and shape; what is not said is the default of
-// Param: compute dtype, N(0, std), decayed, sharded over tensor, partial gradients.
+// Param: compute dtype, N(0, std), decayed, on every rank, the first gradient overwriting.
 
 Param Weight(std::string name, std::vector<int64_t> shape, ParamInit init = ParamInit::kNormal) {
   Param param;
@@ -24,31 +24,25 @@ Param Weight(std::string name, std::vector<int64_t> shape, ParamInit init = Para
   return param;
 }
 
-// Cut by output rows over tensor ranks; `segments` are cut apart.
-Param ByOutput(Param param, std::vector<int64_t> segments = {}) {
-  param.shard = {MeshAxis::kTensor, 0, std::move(segments)};
-  param.replicas = ReplicaSet::kData;
+// Cut by output rows over tensor ranks, in units of `unit` rows; `segments` are cut apart.
+Param ByOutput(Param param, int64_t unit = 1, std::vector<int64_t> segments = {}) {
+  param.shard = {MeshAxis::kTensor, 0, unit, std::move(segments)};
   return param;
 }
 
-// Cut by input columns.
-Param ByInput(Param param) {
-  param.shard = {MeshAxis::kTensor, 1, {}};
-  param.replicas = ReplicaSet::kData;
+// Cut by input columns, in units of `unit` columns.
+Param ByInput(Param param, int64_t unit = 1) {
+  param.shard = {MeshAxis::kTensor, 1, unit, {}};
   return param;
 }
 
-// On every rank of the stage; partial gradients, because ranks own different tokens.
-Param Replicated(Param param) {
-  param.shard = {};
-  param.replicas = ReplicaSet::kAll;
+Param ByVocabulary(Param param) {
+  param.shard.axis = MeshAxis::kVocabulary;
   return param;
 }
 
-// One expert: whole on the ranks of its place in an expert group.
 Param Expert(Param param) {
-  param.shard = {MeshAxis::kExpert, 0, {}};
-  param.replicas = ReplicaSet::kExpert;
+  param.shard.axis = MeshAxis::kExpert;
   return param;
 }
 
@@ -62,19 +56,17 @@ Param NoDecay(Param param) {
   return param;
 }
 
-Param Norm(std::string name, int64_t width) {
-  return Fp32(NoDecay(Replicated(Weight(std::move(name), {width}, ParamInit::kOne))));
-}
-
-// dt, B, C norms: every tensor rank runs their backward alike on all-reduced gradients.
-Param InnerNorm(std::string name, int64_t width) {
-  Param param = Norm(std::move(name), width);
-  param.grad = GradKind::kComplete;
+Param Zeroed(Param param) {
+  param.grad_write = GradWrite::kZeroed;
   return param;
 }
 
+Param Norm(std::string name, int64_t width) {
+  return Fp32(Zeroed(NoDecay(Weight(std::move(name), {width}, ParamInit::kOne))));
+}
+
 Param Bias(std::string name, int64_t width) {
-  return NoDecay(Weight(std::move(name), {width}, ParamInit::kZero));
+  return Zeroed(NoDecay(Weight(std::move(name), {width}, ParamInit::kZero)));
 }
 
 }  // namespace
@@ -82,8 +74,11 @@ Param Bias(std::string name, int64_t width) {
 int64_t Param::numel() const { return Product(shape); }
 int64_t Storage::numel() const { return Product(shape); }
 
-ParamTable::ParamTable(const ModelSpec& spec) {
-  AddOne(ByOutput(Weight("model.embed_tokens.weight", {spec.vocab_size, spec.d_model})), -1);
+ParamTable::ParamTable(const ModelSpec& spec, int64_t tensor) {
+  Param embedding =
+      ByVocabulary(Weight("model.embed_tokens.weight", {spec.vocab_size, spec.d_model}));
+  // A tied one gets its first gradient from the head.
+  AddOne(spec.tie_embeddings ? embedding : Zeroed(embedding), -1);
   int previous_layer = -1;
   for (size_t s = 0; s < spec.sublayers.size(); ++s) {
     const Sublayer& sublayer = spec.sublayers[s];
@@ -97,7 +92,7 @@ ParamTable::ParamTable(const ModelSpec& spec) {
         index);
     switch (sublayer.kind) {
       case SublayerKind::kAttention:
-        AddAttention(spec, layer + "self_attn.", index);
+        AddAttention(spec, tensor, layer + "self_attn.", index);
         break;
       case SublayerKind::kMamba:
         AddMamba(spec, layer + "mamba.", index);
@@ -112,7 +107,7 @@ ParamTable::ParamTable(const ModelSpec& spec) {
   }
   AddOne(Norm("model.final_layernorm.weight", spec.d_model), -1);
   if (!spec.tie_embeddings) {
-    AddOne(ByOutput(Weight("lm_head.weight", {spec.vocab_size, spec.d_model})), -1);
+    AddOne(ByVocabulary(Weight("lm_head.weight", {spec.vocab_size, spec.d_model})), -1);
   }
   for (const Storage& storage : storages_) {
     int64_t end = 0;
@@ -121,41 +116,51 @@ ParamTable::ParamTable(const ModelSpec& spec) {
   }
 }
 
-void ParamTable::AddAttention(const ModelSpec& spec, const std::string& prefix, int sublayer) {
-  const int64_t q = spec.attention.heads * spec.attention.head_dim;
-  const int64_t kv = spec.attention.kv_heads * spec.attention.head_dim;
+void ParamTable::AddAttention(const ModelSpec& spec, int64_t tensor, const std::string& prefix,
+                              int sublayer) {
+  const int64_t head = spec.attention.head_dim;
+  const int64_t q = spec.attention.heads * head;
+  const int64_t kv = spec.attention.kv_heads * head;
   const int64_t d = spec.d_model;
-  AddStorage(prefix + "qkv", {q + 2 * kv, d}, sublayer);
-  AddParam(ByOutput(Weight(prefix + "q_proj.weight", {q, d})));
-  AddParam(ByOutput(Weight(prefix + "k_proj.weight", {kv, d})));
-  AddParam(ByOutput(Weight(prefix + "v_proj.weight", {kv, d})));
-  AddOne(ByInput(Weight(prefix + "o_proj.weight", {d, q}, ParamInit::kNormalResidual)), sublayer);
+  Param q_proj = ByOutput(Weight(prefix + "q_proj.weight", {q, d}), head);
+  if (tensor <= spec.attention.kv_heads) {
+    AddStorage(prefix + "qkv", {q + 2 * kv, d}, sublayer);
+    AddParam(std::move(q_proj));
+  } else {
+    AddOne(std::move(q_proj), sublayer);
+    AddStorage(prefix + "kv", {2 * kv, d}, sublayer);
+  }
+  AddParam(ByOutput(Weight(prefix + "k_proj.weight", {kv, d}), head));
+  AddParam(ByOutput(Weight(prefix + "v_proj.weight", {kv, d}), head));
+  AddOne(ByInput(Weight(prefix + "o_proj.weight", {d, q}, ParamInit::kNormalResidual), head),
+         sublayer);
 }
 
 void ParamTable::AddMamba(const ModelSpec& spec, const std::string& prefix, int sublayer) {
   const MambaSpec& m = spec.mamba;
   const int64_t d = spec.d_model;
   const int64_t i = m.d_inner;
-  AddOne(ByOutput(Weight(prefix + "in_proj.weight", {2 * i, d}), {i, i}), sublayer);
-  if (m.proj_bias) AddOne(ByOutput(Bias(prefix + "in_proj.bias", 2 * i), {i, i}), sublayer);
+  AddOne(ByOutput(Weight(prefix + "in_proj.weight", {2 * i, d}), 1, {i, i}), sublayer);
+  if (m.proj_bias) AddOne(ByOutput(Bias(prefix + "in_proj.bias", 2 * i), 1, {i, i}), sublayer);
   AddStorage(prefix + "conv1d.weight", {i, m.d_conv}, sublayer);
-  AddParam(ByOutput(Weight(prefix + "conv1d.weight", {i, 1, m.d_conv})));
+  AddParam(Zeroed(ByOutput(Weight(prefix + "conv1d.weight", {i, 1, m.d_conv}))));
   if (m.conv_bias) AddOne(ByOutput(Bias(prefix + "conv1d.bias", i)), sublayer);
   AddOne(ByInput(Weight(prefix + "x_proj.weight", {m.dt_rank + 2 * m.d_state, i})), sublayer);
   if (m.inner_norms) {
-    AddOne(InnerNorm(prefix + "dt_layernorm.weight", m.dt_rank), sublayer);
-    AddOne(InnerNorm(prefix + "b_layernorm.weight", m.d_state), sublayer);
-    AddOne(InnerNorm(prefix + "c_layernorm.weight", m.d_state), sublayer);
+    AddOne(Norm(prefix + "dt_layernorm.weight", m.dt_rank), sublayer);
+    AddOne(Norm(prefix + "b_layernorm.weight", m.d_state), sublayer);
+    AddOne(Norm(prefix + "c_layernorm.weight", m.d_state), sublayer);
   }
   AddOne(ByOutput(Weight(prefix + "dt_proj.weight", {i, m.dt_rank}, ParamInit::kDtWeight)),
          sublayer);
-  AddOne(Fp32(NoDecay(ByOutput(Weight(prefix + "dt_proj.bias", {i}, ParamInit::kDtBias)))),
+  AddOne(Fp32(Zeroed(NoDecay(ByOutput(Weight(prefix + "dt_proj.bias", {i}, ParamInit::kDtBias))))),
          sublayer);
-  AddOne(Fp32(NoDecay(ByOutput(Weight(prefix + "A_log", {i, m.d_state}, ParamInit::kALog)))),
-         sublayer);
-  AddOne(Fp32(NoDecay(ByOutput(Weight(prefix + "D", {i}, ParamInit::kOne)))), sublayer);
+  AddOne(
+      Fp32(Zeroed(NoDecay(ByOutput(Weight(prefix + "A_log", {i, m.d_state}, ParamInit::kALog))))),
+      sublayer);
+  AddOne(Fp32(Zeroed(NoDecay(ByOutput(Weight(prefix + "D", {i}, ParamInit::kOne))))), sublayer);
   AddOne(ByInput(Weight(prefix + "out_proj.weight", {d, i}, ParamInit::kNormalResidual)), sublayer);
-  if (m.proj_bias) AddOne(Replicated(Bias(prefix + "out_proj.bias", d)), sublayer);
+  if (m.proj_bias) AddOne(Bias(prefix + "out_proj.bias", d), sublayer);
 }
 
 void ParamTable::AddMlp(const ModelSpec& spec, const std::string& prefix, int sublayer) {
@@ -172,7 +177,7 @@ void ParamTable::AddMoe(const ModelSpec& spec, const std::string& prefix, int su
   const int64_t d = spec.d_model;
   const int64_t f = spec.moe.d_ff;
   const int64_t experts = spec.moe.experts;
-  AddOne(Fp32(Replicated(Weight(prefix + "router.weight", {experts, d}))), sublayer);
+  AddOne(Fp32(Weight(prefix + "router.weight", {experts, d})), sublayer);
   const auto name = [&](int64_t e, const char* matrix) {
     return prefix + "experts." + std::to_string(e) + "." + matrix + ".weight";
   };
@@ -235,7 +240,7 @@ int64_t ParamTable::active(const ModelSpec& spec) const {
   int64_t shared = 0;
   int64_t expert = 0;
   for (const Param& param : params_) {
-    (param.replicas == ReplicaSet::kExpert ? expert : shared) += param.numel();
+    (param.shard.axis == MeshAxis::kExpert ? expert : shared) += param.numel();
   }
   // Experts are alike, so the sum over all of them divides evenly.
   return expert == 0 ? shared : shared + expert / spec.moe.experts * spec.moe.top_k;

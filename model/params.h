@@ -31,26 +31,32 @@ enum class ParamInit : uint8_t {
   kDtBias,    // scheme mamba: inverse softplus of dt log-uniform in [1e-3, 1e-1], floor 1e-4; hf: 0
 };
 
-// How a tensor-parallel or expert-parallel layout cuts a parameter (one rank: unused but declared).
-enum class MeshAxis : uint8_t { kNone, kTensor, kExpert };
+// Which ranks of a stage hold which part of a parameter.
+enum class MeshAxis : uint8_t {
+  kNone,        // every rank holds all of it
+  kTensor,      // cut over the tensor ranks
+  kVocabulary,  // likewise, by rows padded to a multiple of kVocabularyRows * tensor
+  kExpert,      // an expert: whole on the ranks at its place in an expert group
+};
 struct ShardRule {
   MeshAxis axis = MeshAxis::kNone;
-  // The dimension of the published tensor that is cut. An expert (kExpert) stays whole: dimension 0
-  // of its storage, the expert, is cut.
+  // The dimension of the published tensor that is cut. kExpert: dimension 0 of the storage, the
+  // expert, is cut instead.
   int dim = 0;
-  std::vector<int64_t>
-      segments;  // extents along dim that are cut apart (x|z of in_proj); empty: one
+  // Elements along dim that stay together: a head's rows, 1 where every channel, row or column may
+  // be cut from its neighbour. A segment with fewer units than tensor ranks (k, v) is not cut
+  // further: consecutive ranks share a unit.
+  int64_t unit = 1;
+  // Extents along dim that are cut apart, a part of each going to every rank (x|z of in_proj);
+  // empty: one.
+  std::vector<int64_t> segments;
 };
+inline constexpr int64_t kVocabularyRows = 64;
 
-// Which ranks hold copies of a parameter, and what their gradients are before reduction.
-enum class ReplicaSet : uint8_t {
-  kData,    // sharded over tensor, copies on the data ranks
-  kAll,     // on every rank of the stage
-  kExpert,  // an expert: copies on world / expert ranks
-};
-enum class GradKind : uint8_t {
-  kPartial,   // sum over the whole replica set
-  kComplete,  // alike on every tensor rank (inner norms): sum over data only
+// How the first pass of a step meets the gradient's memory.
+enum class GradWrite : uint8_t {
+  kOverwrite,  // the op's first write overwrites it: matrix products
+  kZeroed,     // it is zeroed before, and the op adds
 };
 
 struct Param {
@@ -62,16 +68,15 @@ struct Param {
   bool decay = true;
   int group = 0;  // optimizer group
   ShardRule shard;
-  ReplicaSet replicas = ReplicaSet::kData;
-  GradKind grad = GradKind::kPartial;
+  GradWrite grad_write = GradWrite::kOverwrite;
   int storage = 0;     // index into ParamTable::storages
   int64_t offset = 0;  // elements from the start of the storage
 
   int64_t numel() const;
 };
 
-// Attributes that all pieces share (dtype class, decay, group, trainable) live in the pieces; the
-// optimizer checks that they agree.
+// Attributes that all pieces share (dtype class, decay, group, trainable, gradient write, holders)
+// live in the pieces; Layout checks that they agree.
 struct Storage {
   std::string name;            // e.g. "model.layers.3.feed_forward.gate_up"
   std::vector<int64_t> shape;  // e.g. [E, 2F, D]
@@ -82,7 +87,10 @@ struct Storage {
 
 class ParamTable {
  public:
-  explicit ParamTable(const ModelSpec& spec);
+  // With more tensor ranks than K/V heads, several ranks share a K/V head but no query head: k|v is
+  // then a storage apart from q ("self_attn.kv" and "self_attn.q_proj.weight" in place of
+  // "self_attn.qkv"). Nothing else depends on `tensor`; shapes are global.
+  explicit ParamTable(const ModelSpec& spec, int64_t tensor = 1);
 
   const std::vector<Param>& params() const { return params_; }
   const std::vector<Storage>& storages() const { return storages_; }
@@ -96,7 +104,7 @@ class ParamTable {
   int64_t active(const ModelSpec& spec) const;
 
  private:
-  void AddAttention(const ModelSpec& spec, const std::string& prefix, int sublayer);
+  void AddAttention(const ModelSpec& spec, int64_t tensor, const std::string& prefix, int sublayer);
   void AddMamba(const ModelSpec& spec, const std::string& prefix, int sublayer);
   void AddMlp(const ModelSpec& spec, const std::string& prefix, int sublayer);
   void AddMoe(const ModelSpec& spec, const std::string& prefix, int sublayer);

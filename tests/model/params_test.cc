@@ -117,14 +117,50 @@ TEST(ParamTable, Attributes) {
   EXPECT_EQ(in_proj.shard.dim, 0);
   EXPECT_THAT(in_proj.shard.segments, ElementsAre(8192, 8192));
   EXPECT_EQ(Get(table, mamba + "x_proj.weight").shard.dim, 1);
-  EXPECT_EQ(Get(table, mamba + "c_layernorm.weight").grad, GradKind::kComplete);
-  EXPECT_EQ(Get(table, mamba + "c_layernorm.weight").replicas, ReplicaSet::kAll);
-  EXPECT_EQ(Get(table, mamba + "out_proj.bias").replicas, ReplicaSet::kAll);
-  EXPECT_EQ(Get(table, mamba + "out_proj.bias").grad, GradKind::kPartial);
+  EXPECT_EQ(Get(table, mamba + "c_layernorm.weight").shard.axis, MeshAxis::kNone);
+  EXPECT_EQ(Get(table, mamba + "out_proj.bias").shard.axis, MeshAxis::kNone);
+  EXPECT_EQ(Get(table, "lm_head.weight").shard.axis, MeshAxis::kVocabulary);
+  const std::string attention = "model.layers.4.self_attn.";
+  EXPECT_EQ(Get(table, attention + "k_proj.weight").shard.unit, 128);
+  EXPECT_EQ(Get(table, attention + "o_proj.weight").shard.unit, 128);
+  EXPECT_EQ(Get(table, attention + "o_proj.weight").shard.dim, 1);
   const Param& expert = Get(table, "model.layers.1.feed_forward.experts.15.down_proj.weight");
-  EXPECT_EQ(expert.replicas, ReplicaSet::kExpert);
   EXPECT_EQ(expert.shard.axis, MeshAxis::kExpert);
   EXPECT_EQ(expert.init, ParamInit::kNormalResidual);
+}
+
+TEST(ParamTable, GradWrites) {
+  ModelSpec spec = JambaV01();
+  spec.mamba.proj_bias = true;
+  // The gradients of matrix products; an untied embedding only adds rows.
+  const auto overwritten = [](const std::string& name) {
+    for (const char* part : {"embed_tokens", "norm", "bias", "conv1d", "A_log", ".D"}) {
+      if (name.find(part) != std::string::npos) return false;
+    }
+    return true;
+  };
+  const ParamTable table(spec);
+  for (const Param& param : table.params()) {
+    EXPECT_EQ(param.grad_write == GradWrite::kOverwrite, overwritten(param.name)) << param.name;
+  }
+  spec.tie_embeddings = true;
+  EXPECT_EQ(Get(ParamTable(spec), "model.embed_tokens.weight").grad_write, GradWrite::kOverwrite);
+}
+
+// Eight K/V heads: up to eight tensor ranks have q, k and v rows of their own.
+TEST(ParamTable, SharedKvHeadsAreAStorageOfTheirOwn) {
+  const std::string prefix = "model.layers.4.self_attn.";
+  const ParamTable own(JambaV01(), 8);
+  EXPECT_EQ(Get(own, prefix + "v_proj.weight").storage, own.FindStorage(prefix + "qkv"));
+  const ParamTable shared(JambaV01(), 16);
+  const int kv = shared.FindStorage(prefix + "kv");
+  EXPECT_EQ(Get(shared, prefix + "q_proj.weight").storage,
+            shared.FindStorage(prefix + "q_proj.weight"));
+  EXPECT_EQ(Get(shared, prefix + "k_proj.weight").storage, kv);
+  EXPECT_EQ(Get(shared, prefix + "v_proj.weight").storage, kv);
+  EXPECT_EQ(Get(shared, prefix + "v_proj.weight").offset, 1024 * 4096);
+  EXPECT_EQ(shared.total(), own.total());
+  EXPECT_EQ(shared.params().size(), own.params().size());
 }
 
 TEST(ParamTable, Options) {
