@@ -31,6 +31,7 @@ void AddOverrides(CLI::App* app, std::vector<std::string>* overrides);
 // An option whose value is a count (4096, 256k, 2Mi).
 void AddCount(CLI::App* app, const std::string& name, int64_t* value, const std::string& help);
 
+void AddConfigCommands(CLI::App* app, CommandLine* line);
 void AddDataCommands(CLI::App* app, CommandLine* line);
 void AddPlanCommand(CLI::App* app, CommandLine* line);
 void AddTrainCommand(CLI::App* app, CommandLine* line);

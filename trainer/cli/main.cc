@@ -66,6 +66,7 @@ ExitCode Run(int argc, char** argv) {
   app.set_version_flag("--version", "krait " + VersionString());
   app.footer(kFooter);
   app.require_subcommand(0, 1);
+  AddConfigCommands(&app, &line);
   AddDataCommands(&app, &line);
   AddPlanCommand(&app, &line);
   AddTrainCommand(&app, &line);

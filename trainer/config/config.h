@@ -111,6 +111,18 @@ absl::StatusOr<RunConfig> ParseConfig(const std::string& text, const std::string
                                       const std::vector<std::string>& overrides, ConfigUse use,
                                       int64_t ranks);
 
+// The resolved config as YAML, each line with where its value came from as a comment:
+// file:line:column, a word of the command line, a key that it is derived from, or the default.
+absl::StatusOr<std::string> ExplainConfig(const std::string& path,
+                                          const std::vector<std::string>& overrides, int64_t ranks);
+
+// Every key that a config may have, in the order of the resolved config. `default_value` is YAML,
+// or in words where the default depends on other keys or the key is required.
+struct ConfigKeyInfo {
+  std::string key, type, default_value, unit, meaning;
+};
+std::vector<ConfigKeyInfo> ListConfigKeys();
+
 // What a resume compares: keys whose change is refused (model.*), needs --allow-change KEY (data.*,
 // train.batch_tokens, train.seed), or applies with a line (optimizer.*, schedule.*, steps, device,
 // precision, deterministic). All others are free. Each difference once, with the dotted key of the

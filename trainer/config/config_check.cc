@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <tuple>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "kernels/base/number.h"
@@ -168,6 +170,21 @@ void CheckParallel(const ParallelConfig& parallel, ConfigUse use, int64_t ranks,
 }
 
 }  // namespace
+
+void CheckLater(const ConfigDraft& draft, ConfigReader* reader) {
+  const ConfigDraft defaults;
+  for (const auto& [key, value, only, word] :
+       {std::tuple{"model.pad_token", draft.pad_token, defaults.pad_token, "none"},
+        {"model.moe.aux_sequences", draft.aux_sequences, defaults.aux_sequences, "pass"},
+        {"parallel.reduce", draft.reduce, defaults.reduce, "fp32"},
+        {"checkpoint.keep_every", draft.keep_every, defaults.keep_every, "none"}}) {
+    if (value != only) {
+      reader->Fail(key, absl::StrCat(key, ": this version knows ", word,
+                                     " only; other values are "
+                                     "not there yet"));
+    }
+  }
+}
 
 void CheckModel(const ModelSpec& model, ConfigReader* reader) {
   CheckAttention(model, reader);

@@ -16,14 +16,6 @@ namespace fs = std::filesystem;
 constexpr int64_t kMaxFileBytes = 1 << 20;
 constexpr int kMaxFiles = 100;  // a chain of lists of bases can multiply
 
-const ConfigNode* FindPath(const ConfigNode& root, std::initializer_list<std::string_view> path) {
-  const ConfigNode* node = &root;
-  for (const std::string_view key : path) {
-    if (node != nullptr) node = node->Find(key);
-  }
-  return node;
-}
-
 // `moe: none` is shorthand for `moe: {every: none}`.
 void ExpandShorthand(ConfigNode* layer) {
   ConfigNode* model = layer->Find("model");
@@ -39,9 +31,9 @@ void ExpandShorthand(ConfigNode* layer) {
 // The keys that model.pattern stands in for.
 std::vector<const ConfigNode*> RatioKeys(const ConfigNode& layer) {
   std::vector<const ConfigNode*> keys;
-  for (const auto& [section, key] :
-       {std::pair{"mixer", "ratio"}, {"mixer", "offset"}, {"moe", "every"}, {"moe", "offset"}}) {
-    const ConfigNode* node = FindPath(layer, {"model", section, key});
+  for (const char* path :
+       {"model.mixer.ratio", "model.mixer.offset", "model.moe.every", "model.moe.offset"}) {
+    const ConfigNode* node = FindNode(layer, path);
     if (node != nullptr) keys.push_back(node);
   }
   return keys;
@@ -69,8 +61,8 @@ void MergeMaps(ConfigNode* below, ConfigNode above) {
 // Puts a layer over the tree. Among alternatives the last layer that names one wins.
 void MergeLayer(ConfigNode* tree, ConfigNode layer, ConfigErrors* errors) {
   ExpandShorthand(&layer);
-  const ConfigNode* steps = FindPath(layer, {"train", "steps"});
-  const ConfigNode* tokens = FindPath(layer, {"train", "tokens"});
+  const ConfigNode* steps = FindNode(layer, "train.steps");
+  const ConfigNode* tokens = FindNode(layer, "train.tokens");
   if (steps != nullptr && tokens != nullptr) {
     errors->Add(tokens->key_place,
                 absl::StrCat("train.tokens and train.steps (", steps->key_place.ToString(),
@@ -81,7 +73,7 @@ void MergeLayer(ConfigNode* tree, ConfigNode layer, ConfigErrors* errors) {
     if (tokens != nullptr) train->Erase("steps");
   }
 
-  const ConfigNode* pattern = FindPath(layer, {"model", "pattern"});
+  const ConfigNode* pattern = FindNode(layer, "model.pattern");
   const std::vector<const ConfigNode*> ratio_keys = RatioKeys(layer);
   ConfigNode* model = tree->Find("model");
   if (pattern != nullptr && !ratio_keys.empty()) {
@@ -98,7 +90,7 @@ void MergeLayer(ConfigNode* tree, ConfigNode layer, ConfigErrors* errors) {
       moe->Erase("offset");
     }
   } else if (!ratio_keys.empty() && model != nullptr && model->Find("pattern") != nullptr) {
-    if (FindPath(layer, {"model", "mixer", "ratio"}) == nullptr) {
+    if (FindNode(layer, "model.mixer.ratio") == nullptr) {
       const ConfigNode* other = ratio_keys.front();
       errors->Add(other->key_place,
                   absl::StrCat(other->key, " has no meaning beside model.pattern (",

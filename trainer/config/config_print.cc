@@ -1,18 +1,16 @@
-// The resolved config as text, and what differs between two of them.
+#include "trainer/config/config_print.h"
+
 #include <algorithm>
+#include <cmath>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "kernels/base/number.h"
-#include "trainer/config/config.h"
+#include "trainer/config/config_keys.h"
 
 namespace krait {
 namespace {
-
-// A dotted key and its value as YAML.
-struct Entry {
-  std::string key, value;
-};
 
 // As a double-quoted scalar.
 std::string Quoted(const std::string& text) {
@@ -24,162 +22,71 @@ std::string Quoted(const std::string& text) {
   return quoted + "\"";
 }
 
-const char* Text(bool value) { return value ? "true" : "false"; }
-std::string Text(int64_t value) { return std::to_string(value); }
-std::string Text(double value) { return PrintNumber(value); }
-
-std::string Text(const std::vector<SourceSpec>& sources) {
-  std::string text = "[";
-  for (const SourceSpec& source : sources) {
-    absl::StrAppend(&text, text.size() > 1 ? ", " : "", "{path: ", Quoted(source.path),
-                    ", weight: ", PrintNumber(source.weight), "}");
-  }
-  return text + "]";
-}
-
-const char* Text(DevicePreference device) {
-  switch (device) {
-    case DevicePreference::kAuto:
-      return "auto";
-    case DevicePreference::kCpu:
-      return "cpu";
-    case DevicePreference::kCuda:
-      return "cuda";
-  }
-  return "?";
-}
-
-const char* Text(Precision precision) {
-  switch (precision) {
-    case Precision::kAuto:
-      return "auto";
-    case Precision::kFp32:
-      return "fp32";
-    case Precision::kBf16:
-      return "bf16";
-  }
-  return "?";
-}
-
-const char* Text(Recompute recompute) {
-  switch (recompute) {
-    case Recompute::kNone:
-      return "none";
-    case Recompute::kNorms:
-      return "norms";
-    case Recompute::kMixers:
-      return "mixers";
-    case Recompute::kLayer:
-      return "layer";
-  }
-  return "?";
-}
-
-const char* Text(ScheduleKind kind) {
-  switch (kind) {
-    case ScheduleKind::kCosine:
-      return "cosine";
-    case ScheduleKind::kWsd:
-      return "wsd";
-    case ScheduleKind::kLinear:
-      return "linear";
-    case ScheduleKind::kConstant:
-      return "constant";
-  }
-  return "?";
-}
-
-void AddModel(const ModelSpec& model, std::vector<Entry>* entries) {
-  const auto add = [entries](const char* key, std::string value) {
-    entries->push_back({absl::StrCat("model.", key), std::move(value)});
+// Collects each key with its value as YAML and the type of that value.
+class KeyPrinter : public ConfigVisitor {
+ public:
+  struct Item {
+    ConfigKey key;
+    std::string type, value;
   };
-  add("vocab_size", Text(model.vocab_size));
-  add("d_model", Text(model.d_model));
-  add("n_layers", Text(model.n_layers));
-  add("tie_embeddings", Text(model.tie_embeddings));
-  add("norm_eps", Text(model.norm_eps));
-  add("pattern", Quoted(LayoutPattern(model)));
-  if (model.Has(SublayerKind::kAttention)) {
-    add("attention.heads", Text(model.attention.heads));
-    add("attention.kv_heads", Text(model.attention.kv_heads));
-    add("attention.head_dim", Text(model.attention.head_dim));
-    if (model.attention.rope_theta > 0) {
-      add("attention.rope_theta", Text(model.attention.rope_theta));
+  const std::vector<Item>& items() const { return items_; }
+
+  void Whole(const ConfigKey& key, int64_t* value, const WholeRange& range) override {
+    const bool is_word = range.word != nullptr && *value == range.word_value;
+    Add(key, absl::StrCat("integer", Or(range.word)),
+        is_word ? range.word : std::to_string(*value));
+  }
+  void Number(const ConfigKey& key, double* value, const Range& range) override {
+    const bool is_word = range.word != nullptr && *value == 0;
+    const bool is_count = range.count && *value >= 1;
+    Add(key, absl::StrCat("number", Or(range.word)),
+        is_word    ? range.word
+        : is_count ? std::to_string(std::llround(*value))
+                   : PrintNumber(*value));
+  }
+  void Bool(const ConfigKey& key, bool* value) override {
+    Add(key, "true | false", *value ? "true" : "false");
+  }
+  void String(const ConfigKey& key, std::string* value) override {
+    Add(key, "text", Quoted(*value));
+  }
+  void Choice(const ConfigKey& key, const std::vector<const char*>& names, size_t* index) override {
+    Add(key, absl::StrJoin(names, " | "), names[*index]);
+  }
+  void Numbers(const ConfigKey& key, const std::vector<double*>& values, const Range&) override {
+    std::string text;
+    for (const double* value : values) {
+      absl::StrAppend(&text, text.empty() ? "" : ", ", PrintNumber(*value));
     }
+    Add(key, absl::StrCat("list of ", values.size(), " numbers"), absl::StrCat("[", text, "]"));
   }
-  if (model.Has(SublayerKind::kMamba)) {
-    add("mamba.d_state", Text(model.mamba.d_state));
-    add("mamba.d_conv", Text(model.mamba.d_conv));
-    add("mamba.expand", Text(model.mamba.expand));
-    add("mamba.dt_rank", Text(model.mamba.dt_rank));
-    add("mamba.inner_norms", Text(model.mamba.inner_norms));
-    add("mamba.conv_bias", Text(model.mamba.conv_bias));
-    add("mamba.proj_bias", Text(model.mamba.proj_bias));
+  void Sources(const ConfigKey& key, std::vector<SourceSpec>* value) override {
+    std::string text;
+    for (const SourceSpec& source : *value) {
+      absl::StrAppend(&text, text.empty() ? "" : ", ", "{path: ", Quoted(source.path),
+                      ", weight: ", PrintNumber(source.weight), "}");
+    }
+    Add(key, "list of {path: FILE, weight: number}", absl::StrCat("[", text, "]"));
   }
-  add("mlp.d_ff", Text(model.mlp_d_ff));
-  if (model.Has(SublayerKind::kMoe)) {
-    add("moe.experts", Text(model.moe.experts));
-    add("moe.top_k", Text(model.moe.top_k));
-    add("moe.d_ff", Text(model.moe.d_ff));
-    add("moe.renormalize", Text(model.moe.renormalize));
-    add("moe.aux_loss", Text(model.moe.aux_loss));
-    add("moe.z_loss", Text(model.moe.z_loss));
-    add("moe.aux_pool", model.moe.aux_pool == AuxPool::kModel ? "model" : "layer");
-  }
-  add("init.std", Text(model.init_std));
-  add("init.scheme", model.init_scheme == InitScheme::kMamba ? "mamba" : "hf");
-}
 
-// Every setting, in the order of the sections.
-std::vector<Entry> Flatten(const RunConfig& config) {
-  std::vector<Entry> entries;
-  const auto add = [&entries](const char* key, std::string value) {
-    entries.push_back({key, std::move(value)});
-  };
-  if (!config.run_dir.empty()) add("run_dir", Quoted(config.run_dir));
-  AddModel(config.model, &entries);
-  add("parallel.tensor", Text(config.parallel.tensor));
-  add("parallel.expert", Text(config.parallel.expert));
-  add("parallel.data", config.parallel.data == 0 ? "auto" : Text(config.parallel.data));
-  add("parallel.expert_slack", Text(config.parallel.expert_slack));
-  if (!config.data.train.empty()) add("data.train", Text(config.data.train));
-  add("data.validation", Text(config.data.validation));
-  add("data.seq_len", Text(config.data.seq_len));
-  add("data.reset_at_documents", Text(config.data.reset_at_documents));
-  add("train.device", Text(config.train.device));
-  add("train.precision", Text(config.train.precision));
-  add("train.deterministic", Text(config.train.deterministic));
-  if (config.train.steps > 0) add("train.steps", Text(config.train.steps));
-  add("train.batch_tokens", Text(config.train.batch_tokens));
-  add("train.micro_batch", Text(config.train.micro_batch));
-  add("train.seed", std::to_string(config.train.seed));
-  add("train.recompute", Text(config.train.recompute));
-  add("train.hang_timeout", Text(config.train.hang_timeout));
-  add("optimizer.name", "adamw");
-  add("optimizer.lr", Text(config.optimizer.lr));
-  add("optimizer.betas", absl::StrCat("[", PrintNumber(config.optimizer.beta1), ", ",
-                                      PrintNumber(config.optimizer.beta2), "]"));
-  add("optimizer.eps", Text(config.optimizer.eps));
-  add("optimizer.weight_decay", Text(config.optimizer.weight_decay));
-  add("optimizer.clip", Text(config.optimizer.clip));
-  add("optimizer.moments", config.optimizer.moments == MomentDType::kFp32 ? "fp32" : "bf16");
-  add("schedule.name", Text(config.schedule.kind));
-  add("schedule.warmup_steps", Text(config.schedule.warmup_steps));
-  add("schedule.min_lr_ratio", Text(config.schedule.min_lr_ratio));
-  add("schedule.decay_steps", Text(config.schedule.decay_steps));
-  add("schedule.decay", "linear");
-  add("checkpoint.every", Text(config.checkpoint.every));
-  add("checkpoint.keep", Text(config.checkpoint.keep));
-  add("checkpoint.async", Text(config.checkpoint.async));
-  // The default follows run_dir, so that a moved run keeps its checkpoints inside.
-  if (!config.checkpoint.dir.empty() && config.checkpoint.dir != config.run_dir + "/checkpoints") {
-    add("checkpoint.dir", Quoted(config.checkpoint.dir));
+ private:
+  static std::string Or(const char* word) {
+    return word == nullptr ? "" : absl::StrCat(" | ", word);
   }
-  add("log.every", Text(config.log.every));
-  add("log.tensorboard", Text(config.log.tensorboard));
-  add("evaluation.every", Text(config.evaluation.every));
-  add("evaluation.tokens", Text(config.evaluation.tokens));
-  return entries;
+  void Add(const ConfigKey& key, std::string type, std::string value) {
+    items_.push_back({key, std::move(type), std::move(value)});
+  }
+
+  std::vector<Item> items_;
+};
+
+// Keys in whose place the resolved config has another.
+std::vector<const char*> SourcesOf(const std::string& key) {
+  if (key == "model.pattern") {
+    return {"model.mixer.ratio", "model.mixer.offset", "model.moe.every", "model.moe.offset"};
+  }
+  if (key == "train.steps") return {"train.tokens"};
+  return {};
 }
 
 bool StartsWith(const std::string& text, const char* prefix) { return text.rfind(prefix, 0) == 0; }
@@ -200,13 +107,55 @@ bool Classify(const std::string& key, ConfigDifference::Kind* kind) {
   return true;
 }
 
-const std::string* FindValue(const std::vector<Entry>& entries, const std::string& key) {
+const std::string* FindValue(const std::vector<ConfigEntry>& entries, const std::string& key) {
   const auto it = std::find_if(entries.begin(), entries.end(),
-                               [&key](const Entry& entry) { return entry.key == key; });
+                               [&key](const ConfigEntry& entry) { return entry.key == key; });
   return it == entries.end() ? nullptr : &it->value;
 }
 
 }  // namespace
+
+std::vector<ConfigEntry> Flatten(const RunConfig& config) {
+  RunConfig copy = config;
+  ConfigDraft draft;
+  draft.pattern = LayoutPattern(config.model);
+  draft.decay_steps = static_cast<double>(config.schedule.decay_steps);
+  KeyPrinter printer;
+  VisitKeys(&copy, &draft, &printer);
+  std::vector<ConfigEntry> entries;
+  for (const KeyPrinter::Item& item : printer.items()) {
+    if (item.key.shown) entries.push_back({item.key.path, item.value, ""});
+  }
+  return entries;
+}
+
+std::vector<ConfigKeyInfo> ListConfigKeys() {
+  RunConfig defaults;
+  ConfigDraft draft;
+  KeyPrinter printer;
+  VisitKeys(&defaults, &draft, &printer);
+  std::vector<ConfigKeyInfo> keys;
+  for (const auto& [key, type, value] : printer.items()) {
+    keys.push_back({key.path, type, key.default_text == nullptr ? value : key.default_text,
+                    key.unit, key.meaning});
+  }
+  return keys;
+}
+
+std::string OriginOf(const ConfigNode& root, const ConfigEntry& entry) {
+  const ConfigNode* node = FindNode(root, entry.key);
+  if (node != nullptr) return node->place.ToString();
+  for (const char* source : SourcesOf(entry.key)) {
+    node = FindNode(root, source);
+    if (node != nullptr) return absl::StrCat(source, " at ", node->place.ToString());
+  }
+  for (const ConfigKeyInfo& info : ListConfigKeys()) {
+    if (info.key == entry.key && info.default_value != entry.value) {
+      return absl::StrCat("default: ", info.default_value);
+    }
+  }
+  return "default";
+}
 
 std::string LayoutPattern(const ModelSpec& model) {
   std::vector<std::string> words;
@@ -228,10 +177,10 @@ std::string LayoutPattern(const ModelSpec& model) {
   return pattern;
 }
 
-std::string RunConfig::ToYaml() const {
+std::string YamlText(const std::vector<ConfigEntry>& entries) {
   std::string text;
   std::vector<std::string> open;  // sections around the last key
-  for (const Entry& entry : Flatten(*this)) {
+  for (const ConfigEntry& entry : entries) {
     std::vector<std::string> parts;
     for (size_t begin = 0; begin <= entry.key.size();) {
       const size_t end = std::min(entry.key.find('.', begin), entry.key.size());
@@ -245,15 +194,18 @@ std::string RunConfig::ToYaml() const {
     for (size_t i = common; i < parts.size(); ++i) {
       absl::StrAppend(&text, std::string(2 * i, ' '), parts[i], ":\n");
     }
-    absl::StrAppend(&text, std::string(2 * parts.size(), ' '), name, ": ", entry.value, "\n");
+    absl::StrAppend(&text, std::string(2 * parts.size(), ' '), name, ": ", entry.value,
+                    entry.comment.empty() ? "" : "  # ", entry.comment, "\n");
     open = std::move(parts);
   }
   return text;
 }
 
+std::string RunConfig::ToYaml() const { return YamlText(Flatten(*this)); }
+
 std::vector<ConfigDifference> CompareForResume(const RunConfig& saved, const RunConfig& now) {
-  const std::vector<Entry> before = Flatten(saved);
-  const std::vector<Entry> after = Flatten(now);
+  const std::vector<ConfigEntry> before = Flatten(saved);
+  const std::vector<ConfigEntry> after = Flatten(now);
   std::vector<ConfigDifference> differences;
   const auto compare = [&differences](const std::string& key, const std::string* a,
                                       const std::string* b) {
@@ -264,8 +216,9 @@ std::vector<ConfigDifference> CompareForResume(const RunConfig& saved, const Run
     difference.after = b == nullptr ? "none" : *b;
     differences.push_back(std::move(difference));
   };
-  for (const Entry& entry : before) compare(entry.key, &entry.value, FindValue(after, entry.key));
-  for (const Entry& entry : after) {
+  for (const ConfigEntry& entry : before)
+    compare(entry.key, &entry.value, FindValue(after, entry.key));
+  for (const ConfigEntry& entry : after) {
     if (FindValue(before, entry.key) == nullptr) compare(entry.key, nullptr, &entry.value);
   }
   return differences;

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <optional>
 
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "kernels/base/number.h"
 
 namespace krait {
@@ -51,21 +53,23 @@ std::string Nearest(const std::string& key, const std::vector<std::string>& cand
   return best;
 }
 
-std::string IntegerExpected(int64_t min, int64_t max) {
-  if (max == std::numeric_limits<int64_t>::max()) {
-    return absl::StrCat("a whole number of at least ", min);
+std::string Or(const char* word) { return word == nullptr ? "" : absl::StrCat(" or ", word); }
+
+std::string Expected(const WholeRange& range) {
+  if (range.max == std::numeric_limits<int64_t>::max()) {
+    return absl::StrCat("a whole number of at least ", range.min, Or(range.word));
   }
-  return absl::StrCat("a whole number from ", min, " to ", max);
+  return absl::StrCat("a whole number from ", range.min, " to ", range.max, Or(range.word));
 }
 
-std::string NumberExpected(const Range& range) {
+std::string Expected(const Range& range) {
   std::string text = absl::StrCat(range.min_open ? "a number above " : "a number of at least ",
                                   PrintNumber(range.min));
   if (range.max < std::numeric_limits<double>::max()) {
     absl::StrAppend(&text, range.max_open ? " and below " : " and at most ",
                     PrintNumber(range.max));
   }
-  return text;
+  return absl::StrCat(text, Or(range.word));
 }
 
 bool Inside(double x, const Range& range) {
@@ -80,19 +84,9 @@ bool HasControl(const std::string& text) {
 
 }  // namespace
 
-const ConfigNode* ConfigReader::Walk(const std::string& path) const {
-  const ConfigNode* node = &root_;
-  for (size_t begin = 0; node != nullptr && begin <= path.size();) {
-    const size_t end = std::min(path.find('.', begin), path.size());
-    node = node->Find(std::string_view(path).substr(begin, end - begin));
-    begin = end + 1;
-  }
-  return node;
-}
-
 const ConfigNode* ConfigReader::Find(const std::string& path) {
   if (known_set_.insert(path).second) known_.push_back(path);
-  const ConfigNode* node = Walk(path);
+  const ConfigNode* node = FindNode(root_, path);
   if (node == nullptr) return nullptr;
   if (node->kind == ConfigNode::Kind::kBroken) {
     bad_.insert(path);
@@ -101,11 +95,11 @@ const ConfigNode* ConfigReader::Find(const std::string& path) {
   return node;
 }
 
-bool ConfigReader::Has(const std::string& path) const { return Walk(path) != nullptr; }
+bool ConfigReader::Has(const std::string& path) const { return FindNode(root_, path) != nullptr; }
 
 Place ConfigReader::PlaceOf(const std::string& path) const {
   for (std::string p = path; !p.empty(); p = Parent(p)) {
-    if (const ConfigNode* node = Walk(p); node != nullptr) {
+    if (const ConfigNode* node = FindNode(root_, p); node != nullptr) {
       return p == path ? node->place : node->key_place;
     }
   }
@@ -125,7 +119,7 @@ void ConfigReader::Require(const std::string& path, const std::string& hint) {
   }
   // A section that is no map is reported once, not for each of its keys.
   for (std::string p = Parent(path); !p.empty(); p = Parent(p)) {
-    const ConfigNode* section = Walk(p);
+    const ConfigNode* section = FindNode(root_, p);
     if (section != nullptr && !section->is_map() && section->kind != ConfigNode::Kind::kNull) {
       bad_.insert(path);
       return;
@@ -163,23 +157,17 @@ const std::string* ConfigReader::Plain(const std::string& path, const std::strin
   return &node->text;
 }
 
-void ConfigReader::Integer(const std::string& path, int64_t* out, int64_t min, int64_t max) {
-  IntegerOr(path, nullptr, 0, out, min, max);
-}
-
-void ConfigReader::IntegerOr(const std::string& path, const char* word, int64_t value, int64_t* out,
-                             int64_t min, int64_t max) {
-  const std::string expected = absl::StrCat(
-      IntegerExpected(min, max), word == nullptr ? "" : " or ", word == nullptr ? "" : word);
+void ConfigReader::Whole(const std::string& path, int64_t* out, const WholeRange& range) {
+  const std::string expected = Expected(range);
   const std::string* text = Plain(path, expected);
   if (text == nullptr) return;
-  if (word != nullptr && *text == word) {
-    *out = value;
+  if (range.word != nullptr && *text == range.word) {
+    *out = range.word_value;
     return;
   }
   std::string why = "is out of range";
   const std::optional<int64_t> number = ParseInteger(*text, &why);
-  if (number.has_value() && *number >= min && *number <= max) {
+  if (number.has_value() && *number >= range.min && *number <= range.max) {
     *out = *number;
     return;
   }
@@ -187,9 +175,13 @@ void ConfigReader::IntegerOr(const std::string& path, const char* word, int64_t 
 }
 
 void ConfigReader::Number(const std::string& path, double* out, const Range& range) {
-  const std::string expected = NumberExpected(range);
+  const std::string expected = Expected(range);
   const std::string* text = Plain(path, expected);
   if (text == nullptr) return;
+  if (range.word != nullptr && *text == range.word) {
+    *out = 0;
+    return;
+  }
   std::string why = "is out of range";
   const std::optional<double> number = ParseNumber(*text, &why);
   if (number.has_value() && Inside(*number, range)) {
@@ -221,12 +213,24 @@ void ConfigReader::String(const std::string& path, std::string* out) {
   }
 }
 
-void ConfigReader::NumberList(const std::string& path, std::initializer_list<double*> out,
-                              const Range& range) {
+void ConfigReader::Choice(const std::string& path, const std::vector<const char*>& names,
+                          size_t* index) {
+  const ConfigNode* node = Find(path);
+  if (node == nullptr) return;
+  const auto it = std::find(names.begin(), names.end(), node->text);
+  if (node->kind == ConfigNode::Kind::kScalar && it != names.end()) {
+    *index = static_cast<size_t>(it - names.begin());
+  } else {
+    Wrong(path, *node, absl::StrJoin(names, " | "));
+  }
+}
+
+void ConfigReader::Numbers(const std::string& path, const std::vector<double*>& out,
+                           const Range& range) {
   const ConfigNode* node = Find(path);
   if (node == nullptr) return;
   const std::string expected =
-      absl::StrCat("a list of ", out.size(), " numbers, each ", NumberExpected(range));
+      absl::StrCat("a list of ", out.size(), " numbers, each ", Expected(range));
   if (node->kind != ConfigNode::Kind::kList || node->children.size() != out.size()) {
     if (node->kind != ConfigNode::Kind::kList) return Wrong(path, *node, expected);
     return Fail(path,
@@ -245,10 +249,10 @@ void ConfigReader::NumberList(const std::string& path, std::initializer_list<dou
     if (!number.has_value() || !Inside(*number, range)) {
       bad_.insert(path);
       errors_->Add(item.place, absl::StrCat(path, "[", i, "]: ", Describe(item), " ", why,
-                                            "; expected ", NumberExpected(range)));
+                                            "; expected ", Expected(range)));
       return;
     }
-    *out.begin()[i] = *number;
+    *out[i] = *number;
   }
 }
 

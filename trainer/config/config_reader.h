@@ -5,24 +5,15 @@
 
 #include <cstdint>
 #include <initializer_list>
-#include <limits>
 #include <set>
 #include <string>
-#include <utility>
 #include <vector>
 
-#include "absl/strings/str_cat.h"
 #include "data/sampler.h"
+#include "trainer/config/config_keys.h"
 #include "trainer/config/config_tree.h"
 
 namespace krait {
-
-// Bounds of a number.
-struct Range {
-  double min, max;
-  bool min_open = false;  // min itself is excluded
-  bool max_open = false;
-};
 
 class ConfigReader {
  public:
@@ -33,18 +24,13 @@ class ConfigReader {
   bool complete() const { return complete_; }
 
   // Each leaves `*out` as it is when the key is absent or wrong.
-  void Integer(const std::string& path, int64_t* out, int64_t min,
-               int64_t max = std::numeric_limits<int64_t>::max());
-  // As Integer, or the word `word`, which stands for `value`.
-  void IntegerOr(const std::string& path, const char* word, int64_t value, int64_t* out,
-                 int64_t min, int64_t max = std::numeric_limits<int64_t>::max());
+  void Whole(const std::string& path, int64_t* out, const WholeRange& range);
   void Number(const std::string& path, double* out, const Range& range);
   void Bool(const std::string& path, bool* out);
   void String(const std::string& path, std::string* out);
-  template <typename E>
-  void Enum(const std::string& path, E* out,
-            std::initializer_list<std::pair<const char*, E>> values);
-  void NumberList(const std::string& path, std::initializer_list<double*> out, const Range& range);
+  // `index` into `names`.
+  void Choice(const std::string& path, const std::vector<const char*>& names, size_t* index);
+  void Numbers(const std::string& path, const std::vector<double*>& out, const Range& range);
   void Sources(const std::string& path, std::vector<SourceSpec>* out);
 
   // Makes a key known; null when absent or without a readable value.
@@ -64,7 +50,6 @@ class ConfigReader {
   void Finish();
 
  private:
-  const ConfigNode* Walk(const std::string& path) const;
   // The scalar text of a present, unquoted value; null after reporting anything else.
   const std::string* Plain(const std::string& path, const std::string& expected);
   void Wrong(const std::string& path, const ConfigNode& node, const std::string& expected);
@@ -81,26 +66,6 @@ class ConfigReader {
   std::set<std::string> known_set_;
   std::set<std::string> bad_;
 };
-
-template <typename E>
-void ConfigReader::Enum(const std::string& path, E* out,
-                        std::initializer_list<std::pair<const char*, E>> values) {
-  std::string expected;
-  for (const auto& [name, value] : values) {
-    absl::StrAppend(&expected, expected.empty() ? "" : " | ", name);
-  }
-  const ConfigNode* node = Find(path);
-  if (node == nullptr) return;
-  if (node->kind == ConfigNode::Kind::kScalar) {
-    for (const auto& [name, value] : values) {
-      if (node->text == name) {
-        *out = value;
-        return;
-      }
-    }
-  }
-  Wrong(path, *node, expected);
-}
 
 }  // namespace krait
 

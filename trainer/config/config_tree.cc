@@ -304,6 +304,16 @@ bool ConfigNode::Erase(std::string_view name) {
   return std::erase_if(children, [name](const ConfigNode& c) { return c.key == name; }) > 0;
 }
 
+const ConfigNode* FindNode(const ConfigNode& root, std::string_view path) {
+  const ConfigNode* node = &root;
+  for (size_t begin = 0; node != nullptr && begin <= path.size();) {
+    const size_t end = std::min(path.find('.', begin), path.size());
+    node = node->Find(path.substr(begin, end - begin));
+    begin = end + 1;
+  }
+  return node;
+}
+
 std::string Describe(const ConfigNode& node) {
   switch (node.kind) {
     case ConfigNode::Kind::kScalar:

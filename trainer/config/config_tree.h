@@ -63,6 +63,9 @@ struct ConfigNode {
   bool Erase(std::string_view name);
 };
 
+// The node at a dotted path below `root`, or null.
+const ConfigNode* FindNode(const ConfigNode& root, std::string_view path);
+
 // For messages: "a list", "a map", "no value", or the quoted text of a scalar.
 std::string Describe(const ConfigNode& node);
 

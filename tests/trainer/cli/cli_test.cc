@@ -19,6 +19,8 @@ int64_t Lines(const std::string& text) { return std::count(text.begin(), text.en
 
 TEST(Cli, HelpOnEveryLevel) {
   const std::vector<std::vector<std::string>> commands = {{},
+                                                          {"config"},
+                                                          {"config", "keys"},
                                                           {"data"},
                                                           {"data", "build"},
                                                           {"data", "inspect"},
@@ -49,6 +51,23 @@ TEST(Cli, VersionNamesBuildAndCompiler) {
   const ProcessResult result = Krait({"--version"});
   EXPECT_EQ(result.code, 0);
   EXPECT_THAT(result.out, AllOf(HasSubstr("krait 0."), HasSubstr("GCC")));
+}
+
+TEST(Cli, ConfigExplainsValuesAndListsKeys) {
+  const std::string config = KRAIT_SOURCE_DIR "/configs/quickstart.yaml";
+  const ProcessResult explained = Krait({"config", config, "optimizer.lr=1e-3"});
+  EXPECT_EQ(explained.code, 0) << explained.err;
+  EXPECT_THAT(explained.out, HasSubstr("  lr: 0.001  # word \"optimizer.lr=1e-3\"\n"));
+  EXPECT_THAT(explained.out, HasSubstr("  # " + config + ":"));
+
+  const ProcessResult keys = Krait({"config", "keys", "optimizer.", "--json"});
+  EXPECT_EQ(keys.code, 0) << keys.err;
+  const auto list = nlohmann::json::parse(keys.out);
+  ASSERT_EQ(list.size(), 7U);
+  EXPECT_EQ(list[1]["key"], "optimizer.lr");
+  EXPECT_EQ(list[1]["default"], "3e-4");
+  EXPECT_THAT(Krait({"config", "keys"}).out, HasSubstr("train.batch_tokens"));
+  EXPECT_EQ(Krait({"config", "keys", "zebra"}).code, 20);
 }
 
 TEST(Cli, MisuseIsOneSentenceAnd20) {

@@ -31,7 +31,8 @@ inline RunConfig MustParse(const std::string& text, const std::vector<std::strin
   return config.ok() ? *config : RunConfig();
 }
 
-inline std::string ErrorOf(const absl::StatusOr<RunConfig>& config) {
+template <typename T>
+std::string ErrorOf(const absl::StatusOr<T>& config) {
   if (config.ok()) return "";
   EXPECT_EQ(ExitCodeOf(config.status()), ExitCode::kConfig);
   return MessageOf(config.status());
