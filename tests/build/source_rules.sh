@@ -23,7 +23,7 @@ arrows() {
     data/*) echo '^(data|kernels/base)/' ;;
     parallel/*) echo '^(parallel|kernels)/' ;;
     model/*) echo '^(model|parallel|kernels)/' ;;
-    trainer/config/*) echo '^(trainer/config|model|data|kernels/base)/' ;;
+    trainer/config/*) echo '^(trainer/config|model|data|kernels)/' ;;
     trainer/checkpoint/*) echo '^(trainer/checkpoint|kernels/base)/' ;;
     trainer/report/*) echo '^(trainer/report|kernels/base)/' ;;
     trainer/train/*) echo '^(trainer/(train|config|checkpoint|report)|model|data|parallel|kernels)/' ;;

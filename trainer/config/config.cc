@@ -181,7 +181,7 @@ absl::StatusOr<RunConfig> Read(const ConfigNode& root, bool complete, const std:
   if (!errors->empty()) return errors->ToStatus();
 
   config.train.device = DevicePreference::kCpu;
-  config.train.precision = Precision::kFp32;
+  if (config.train.precision == Precision::kAuto) config.train.precision = Precision::kFp32;
   return config;
 }
 
@@ -203,6 +203,11 @@ absl::StatusOr<RunConfig> ParseConfig(const std::string& text, const std::string
   ConfigNode root;
   const bool complete = LoadText(text, name, overrides, &root, &errors);
   return Read(root, complete, name, use, ranks, &errors);
+}
+
+Placement PlacementOf(const RunConfig& config) {
+  const bool bf16 = config.train.precision == Precision::kBf16;
+  return {.device = Device::kCpu, .compute = bf16 ? DType::kBF16 : DType::kF32};
 }
 
 absl::StatusOr<std::string> ExplainConfig(const std::string& path,

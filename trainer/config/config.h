@@ -9,6 +9,7 @@
 
 #include "data/sampler.h"
 #include "kernels/base/status.h"
+#include "kernels/placement.h"
 #include "model/hybrid_model.h"
 #include "model/spec.h"
 
@@ -110,6 +111,9 @@ absl::StatusOr<RunConfig> LoadConfig(const std::string& path,
 absl::StatusOr<RunConfig> ParseConfig(const std::string& text, const std::string& name,
                                       const std::vector<std::string>& overrides, ConfigUse use,
                                       int64_t ranks);
+
+// Where a loaded config's run computes, and in which dtype (train.device, train.precision).
+Placement PlacementOf(const RunConfig& config);
 
 // The resolved config as YAML, each line with where its value came from as a comment:
 // file:line:column, a word of the command line, a key that it is derived from, or the default.

@@ -145,6 +145,23 @@ void CheckSchedule(const RunConfig& config, ConfigReader* reader) {
   }
 }
 
+// A second moment v that sees no gradient must reach beta2 * v. In bf16, with 8 significant bits,
+// half a unit in the last place is 2^-9 to 2^-8 of v: where 1 - beta2 is less, rounding to nearest
+// gives v back.
+void CheckMoments(const OptimizerConfig& optimizer, ConfigReader* reader) {
+  constexpr double kMaxBeta2 = 0.996;  // 1 - 2^-8, rounded down
+  if (optimizer.moments != MomentDType::kBf16 || optimizer.beta2 <= kMaxBeta2 ||
+      !reader->Good({"optimizer.moments", "optimizer.betas"})) {
+    return;
+  }
+  reader->Fail("optimizer.moments",
+               absl::StrCat("optimizer.moments: bf16 takes a beta2 of at most ",
+                            PrintNumber(kMaxBeta2), ", not ", PrintNumber(optimizer.beta2),
+                            ": second moments rounded to nearest would stop decaying, since the "
+                            "relative step 1 - beta2 is below half a unit in the last place; use "
+                            "fp32"));
+}
+
 void CheckParallel(const ParallelConfig& parallel, ConfigUse use, int64_t ranks,
                    ConfigReader* reader) {
   for (const auto& [key, value] :
@@ -202,11 +219,7 @@ void CheckRun(const RunConfig& config, ConfigUse use, int64_t ranks, ConfigReade
                  "train.device: cuda is not there yet: this version trains on the CPU (auto or "
                  "cpu)");
   }
-  if (config.train.precision == Precision::kBf16) {
-    reader->Fail("train.precision",
-                 "train.precision: bf16 is not there yet: this version trains in fp32 (auto or "
-                 "fp32)");
-  }
+  CheckMoments(config.optimizer, reader);
   CheckParallel(config.parallel, use, ranks, reader);
   CheckBatch(config, ranks, reader);
   CheckSchedule(config, reader);

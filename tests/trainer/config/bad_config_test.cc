@@ -142,7 +142,10 @@ constexpr Case kCases[] = {
     {19, "schedule: {name: wsd, warmup_steps: 10, decay_steps: 2.5}",
      ":19:54: ", "neither a share of the steps below 1 nor a whole number"},
     {17, "  micro_batch: 4\n  device: cuda", ":18:11: ", "cuda is not there yet"},
-    {17, "  micro_batch: 4\n  precision: bf16", ":18:14: ", "bf16 is not there yet"},
+    {18, "optimizer: {betas: [0.9, 0.999], moments: bf16}", ":18:43: ",
+     "optimizer.moments: bf16 takes a beta2 of at most 0.996, not 0.999: second moments rounded to "
+     "nearest would stop decaying"},
+    {18, "optimizer: {betas: [0.9, 0.996], moments: bf16}", ":18:1: ", nullptr},
     {0, "parallel: {tensor: 2}", ":21:20: ", "several ranks are not supported yet"},
     {0, "parallel: {expert: 4}", ":21:20: ", "several ranks are not supported yet"},
     {0, "parallel: {data: 8}", ":21:18: ", "parallel.data 8 needs 8 ranks, but there is 1"},

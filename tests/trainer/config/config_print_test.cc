@@ -39,7 +39,7 @@ data:
   reset_at_documents: false
 train:
   device: cpu
-  precision: fp32
+  precision: bf16
   deterministic: false
   steps: 777
   batch_tokens: 960
@@ -47,7 +47,7 @@ train:
   seed: 9223372036854775807
   recompute: mixers
   hang_timeout: 12.5
-optimizer: {name: adamw, lr: 0.00123, betas: [0.85, 0.999], eps: 1e-9, weight_decay: 0.07, clip: 0, moments: bf16}
+optimizer: {name: adamw, lr: 0.00123, betas: [0.85, 0.99], eps: 1e-9, weight_decay: 0.07, clip: 0, moments: bf16}
 schedule: {name: wsd, warmup_steps: 11, min_lr_ratio: 0.3, decay_steps: 99, decay: linear}
 checkpoint: {every: 7, keep: 2, async: false, dir: elsewhere}
 log: {every: 3, tensorboard: false}

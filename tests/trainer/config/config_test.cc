@@ -35,6 +35,15 @@ class ConfigFiles : public ::testing::Test {
   TempFolder folder_;
 };
 
+TEST(Config, PlacementFollowsPrecision) {
+  const Placement automatic = PlacementOf(MustParse(kSmall));
+  EXPECT_EQ(automatic.device, Device::kCpu);
+  EXPECT_EQ(automatic.compute, DType::kF32);
+  const RunConfig bf16 = MustParse(kSmall, {"train.device=cpu", "train.precision=bf16"});
+  EXPECT_EQ(bf16.train.precision, Precision::kBf16);
+  EXPECT_EQ(PlacementOf(bf16).compute, DType::kBF16);
+}
+
 TEST(Config, DefaultsAreTheContracts) {
   const RunConfig c = MustParse(kSmall);
   EXPECT_EQ(c.path, "test.yaml");
