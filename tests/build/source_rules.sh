@@ -36,7 +36,7 @@ arrows() {
 # Edges: a pattern of third-party headers, and that of the files that may include them.
 edges=(
   '^yaml-cpp/' '^trainer/config/'
-  '^hdf5' '^kernels/base/h5\.cc$'
+  '^hdf5' '^kernels/base/h5(_[a-z]+)?\.(cc|h)$'
   '^(cblas|openblas)' '^kernels/cpu/'
   '^(cuda|cublas|cudnn|nccl|cub/|thrust/)' '^kernels/cuda/'
   '^mpi\.h$' '^parallel/'
