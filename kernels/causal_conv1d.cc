@@ -5,6 +5,7 @@
 #include "kernels/base/parallel_for.h"
 #include "kernels/cpu/causal_conv1d.h"
 #include "kernels/cpu/dispatch.h"
+#include "kernels/cpu/widened.h"
 
 namespace krait {
 namespace {
@@ -42,23 +43,27 @@ Sizes CheckInputs(Tensor x, Tensor w, Tensor bias, Tensor initial_state, Tensor 
   return s;
 }
 
+// Positions here count from the first token of the call: those before 0 are in the state.
+//
 // The row of position `position` in `x` [B,T,I] or, before 0, in `state` [B,K-1,I], as far as a
 // token whose document begins at `start` sees it; null where it sees nothing or the tensor is
 // undefined.
 template <typename T>
 T* RowAt(Tensor x, Tensor state, const Sizes& s, int64_t batch, int64_t position, int64_t start) {
+  if (position < start) return nullptr;
   if (position >= 0) {
-    if (position < start || !x.defined()) return nullptr;
+    if (!x.defined()) return nullptr;
     return x.data<T>() + batch * x.stride(0) + position * x.stride(1);
   }
-  if (start > 0 || !state.defined()) return nullptr;
+  if (!state.defined()) return nullptr;
   return state.data<T>() + (batch * (s.taps - 1) + position + s.taps - 1) * s.channels;
 }
 
 // The first position that token `t` of the row sees; t = T stands for what comes after the row.
-int64_t StartOf(Tensor doc_start, const Sizes& s, int64_t batch, int64_t t) {
-  if (!doc_start.defined() || s.time == 0) return 0;
-  return doc_start.data<int32_t>()[batch * s.time + std::min(t, s.time - 1)];
+int64_t StartOf(const Documents& documents, const Sizes& s, int64_t batch, int64_t t) {
+  if (!documents.doc_start.defined() || s.time == 0) return -cpu::kMaxConvTaps;
+  return documents.doc_start.data<int32_t>()[batch * s.time + std::min(t, s.time - 1)] -
+         documents.first_position;
 }
 
 // Weights as [padded K][I], bias (zeros where undefined) and a row of zeros, all of I elements.
@@ -86,10 +91,10 @@ struct Weights {
 
 // Token t of a row.
 template <typename T>
-cpu::ConvToken<T> TokenOf(Tensor x, Tensor initial_state, Tensor doc_start,
+cpu::ConvToken<T> TokenOf(Tensor x, Tensor initial_state, const Documents& documents,
                           const Weights<T>& weights, const Sizes& s, int64_t batch, int64_t t) {
   cpu::ConvToken<T> token{s.channels, s.padded_taps(), {}, weights.w, s.channels, weights.bias};
-  const int64_t start = StartOf(doc_start, s, batch, t);
+  const int64_t start = StartOf(documents, s, batch, t);
   for (int64_t k = 0; k < token.taps; ++k) {
     const int64_t position = t - token.taps + 1 + k;
     const T* row =
@@ -101,7 +106,7 @@ cpu::ConvToken<T> TokenOf(Tensor x, Tensor initial_state, Tensor doc_start,
 
 template <typename T>
 void ForwardCpu(Tensor y, Tensor final_state, Tensor x, Tensor w, Tensor bias, Tensor initial_state,
-                Tensor doc_start, const Sizes& s, const OpScope& op, const Context& ctx) {
+                const Documents& documents, const Sizes& s, const OpScope& op, const Context& ctx) {
   const ArenaScope scope(ctx.scratch);
   const Tensor memory = Weights<T>::Alloc(s, ctx);
   if (op.planning()) return;
@@ -109,13 +114,13 @@ void ForwardCpu(Tensor y, Tensor final_state, Tensor x, Tensor w, Tensor bias, T
   ParallelFor(s.batch * s.time, kForwardTokens, [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; ++m) {
       const int64_t batch = m / s.time, t = m % s.time;
-      cpu::ConvSilu(TokenOf<T>(x, initial_state, doc_start, weights, s, batch, t),
+      cpu::ConvSilu(TokenOf<T>(x, initial_state, documents, weights, s, batch, t),
                     y.data<T>() + batch * y.stride(0) + t * y.stride(1));
     }
   });
   if (!final_state.defined()) return;
   for (int64_t batch = 0; batch < s.batch; ++batch) {
-    const int64_t start = StartOf(doc_start, s, batch, s.time);
+    const int64_t start = StartOf(documents, s, batch, s.time);
     for (int64_t j = 0; j < s.taps - 1; ++j) {
       const T* row = RowAt<T>(x, initial_state, s, batch, s.time - s.taps + 1 + j, start);
       std::copy_n(row != nullptr ? row : weights.zeros, s.channels,
@@ -126,7 +131,8 @@ void ForwardCpu(Tensor y, Tensor final_state, Tensor x, Tensor w, Tensor bias, T
 
 struct Operands {
   Tensor dx, d_initial_state, dy, d_final_state;
-  Tensor x, w, bias, initial_state, doc_start;
+  Tensor x, w, bias, initial_state;
+  Documents documents;
 };
 
 // Tokens [begin, end) of a row. The piece owns the gradients of these positions (the first piece
@@ -140,7 +146,7 @@ void BackwardPiece(const Operands& in, const Weights<T>& weights, const Sizes& s
   std::fill_n(sums, (taps + 1) * s.channels, T(0));
   const int64_t reach = std::min(s.time, end + s.taps - 1);
   for (int64_t t = begin; t < reach; ++t) {
-    const int64_t start = StartOf(in.doc_start, s, batch, t);
+    const int64_t start = StartOf(in.documents, s, batch, t);
     T* d_rows[cpu::kMaxConvTaps];
     for (int64_t k = 0; k < taps; ++k) {
       const int64_t position = t - taps + 1 + k;
@@ -150,7 +156,7 @@ void BackwardPiece(const Operands& in, const Weights<T>& weights, const Sizes& s
       d_rows[k] = row != nullptr ? row : discard;
     }
     T* const token_sums = t < end ? sums : discard;
-    cpu::ConvSiluGradient(TokenOf<T>(in.x, in.initial_state, in.doc_start, weights, s, batch, t),
+    cpu::ConvSiluGradient(TokenOf<T>(in.x, in.initial_state, in.documents, weights, s, batch, t),
                           in.dy.data<T>() + batch * in.dy.stride(0) + t * in.dy.stride(1), d_rows,
                           token_sums, token_sums + taps * s.channels);
   }
@@ -160,7 +166,7 @@ void BackwardPiece(const Operands& in, const Weights<T>& weights, const Sizes& s
 template <typename T>
 void AddFinalStateGradient(const Operands& in, const Sizes& s) {
   for (int64_t batch = 0; batch < s.batch; ++batch) {
-    const int64_t start = StartOf(in.doc_start, s, batch, s.time);
+    const int64_t start = StartOf(in.documents, s, batch, s.time);
     for (int64_t j = 0; j < s.taps - 1; ++j) {
       T* row = RowAt<T>(in.dx, in.d_initial_state, s, batch, s.time - s.taps + 1 + j, start);
       if (row == nullptr) continue;
@@ -206,28 +212,54 @@ void BackwardCpu(const Operands& in, Tensor dw, Tensor dbias, const Sizes& s, co
 }  // namespace
 
 void CausalConv1dSiluForward(Tensor y, Tensor final_state, Tensor x, Tensor w, Tensor bias,
-                             Tensor initial_state, Tensor doc_start, const Context& ctx) {
-  OpScope op(ctx, OpFamily::kConv);
-  const Sizes s = CheckInputs(x, w, bias, initial_state, doc_start);
+                             Tensor initial_state, const Documents& documents, const Context& ctx) {
+  OpScope op(ctx, OpFamily::kConv, "CausalConv1dSiluForward",
+             {{"y", y},
+              {"final_state", final_state},
+              {"x", x},
+              {"w", w},
+              {"bias", bias},
+              {"initial_state", initial_state},
+              {"doc_start", documents.doc_start}});
+  cpu::Widened wide(ctx);
+  y = wide.Out(y), final_state = wide.Out(final_state);
+  x = wide.In(x), w = wide.In(w), bias = wide.In(bias), initial_state = wide.In(initial_state);
+  const Sizes s = CheckInputs(x, w, bias, initial_state, documents.doc_start);
   CheckRows(y, s);
   CheckState(final_state, s);
-  cpu::DispatchFloat(x, "CausalConv1dSiluForward", [&](auto zero) {
-    ForwardCpu<decltype(zero)>(y, final_state, x, w, bias, initial_state, doc_start, s, op, ctx);
+  cpu::DispatchFloat(x, op.name(), [&](auto zero) {
+    ForwardCpu<decltype(zero)>(y, final_state, x, w, bias, initial_state, documents, s, op, ctx);
   });
 }
 
 void CausalConv1dSiluBackward(Tensor dx, Tensor dw, Tensor dbias, Tensor d_initial_state, Tensor dy,
                               Tensor d_final_state, Tensor x, Tensor w, Tensor bias,
-                              Tensor initial_state, Tensor doc_start, const Context& ctx) {
-  OpScope op(ctx, OpFamily::kConv);
-  const Sizes s = CheckInputs(x, w, bias, initial_state, doc_start);
+                              Tensor initial_state, const Documents& documents,
+                              const Context& ctx) {
+  OpScope op(ctx, OpFamily::kConv, "CausalConv1dSiluBackward",
+             {{"dx", dx},
+              {"dw", dw},
+              {"dbias", dbias},
+              {"d_initial_state", d_initial_state},
+              {"dy", dy},
+              {"d_final_state", d_final_state},
+              {"x", x},
+              {"w", w},
+              {"bias", bias},
+              {"initial_state", initial_state},
+              {"doc_start", documents.doc_start}});
+  cpu::Widened wide(ctx);
+  dx = wide.Out(dx), d_initial_state = wide.Out(d_initial_state);
+  dy = wide.In(dy), d_final_state = wide.In(d_final_state);
+  x = wide.In(x), w = wide.In(w), bias = wide.In(bias), initial_state = wide.In(initial_state);
+  const Sizes s = CheckInputs(x, w, bias, initial_state, documents.doc_start);
   for (Tensor t : {dx, dy}) CheckRows(t, s);
   for (Tensor t : {d_initial_state, d_final_state}) CheckState(t, s);
   KRAIT_CHECK(dw.rank() == 2 && dw.contiguous() && dw.dim(0) == s.channels && dw.dim(1) == s.taps);
   KRAIT_CHECK(!dbias.defined() || (dbias.numel() == s.channels && dbias.contiguous()));
-  cpu::DispatchFloat(x, "CausalConv1dSiluBackward", [&](auto zero) {
+  cpu::DispatchFloat(x, op.name(), [&](auto zero) {
     BackwardCpu<decltype(zero)>(
-        {dx, d_initial_state, dy, d_final_state, x, w, bias, initial_state, doc_start}, dw, dbias,
+        {dx, d_initial_state, dy, d_final_state, x, w, bias, initial_state, documents}, dw, dbias,
         s, op, ctx);
   });
 }

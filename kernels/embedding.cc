@@ -5,6 +5,7 @@
 #include "kernels/base/parallel_for.h"
 #include "kernels/cpu/activation.h"
 #include "kernels/cpu/dispatch.h"
+#include "kernels/cpu/widened.h"
 
 namespace krait {
 namespace {
@@ -16,38 +17,55 @@ constexpr int64_t kRows = 64;
 
 template <typename T>
 void CheckShapes(const cpu::Rows<T>& rows, const cpu::Rows<T>& table, const int32_t* token,
-                 int64_t tokens) {
-  KRAIT_CHECK(rows.rows == tokens && rows.columns == table.columns);
-  for (int64_t i = 0; i < tokens; ++i) KRAIT_CHECK(token[i] >= 0 && token[i] < table.rows);
+                 int64_t tokens, VocabularySlice slice) {
+  KRAIT_CHECK(rows.rows == tokens && rows.columns == table.columns && slice.used <= table.rows);
+  for (int64_t i = 0; i < tokens; ++i) KRAIT_CHECK(token[i] >= 0 && token[i] < slice.total);
 }
 
 }  // namespace
 
-void EmbeddingForward(Tensor y, Tensor tokens, Tensor table, const Context& ctx) {
-  OpScope op(ctx, OpFamily::kEmbedding);
+void EmbeddingForward(Tensor y, Tensor tokens, Tensor table, VocabularySlice slice,
+                      const Context& ctx) {
+  OpScope op(ctx, OpFamily::kEmbedding, "EmbeddingForward",
+             {{"y", y}, {"tokens", tokens}, {"table", table}});
+  cpu::Widened wide(ctx);
+  y = wide.Out(y), table = wide.In(table);
   if (op.planning()) return;
-  cpu::DispatchFloat(y, "EmbeddingForward", [&](auto zero) {
+  cpu::DispatchFloat(y, op.name(), [&](auto zero) {
     using T = decltype(zero);
     const cpu::Rows<T> out = cpu::RowsOf<T>(y), weight = cpu::RowsOf<T>(table);
     const int32_t* token = cpu::DenseData<int32_t>(tokens);
-    CheckShapes(out, weight, token, tokens.numel());
+    CheckShapes(out, weight, token, tokens.numel(), slice);
     ParallelFor(out.rows, kRows, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) std::copy_n(weight[token[i]], out.columns, out[i]);
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t row = token[i] - slice.first;
+        if (row >= 0 && row < slice.used) {
+          std::copy_n(weight[row], out.columns, out[i]);
+        } else {
+          std::fill_n(out[i], out.columns, T{0});
+        }
+      }
     });
   });
 }
 
-void EmbeddingBackward(Tensor dtable, Tensor dy, Tensor tokens, const Context& ctx) {
-  OpScope op(ctx, OpFamily::kEmbedding);
+void EmbeddingBackward(Tensor dtable, Tensor dy, Tensor tokens, VocabularySlice slice,
+                       const Context& ctx) {
+  OpScope op(ctx, OpFamily::kEmbedding, "EmbeddingBackward",
+             {{"dtable", dtable}, {"dy", dy}, {"tokens", tokens}});
+  cpu::Widened wide(ctx);
+  dy = wide.In(dy);
   if (op.planning()) return;
-  cpu::DispatchFloat(dy, "EmbeddingBackward", [&](auto zero) {
+  cpu::DispatchFloat(dy, op.name(), [&](auto zero) {
     using T = decltype(zero);
     const cpu::Rows<T> grad = cpu::RowsOf<T>(dy), weight = cpu::RowsOf<T>(dtable);
     const int32_t* token = cpu::DenseData<int32_t>(tokens);
-    CheckShapes(grad, weight, token, tokens.numel());
+    CheckShapes(grad, weight, token, tokens.numel(), slice);
     ParallelFor(grad.columns, kColumns, [&](int64_t begin, int64_t end) {
       for (int64_t i = 0; i < grad.rows; ++i) {
-        cpu::Add(end - begin, grad[i] + begin, weight[token[i]] + begin);
+        const int64_t row = token[i] - slice.first;
+        if (row < 0 || row >= slice.used) continue;
+        cpu::Add(end - begin, grad[i] + begin, weight[row] + begin);
       }
     });
   });

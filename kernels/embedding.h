@@ -1,15 +1,23 @@
-// Token embedding. tokens [M] i32 in [0, V); table [V,D]; y [M,D].
+// Token embedding over a slice of the vocabulary. tokens [M] i32 in [0, slice.total); table
+// [rows,D] of the compute dtype, row i for the id slice.first + i, rows >= slice.used; y [M,D] of
+// the compute dtype.
 #ifndef KRAIT_KERNELS_EMBEDDING_H_
 #define KRAIT_KERNELS_EMBEDDING_H_
 
 #include "kernels/context.h"
 #include "kernels/tensor.h"
+#include "kernels/vocabulary.h"
 
 namespace krait {
 
-void EmbeddingForward(Tensor y, Tensor tokens, Tensor table, const Context& ctx);
-// dtable[tokens[i]] += dy[i], the rows of one token in ascending i (deterministic, no atomics).
-void EmbeddingBackward(Tensor dtable, Tensor dy, Tensor tokens, const Context& ctx);
+// y[i] = the row of tokens[i], zero where the slice does not hold it: the sum over the slices of
+// all ranks is the embedding.
+void EmbeddingForward(Tensor y, Tensor tokens, Tensor table, VocabularySlice slice,
+                      const Context& ctx);
+// dtable (Wide) row of tokens[i] += dy[i], the rows of one token in ascending i (deterministic, no
+// atomics). Tokens of other slices are ignored.
+void EmbeddingBackward(Tensor dtable, Tensor dy, Tensor tokens, VocabularySlice slice,
+                       const Context& ctx);
 
 }  // namespace krait
 

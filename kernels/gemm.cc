@@ -2,6 +2,7 @@
 
 #include "kernels/cpu/dispatch.h"
 #include "kernels/cpu/gemm.h"
+#include "kernels/cpu/widened.h"
 
 namespace krait {
 namespace {
@@ -10,7 +11,7 @@ using cpu::Matrix;
 using cpu::Rows;
 using cpu::RowsOf;
 
-// c = op(a) op(b) (+ c) on the CPU.
+// c = op(a) op(b) (+ c) on the CPU, operands of one dtype.
 void Product(const char* op, Tensor c, Tensor a, bool transpose_a, Tensor b, bool transpose_b,
              bool accumulate) {
   cpu::DispatchFloat(c, op, [&](auto zero) {
@@ -26,32 +27,46 @@ void Product(const char* op, Tensor c, Tensor a, bool transpose_a, Tensor b, boo
   });
 }
 
+// An output that the product overwrites or adds to.
+Tensor Output(cpu::Widened* wide, Tensor c, bool accumulate) {
+  return accumulate ? wide->InOut(c) : wide->Out(c);
+}
+
 // The matrix [rows, columns] of expert e in w[E, rows, columns].
 Tensor Expert(Tensor w, int64_t e) {
   KRAIT_CHECK(w.rank() == 3 && w.contiguous());
   return w.Slice(0, e, 1).View({w.dim(1), w.dim(2)});
 }
 
-// Rows [offsets[e], offsets[e+1]) of x.
-Tensor ExpertRows(Tensor x, const int64_t* offsets, int64_t e) {
-  KRAIT_CHECK(x.rank() == 2);
-  return x.Slice(0, offsets[e], offsets[e + 1] - offsets[e]);
+// Calls fn(e, rows of x, rows of y) for each expert.
+template <typename Fn>
+void ForEachExpert(Tensor x, Tensor y, Tensor offsets, const Fn& fn) {
+  KRAIT_CHECK(x.rank() == 2 && y.rank() == 2);
+  const int64_t* begin = cpu::DenseData<int64_t>(offsets);
+  for (int64_t e = 0; e + 1 < offsets.numel(); ++e) {
+    const int64_t rows = begin[e + 1] - begin[e];
+    fn(e, x.Slice(0, begin[e], rows), y.Slice(0, begin[e], rows));
+  }
 }
 
 }  // namespace
 
 void MatMul(Tensor c, Tensor a, bool transpose_a, Tensor b, bool transpose_b, bool accumulate,
             const Context& ctx) {
-  OpScope op(ctx, OpFamily::kGemm);
+  OpScope op(ctx, OpFamily::kGemm, "MatMul", {{"c", c}, {"a", a}, {"b", b}});
+  cpu::Widened wide(ctx);
+  c = Output(&wide, c, accumulate), a = wide.In(a), b = wide.In(b);
   if (op.planning()) return;
-  Product("MatMul", c, a, transpose_a, b, transpose_b, accumulate);
+  Product(op.name(), c, a, transpose_a, b, transpose_b, accumulate);
 }
 
 void LinearForward(Tensor y, Tensor x, Tensor w, Tensor bias, const Context& ctx) {
-  OpScope op(ctx, OpFamily::kGemm);
+  OpScope op(ctx, OpFamily::kGemm, "LinearForward", {{"y", y}, {"x", x}, {"w", w}, {"bias", bias}});
+  cpu::Widened wide(ctx);
+  y = wide.Out(y), x = wide.In(x), w = wide.In(w), bias = wide.In(bias);
   if (op.planning()) return;
   if (bias.defined()) {
-    cpu::DispatchFloat(y, "LinearForward", [&](auto zero) {
+    cpu::DispatchFloat(y, op.name(), [&](auto zero) {
       using T = decltype(zero);
       const Rows<T> rows = RowsOf<T>(y);
       KRAIT_CHECK(bias.numel() == rows.columns);
@@ -59,25 +74,44 @@ void LinearForward(Tensor y, Tensor x, Tensor w, Tensor bias, const Context& ctx
                            rows.stride);
     });
   }
-  Product("LinearForward", y, x, false, w, true, bias.defined());
+  Product(op.name(), y, x, false, w, true, bias.defined());
 }
 
 void LinearBackwardInput(Tensor dx, Tensor dy, Tensor w, bool accumulate, const Context& ctx) {
-  OpScope op(ctx, OpFamily::kGemm);
+  OpScope op(ctx, OpFamily::kGemm, "LinearBackwardInput", {{"dx", dx}, {"dy", dy}, {"w", w}});
+  cpu::Widened wide(ctx);
+  dx = Output(&wide, dx, accumulate), dy = wide.In(dy), w = wide.In(w);
   if (op.planning()) return;
-  Product("LinearBackwardInput", dx, dy, false, w, false, accumulate);
+  Product(op.name(), dx, dy, false, w, false, accumulate);
 }
 
-void LinearBackwardWeight(Tensor dw, Tensor dy, Tensor x, const Context& ctx) {
-  OpScope op(ctx, OpFamily::kGemm);
+void LinearBackwardWeight(Tensor dw, Tensor dy, Tensor x, bool accumulate, const Context& ctx) {
+  OpScope op(ctx, OpFamily::kGemm, "LinearBackwardWeight", {{"dw", dw}, {"dy", dy}, {"x", x}});
+  cpu::Widened wide(ctx);
+  dy = wide.In(dy), x = wide.In(x);
   if (op.planning()) return;
-  Product("LinearBackwardWeight", dw, dy, true, x, false, true);
+  Product(op.name(), dw, dy, true, x, false, accumulate);
+}
+
+void AddBias(Tensor y, Tensor bias, const Context& ctx) {
+  OpScope op(ctx, OpFamily::kGemm, "AddBias", {{"y", y}, {"bias", bias}});
+  cpu::Widened wide(ctx);
+  y = wide.InOut(y), bias = wide.In(bias);
+  if (op.planning()) return;
+  cpu::DispatchFloat(y, op.name(), [&](auto zero) {
+    using T = decltype(zero);
+    const Rows<T> rows = RowsOf<T>(y);
+    KRAIT_CHECK(bias.numel() == rows.columns);
+    cpu::AddRow<T>(rows.rows, rows.columns, cpu::DenseData<T>(bias), rows.data, rows.stride);
+  });
 }
 
 void LinearBackwardBias(Tensor db, Tensor dy, const Context& ctx) {
-  OpScope op(ctx, OpFamily::kGemm);
+  OpScope op(ctx, OpFamily::kGemm, "LinearBackwardBias", {{"db", db}, {"dy", dy}});
+  cpu::Widened wide(ctx);
+  dy = wide.In(dy);
   if (op.planning()) return;
-  cpu::DispatchFloat(db, "LinearBackwardBias", [&](auto zero) {
+  cpu::DispatchFloat(db, op.name(), [&](auto zero) {
     using T = decltype(zero);
     const Rows<T> rows = RowsOf<T>(dy);
     KRAIT_CHECK(db.numel() == rows.columns);
@@ -85,34 +119,39 @@ void LinearBackwardBias(Tensor db, Tensor dy, const Context& ctx) {
   });
 }
 
-void GroupedLinearForward(Tensor y, Tensor x, Tensor w, const int64_t* offsets,
-                          const Context& ctx) {
-  OpScope op(ctx, OpFamily::kGemm);
+void GroupedLinearForward(Tensor y, Tensor x, Tensor w, Tensor offsets, const Context& ctx) {
+  OpScope op(ctx, OpFamily::kGemm, "GroupedLinearForward",
+             {{"y", y}, {"x", x}, {"w", w}, {"offsets", offsets}});
+  cpu::Widened wide(ctx);
+  y = wide.InOut(y), x = wide.In(x), w = wide.In(w);
   if (op.planning()) return;
-  for (int64_t e = 0; e < w.dim(0); ++e) {
-    Product("GroupedLinearForward", ExpertRows(y, offsets, e), ExpertRows(x, offsets, e), false,
-            Expert(w, e), true, false);
-  }
+  ForEachExpert(x, y, offsets, [&](int64_t e, Tensor x_rows, Tensor y_rows) {
+    Product(op.name(), y_rows, x_rows, false, Expert(w, e), true, false);
+  });
 }
 
-void GroupedLinearBackwardInput(Tensor dx, Tensor dy, Tensor w, const int64_t* offsets,
+void GroupedLinearBackwardInput(Tensor dx, Tensor dy, Tensor w, Tensor offsets,
                                 const Context& ctx) {
-  OpScope op(ctx, OpFamily::kGemm);
+  OpScope op(ctx, OpFamily::kGemm, "GroupedLinearBackwardInput",
+             {{"dx", dx}, {"dy", dy}, {"w", w}, {"offsets", offsets}});
+  cpu::Widened wide(ctx);
+  dx = wide.InOut(dx), dy = wide.In(dy), w = wide.In(w);
   if (op.planning()) return;
-  for (int64_t e = 0; e < w.dim(0); ++e) {
-    Product("GroupedLinearBackwardInput", ExpertRows(dx, offsets, e), ExpertRows(dy, offsets, e),
-            false, Expert(w, e), false, false);
-  }
+  ForEachExpert(dx, dy, offsets, [&](int64_t e, Tensor dx_rows, Tensor dy_rows) {
+    Product(op.name(), dx_rows, dy_rows, false, Expert(w, e), false, false);
+  });
 }
 
-void GroupedLinearBackwardWeight(Tensor dw, Tensor dy, Tensor x, const int64_t* offsets,
+void GroupedLinearBackwardWeight(Tensor dw, Tensor dy, Tensor x, Tensor offsets, bool accumulate,
                                  const Context& ctx) {
-  OpScope op(ctx, OpFamily::kGemm);
+  OpScope op(ctx, OpFamily::kGemm, "GroupedLinearBackwardWeight",
+             {{"dw", dw}, {"dy", dy}, {"x", x}, {"offsets", offsets}});
+  cpu::Widened wide(ctx);
+  dy = wide.In(dy), x = wide.In(x);
   if (op.planning()) return;
-  for (int64_t e = 0; e < dw.dim(0); ++e) {
-    Product("GroupedLinearBackwardWeight", Expert(dw, e), ExpertRows(dy, offsets, e), true,
-            ExpertRows(x, offsets, e), false, true);
-  }
+  ForEachExpert(x, dy, offsets, [&](int64_t e, Tensor x_rows, Tensor dy_rows) {
+    Product(op.name(), Expert(dw, e), dy_rows, true, x_rows, false, accumulate);
+  });
 }
 
 }  // namespace krait

@@ -1,12 +1,13 @@
 #include "kernels/moe.h"
 
 #include <algorithm>
-#include <cstring>
 #include <limits>
 
 #include "kernels/base/parallel_for.h"
 #include "kernels/cpu/dispatch.h"
 #include "kernels/cpu/moe.h"
+#include "kernels/cpu/widened.h"
+#include "kernels/gemm.h"
 
 namespace krait {
 namespace {
@@ -43,12 +44,12 @@ void RouteForward(Tensor probs, Tensor choice, Tensor weight, Tensor logits, boo
   });
 }
 
-// With q = dL/dp: q_e = d_prob_mean_e, plus for the chosen d_weight_j, or where the weights are
+// With q = dL/dp: q_e = d_prob_e, plus for the chosen d_weight_j, or where the weights are
 // w_j = p_j / S, S = sum_j p_j:  (d_weight_j - sum_i d_weight_i w_i) / S. Through the softmax
 // dL/dlogit_e = p_e (q_e - sum_f p_f q_f), to which the z-loss adds its share.
 template <typename T>
-void RouteBackward(Tensor d_logits, Tensor d_weight, Tensor d_prob_mean, double z_scale,
-                   Tensor probs, Tensor choice, Tensor weight, Tensor logits, bool renormalize) {
+void RouteBackward(Tensor d_logits, Tensor d_weight, Tensor d_prob, double z_scale, Tensor probs,
+                   Tensor choice, Tensor weight, Tensor logits, bool renormalize) {
   const cpu::Rows<T> out = cpu::RowsOf<T>(d_logits), dw = cpu::RowsOf<T>(d_weight),
                      p = cpu::RowsOf<T>(probs), w = cpu::RowsOf<T>(weight),
                      in = cpu::RowsOf<T>(logits);
@@ -57,9 +58,9 @@ void RouteBackward(Tensor d_logits, Tensor d_weight, Tensor d_prob_mean, double 
   for (Tensor t : {d_logits, logits}) CheckShape(t, p.rows, experts);
   for (Tensor t : {d_weight, weight, choice}) CheckShape(t, p.rows, top_k);
   const T* mean = nullptr;
-  if (d_prob_mean.defined()) {
-    KRAIT_CHECK(d_prob_mean.numel() == experts);
-    mean = cpu::DenseData<T>(d_prob_mean);
+  if (d_prob.defined()) {
+    KRAIT_CHECK(d_prob.numel() == experts);
+    mean = cpu::DenseData<T>(d_prob);
   }
   ParallelFor(p.rows, Grain(experts * 16), [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
@@ -118,78 +119,202 @@ void Statistics(Tensor prob_sum, Tensor choice_count, Tensor z_sum, Tensor probs
   z_sum.data<T>()[0] += static_cast<T>(sums[0][experts]);
 }
 
+// Choices of expert e over the sublayers [begin, end) of a pool.
+int64_t PoolCount(const cpu::Rows<int64_t>& counts, int64_t begin, int64_t end, int64_t e) {
+  int64_t count = 0;
+  for (int64_t j = begin; j < end; ++j) count += counts[j][e];
+  return count;
+}
+
+int64_t RoundUp(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
 }  // namespace
+
+void RouterForward(Tensor logits, Tensor x, Tensor w, const Context& ctx) {
+  OpScope op(ctx, OpFamily::kMoe, "RouterForward", {{"logits", logits}, {"x", x}, {"w", w}});
+  cpu::Widened wide(ctx);
+  MatMul(logits, wide.In(x), false, w, true, /*accumulate=*/false, ctx);
+}
+
+void RouterBackwardInput(Tensor dx, Tensor d_logits, Tensor w, bool accumulate,
+                         const Context& ctx) {
+  OpScope op(ctx, OpFamily::kMoe, "RouterBackwardInput",
+             {{"dx", dx}, {"d_logits", d_logits}, {"w", w}});
+  cpu::Widened wide(ctx);
+  MatMul(accumulate ? wide.InOut(dx) : wide.Out(dx), d_logits, false, w, false, accumulate, ctx);
+}
+
+void RouterBackwardWeight(Tensor dw, Tensor d_logits, Tensor x, bool accumulate,
+                          const Context& ctx) {
+  OpScope op(ctx, OpFamily::kMoe, "RouterBackwardWeight",
+             {{"dw", dw}, {"d_logits", d_logits}, {"x", x}});
+  cpu::Widened wide(ctx);
+  MatMul(dw, d_logits, true, wide.In(x), false, accumulate, ctx);
+}
 
 void MoeRouteForward(Tensor probs, Tensor choice, Tensor weight, Tensor logits, bool renormalize,
                      const Context& ctx) {
-  OpScope op(ctx, OpFamily::kMoe);
+  OpScope op(ctx, OpFamily::kMoe, "MoeRouteForward",
+             {{"probs", probs}, {"choice", choice}, {"weight", weight}, {"logits", logits}});
   if (op.planning()) return;
-  cpu::DispatchFloat(logits, "MoeRouteForward", [&](auto zero) {
+  cpu::DispatchFloat(logits, op.name(), [&](auto zero) {
     RouteForward<decltype(zero)>(probs, choice, weight, logits, renormalize);
   });
 }
 
-void MoeRouteBackward(Tensor d_logits, Tensor d_weight, Tensor d_prob_mean, double z_scale,
-                      Tensor probs, Tensor choice, Tensor weight, Tensor logits, bool renormalize,
+void MoeRouteBackward(Tensor d_logits, Tensor d_weight, Tensor d_prob, double z_scale, Tensor probs,
+                      Tensor choice, Tensor weight, Tensor logits, bool renormalize,
                       const Context& ctx) {
-  OpScope op(ctx, OpFamily::kMoe);
+  OpScope op(ctx, OpFamily::kMoe, "MoeRouteBackward",
+             {{"d_logits", d_logits},
+              {"d_weight", d_weight},
+              {"d_prob", d_prob},
+              {"probs", probs},
+              {"choice", choice},
+              {"weight", weight},
+              {"logits", logits}});
   if (op.planning()) return;
-  cpu::DispatchFloat(logits, "MoeRouteBackward", [&](auto zero) {
-    RouteBackward<decltype(zero)>(d_logits, d_weight, d_prob_mean, z_scale, probs, choice, weight,
+  cpu::DispatchFloat(logits, op.name(), [&](auto zero) {
+    RouteBackward<decltype(zero)>(d_logits, d_weight, d_prob, z_scale, probs, choice, weight,
                                   logits, renormalize);
   });
 }
 
 void MoeStatistics(Tensor prob_sum, Tensor choice_count, Tensor z_sum, Tensor probs, Tensor choice,
                    Tensor logits, const Context& ctx) {
-  OpScope op(ctx, OpFamily::kMoe);
+  OpScope op(ctx, OpFamily::kMoe, "MoeStatistics",
+             {{"prob_sum", prob_sum},
+              {"choice_count", choice_count},
+              {"z_sum", z_sum},
+              {"probs", probs},
+              {"choice", choice},
+              {"logits", logits}});
   const ArenaScope scope(ctx.scratch);
   const int64_t pieces = (probs.dim(0) + kStatisticsTokens - 1) / kStatisticsTokens;
   const Tensor partial = ctx.scratch->Alloc(DType::kF64, {pieces, probs.dim(1) + 1});
   if (op.planning()) return;
-  cpu::DispatchFloat(logits, "MoeStatistics", [&](auto zero) {
+  cpu::DispatchFloat(logits, op.name(), [&](auto zero) {
     Statistics<decltype(zero)>(prob_sum, choice_count, z_sum, probs, choice, logits, partial);
   });
 }
 
-void MoeSort(Tensor row_of, Tensor source, int64_t* offsets, Tensor choice, int64_t experts,
-             const Context& ctx) {
-  OpScope op(ctx, OpFamily::kMoe);
+void MoeLossesForward(Tensor aux, Tensor z, Tensor imbalance, Tensor prob_sum, Tensor choice_count,
+                      Tensor z_sum, const MoeLossShape& shape, const Context& ctx) {
+  OpScope op(ctx, OpFamily::kMoe, "MoeLossesForward",
+             {{"aux", aux},
+              {"z", z},
+              {"imbalance", imbalance},
+              {"prob_sum", prob_sum},
+              {"choice_count", choice_count},
+              {"z_sum", z_sum}});
   if (op.planning()) return;
-  if (choice.device() == Device::kCuda) KRAIT_FATAL("MoeSort has no CUDA version yet");
-  const int64_t n = choice.numel();
-  KRAIT_CHECK(row_of.numel() == n && source.numel() == n);
-  KRAIT_CHECK(n <= std::numeric_limits<int32_t>::max());
+  cpu::DispatchFloat(prob_sum, op.name(), [&](auto zero) {
+    using T = decltype(zero);
+    const cpu::Rows<T> probs = cpu::RowsOf<T>(prob_sum);
+    const auto counts = cpu::RowsOf<int64_t>(choice_count);
+    const int64_t sublayers = probs.rows, experts = probs.columns;
+    KRAIT_CHECK(shape.pools == 1 || shape.pools == sublayers);
+    KRAIT_CHECK(z_sum.numel() == sublayers && imbalance.numel() == sublayers);
+    const int64_t per_pool = sublayers / shape.pools;
+    const auto n = static_cast<double>(shape.tokens * per_pool);
+    double aux_loss = 0;
+    for (int64_t pool = 0; pool < shape.pools; ++pool) {
+      const int64_t begin = pool * per_pool, end = begin + per_pool;
+      double sum = 0;
+      for (int64_t e = 0; e < experts; ++e) {
+        double prob = 0;
+        for (int64_t j = begin; j < end; ++j) prob += static_cast<double>(probs[j][e]);
+        sum += prob / n * (static_cast<double>(PoolCount(counts, begin, end, e)) / n);
+      }
+      aux_loss += static_cast<double>(experts) * sum / static_cast<double>(shape.pools);
+    }
+    aux.data<double>()[0] += aux_loss;
+    double z_loss = 0;
+    for (int64_t j = 0; j < sublayers; ++j) {
+      z_loss += static_cast<double>(cpu::DenseData<T>(z_sum)[j]) /
+                static_cast<double>(shape.tokens * sublayers);
+      const int64_t most = *std::max_element(counts[j], counts[j] + experts);
+      cpu::DenseData<double>(imbalance)[j] +=
+          static_cast<double>(most * experts) / static_cast<double>(shape.tokens * shape.top_k);
+    }
+    z.data<double>()[0] += z_loss;
+  });
+}
+
+void MoeLossesBackward(Tensor d_prob, Tensor choice_count, double scale, const MoeLossShape& shape,
+                       const Context& ctx) {
+  OpScope op(ctx, OpFamily::kMoe, "MoeLossesBackward",
+             {{"d_prob", d_prob}, {"choice_count", choice_count}});
+  if (op.planning()) return;
+  cpu::DispatchFloat(d_prob, op.name(), [&](auto zero) {
+    using T = decltype(zero);
+    const cpu::Rows<T> out = cpu::RowsOf<T>(d_prob);
+    const auto counts = cpu::RowsOf<int64_t>(choice_count);
+    KRAIT_CHECK(shape.pools == 1 || shape.pools == out.rows);
+    const int64_t experts = out.columns, per_pool = out.rows / shape.pools;
+    const auto n = static_cast<double>(shape.tokens * per_pool);
+    for (int64_t pool = 0; pool < shape.pools; ++pool) {
+      const int64_t begin = pool * per_pool, end = begin + per_pool;
+      for (int64_t e = 0; e < experts; ++e) {
+        const double value = scale * static_cast<double>(experts) *
+                             (static_cast<double>(PoolCount(counts, begin, end, e)) / n) /
+                             (n * static_cast<double>(shape.pools));
+        for (int64_t j = begin; j < end; ++j) out[j][e] = static_cast<T>(value);
+      }
+    }
+  });
+}
+
+int64_t ExpertRows(int64_t tokens, int64_t top_k, int64_t experts, Device device) {
+  return tokens * top_k + (ExpertRowAlignment(device) - 1) * experts;
+}
+
+void MoeSort(Tensor row_of, Tensor source, Tensor offsets, Tensor choice, const Context& ctx) {
+  OpScope op(ctx, OpFamily::kMoe, "MoeSort",
+             {{"row_of", row_of}, {"source", source}, {"offsets", offsets}, {"choice", choice}});
+  if (op.planning()) return;
+  if (ctx.device == Device::kCuda) KRAIT_FATAL("MoeSort has no CUDA version yet");
+  const int64_t n = choice.numel(), experts = offsets.numel() - 1;
+  KRAIT_CHECK(row_of.numel() == n && source.numel() >= n);
+  KRAIT_CHECK(source.numel() <= std::numeric_limits<int32_t>::max());
   const int32_t* expert = cpu::DenseData<int32_t>(choice);
   auto* row = cpu::DenseData<int32_t>(row_of);
   auto* from = cpu::DenseData<int32_t>(source);
-  // A counting sort: offsets[e+1] first counts expert e, then becomes the end of the experts up to
-  // e; row_of first holds the rank of a choice among its expert's, so that no second counter is
-  // needed.
-  std::fill_n(offsets, experts + 1, int64_t{0});
+  auto* begin = cpu::DenseData<int64_t>(offsets);
+  // A counting sort: begin[e+1] first counts expert e, then becomes the end of the experts up to e;
+  // row first holds the rank of a choice among its expert's, so that no second counter is needed.
+  std::fill_n(begin, experts + 1, int64_t{0});
   for (int64_t i = 0; i < n; ++i) {
     KRAIT_CHECK(expert[i] >= 0 && expert[i] < experts);
-    row[i] = static_cast<int32_t>(offsets[expert[i] + 1]++);
+    row[i] = static_cast<int32_t>(begin[expert[i] + 1]++);
   }
-  for (int64_t e = 0; e < experts; ++e) offsets[e + 1] += offsets[e];
+  for (int64_t e = 0; e < experts; ++e) {
+    begin[e + 1] = RoundUp(begin[e] + begin[e + 1], ExpertRowAlignment(ctx.device));
+  }
+  std::fill_n(from, source.numel(), -1);
   for (int64_t i = 0; i < n; ++i) {
-    row[i] += static_cast<int32_t>(offsets[expert[i]]);
+    row[i] += static_cast<int32_t>(begin[expert[i]]);
     from[row[i]] = static_cast<int32_t>(i);
   }
 }
 
 void MoePermute(Tensor rows, Tensor x, Tensor source, int64_t top_k, const Context& ctx) {
-  OpScope op(ctx, OpFamily::kMoe);
+  OpScope op(ctx, OpFamily::kMoe, "MoePermute", {{"rows", rows}, {"x", x}, {"source", source}});
+  cpu::Widened wide(ctx);
+  rows = wide.Out(rows), x = wide.In(x);
   if (op.planning()) return;
-  cpu::DispatchFloat(x, "MoePermute", [&](auto zero) {
+  cpu::DispatchFloat(x, op.name(), [&](auto zero) {
     using T = decltype(zero);
     const cpu::Rows<T> out = cpu::RowsOf<T>(rows), in = cpu::RowsOf<T>(x);
-    CheckShape(rows, in.rows * top_k, in.columns);
-    KRAIT_CHECK(source.numel() == out.rows);
+    CheckShape(rows, source.numel(), in.columns);
     const int32_t* from = cpu::DenseData<int32_t>(source);
     ParallelFor(out.rows, Grain(out.columns), [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
-        std::memcpy(out[r], in[from[r] / top_k], static_cast<size_t>(out.columns) * sizeof(T));
+        if (from[r] < 0) {
+          std::fill_n(out[r], out.columns, T{0});
+        } else {
+          std::copy_n(in[from[r] / top_k], out.columns, out[r]);
+        }
       }
     });
   });
@@ -197,14 +322,17 @@ void MoePermute(Tensor rows, Tensor x, Tensor source, int64_t top_k, const Conte
 
 void MoePermuteBackward(Tensor dx, Tensor d_rows, Tensor row_of, bool accumulate,
                         const Context& ctx) {
-  OpScope op(ctx, OpFamily::kMoe);
+  OpScope op(ctx, OpFamily::kMoe, "MoePermuteBackward",
+             {{"dx", dx}, {"d_rows", d_rows}, {"row_of", row_of}});
+  cpu::Widened wide(ctx);
+  dx = accumulate ? wide.InOut(dx) : wide.Out(dx), d_rows = wide.In(d_rows);
   if (op.planning()) return;
-  cpu::DispatchFloat(dx, "MoePermuteBackward", [&](auto zero) {
+  cpu::DispatchFloat(dx, op.name(), [&](auto zero) {
     using T = decltype(zero);
     const cpu::Rows<T> out = cpu::RowsOf<T>(dx), in = cpu::RowsOf<T>(d_rows);
     const cpu::Rows<int32_t> row = cpu::RowsOf<int32_t>(row_of);
     CheckShape(row_of, out.rows, row.columns);
-    CheckShape(d_rows, out.rows * row.columns, out.columns);
+    KRAIT_CHECK(in.columns == out.columns && in.rows >= out.rows * row.columns);
     ParallelFor(out.rows, Grain(out.columns), [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
         for (int64_t j = 0; j < row.columns; ++j) {
@@ -216,42 +344,22 @@ void MoePermuteBackward(Tensor dx, Tensor d_rows, Tensor row_of, bool accumulate
 }
 
 void MoeCombine(Tensor y, Tensor rows, Tensor weight, Tensor row_of, const Context& ctx) {
-  OpScope op(ctx, OpFamily::kMoe);
+  OpScope op(ctx, OpFamily::kMoe, "MoeCombine",
+             {{"y", y}, {"rows", rows}, {"weight", weight}, {"row_of", row_of}});
+  cpu::Widened wide(ctx);
+  y = wide.Out(y), rows = wide.In(rows);
   if (op.planning()) return;
-  cpu::DispatchFloat(y, "MoeCombine", [&](auto zero) {
+  cpu::DispatchFloat(y, op.name(), [&](auto zero) {
     using T = decltype(zero);
     const cpu::Rows<T> out = cpu::RowsOf<T>(y), in = cpu::RowsOf<T>(rows),
                        w = cpu::RowsOf<T>(weight);
     const cpu::Rows<int32_t> row = cpu::RowsOf<int32_t>(row_of);
     for (Tensor t : {weight, row_of}) CheckShape(t, out.rows, row.columns);
-    CheckShape(rows, out.rows * row.columns, out.columns);
+    KRAIT_CHECK(in.columns == out.columns && in.rows >= out.rows * row.columns);
     ParallelFor(out.rows, Grain(out.columns), [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
         for (int64_t j = 0; j < row.columns; ++j) {
           cpu::ScaleRow(out.columns, w[t][j], in[row[t][j]], out[t], j > 0);
-        }
-      }
-    });
-  });
-}
-
-void MoeCombineBackward(Tensor d_rows, Tensor d_weight, Tensor dy, Tensor rows, Tensor weight,
-                        Tensor row_of, const Context& ctx) {
-  OpScope op(ctx, OpFamily::kMoe);
-  if (op.planning()) return;
-  cpu::DispatchFloat(dy, "MoeCombineBackward", [&](auto zero) {
-    using T = decltype(zero);
-    const cpu::Rows<T> out = cpu::RowsOf<T>(d_rows), dw = cpu::RowsOf<T>(d_weight),
-                       grad = cpu::RowsOf<T>(dy), in = cpu::RowsOf<T>(rows),
-                       w = cpu::RowsOf<T>(weight);
-    const cpu::Rows<int32_t> row = cpu::RowsOf<int32_t>(row_of);
-    for (Tensor t : {d_weight, weight, row_of}) CheckShape(t, grad.rows, row.columns);
-    for (Tensor t : {d_rows, rows}) CheckShape(t, grad.rows * row.columns, grad.columns);
-    ParallelFor(grad.rows, Grain(grad.columns), [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) {
-        for (int64_t j = 0; j < row.columns; ++j) {
-          const int64_t r = row[t][j];
-          dw[t][j] = cpu::DotAndScaleRow(grad.columns, w[t][j], grad[t], in[r], out[r]);
         }
       }
     });

@@ -1,10 +1,13 @@
 // Mixture-of-experts routing: dropless top-k (Jamba, 2403.19887; Mixtral's load-balancing loss).
 //
-//   p = softmax(logits) over all E experts (f32);  (w_j, e_j) = top-k of p, ties to the lower
-//   expert; with `renormalize` w_j /= sum_j w_j.
+//   p = softmax(logits) over all E experts;  (w_j, e_j) = top-k of p, ties to the lower expert;
+//   with `renormalize` w_j /= sum_j w_j.
 //
-// M tokens, E experts, k = top_k choices. Rows of expert e are the pairs (token, j) with
-// choice[token,j] == e in ascending (token, j): row r of the permuted arrays.
+// M tokens, E experts, k = top_k choices, R = ExpertRows(M, k, E, device) rows of memory. Rows of
+// expert e are the pairs (token, j) with choice[token,j] == e in ascending (token, j), from row
+// offsets[e] on; offsets are multiples of ExpertRowAlignment(), the rows between an expert's last
+// one and the next offset are padding and zero. Activations have the compute dtype; logits, probs,
+// routing weights, statistics and their gradients are Wide.
 #ifndef KRAIT_KERNELS_MOE_H_
 #define KRAIT_KERNELS_MOE_H_
 
@@ -15,41 +18,66 @@
 
 namespace krait {
 
-// logits [M,E], probs [M,E] f32 (f64 for f64); choice [M,k] i32; weight [M,k] of logits' dtype.
+// logits[M,E] = x[M,D] w[E,D]^T: w is Wide whatever x is.
+void RouterForward(Tensor logits, Tensor x, Tensor w, const Context& ctx);
+// dx[M,D] = d_logits w (+ dx when `accumulate`).
+void RouterBackwardInput(Tensor dx, Tensor d_logits, Tensor w, bool accumulate, const Context& ctx);
+// dw[E,D] = d_logits^T x (+ dw when `accumulate`).
+void RouterBackwardWeight(Tensor dw, Tensor d_logits, Tensor x, bool accumulate,
+                          const Context& ctx);
+
+// logits, probs [M,E]; choice [M,k] i32; weight [M,k].
 void MoeRouteForward(Tensor probs, Tensor choice, Tensor weight, Tensor logits, bool renormalize,
                      const Context& ctx);
-
 // The gradient of the logits from three sources; overwrites d_logits [M,E]:
 //   d_weight [M,k]: through the combine weights (and the renormalisation);
-//   d_prob_mean [E] or undefined: the aux loss, whose gradient with respect to each token's p_e is
-//     d_prob_mean[e] (the caller folds in 1/tokens, E, f_e and the coefficient);
+//   d_prob [E] or undefined: the aux loss, whose gradient with respect to each token's p_e is
+//     d_prob[e] (MoeLossesBackward);
 //   z_scale: the z-loss z = mean_t logsumexp(logits_t)^2 (ST-MoE, 2202.08906): adds
 //     z_scale * 2 * logsumexp(logits_t) * p; 0 = off.
-void MoeRouteBackward(Tensor d_logits, Tensor d_weight, Tensor d_prob_mean, double z_scale,
-                      Tensor probs, Tensor choice, Tensor weight, Tensor logits, bool renormalize,
+void MoeRouteBackward(Tensor d_logits, Tensor d_weight, Tensor d_prob, double z_scale, Tensor probs,
+                      Tensor choice, Tensor weight, Tensor logits, bool renormalize,
                       const Context& ctx);
 
-// Sums for the aux loss and statistics, added to: prob_sum [E] f32/f64 += sum_t p_te;
-// choice_count [E] i64 += number of (t,j) that chose e; z_sum [1] += sum_t logsumexp(logits_t)^2.
+// Sums over the tokens at hand, added to: prob_sum [E] += sum_t p_te; choice_count [E] i64 +=
+// number of (t,j) that chose e; z_sum [1] += sum_t logsumexp(logits_t)^2. Ranks add theirs up
+// before the losses are taken.
 void MoeStatistics(Tensor prob_sum, Tensor choice_count, Tensor z_sum, Tensor probs, Tensor choice,
                    Tensor logits, const Context& ctx);
 
-// Sorts the choices by expert: row_of [M,k] i32 (the permuted row of each choice), source [M*k] i32
-// (token*k + j of each row) and host memory offsets [E+1]. The one host read of an MoE sublayer.
-void MoeSort(Tensor row_of, Tensor source, int64_t* offsets, Tensor choice, int64_t experts,
-             const Context& ctx);
+// The losses of one pass from the statistics of its J MoE sublayers over `tokens` tokens (of all
+// ranks): prob_sum [J,E], choice_count [J,E] i64, z_sum [J]. Mixtral's load-balancing loss as
+// Hugging Face computes it: with means over n tokens,
+//   aux = E * sum over e of P_e * sum over j of f_je,   P_e = mean p_e, f_je = share of tokens
+//   whose j-th choice is e.
+// pools 1: n are the tokens of all J sublayers together; pools J: those of one, and aux is the mean
+// over sublayers.
+struct MoeLossShape {
+  int64_t tokens = 0, top_k = 0, pools = 1;
+};
+// Added to: aux [1], z [1] (the mean of logsumexp^2) and imbalance [J] (max_e count_e / mean
+// count), all f64.
+void MoeLossesForward(Tensor aux, Tensor z, Tensor imbalance, Tensor prob_sum, Tensor choice_count,
+                      Tensor z_sum, const MoeLossShape& shape, const Context& ctx);
+// d_prob [J,E] = scale * the derivative of aux with respect to one token's p_e; the shares f are
+// piecewise constant.
+void MoeLossesBackward(Tensor d_prob, Tensor choice_count, double scale, const MoeLossShape& shape,
+                       const Context& ctx);
 
-// rows[r] = x[source[r] / k].  x [M,D], rows [M*k,D].
+// Rows of memory that M tokens may need, with the padding between experts.
+int64_t ExpertRows(int64_t tokens, int64_t top_k, int64_t experts, Device device);
+// Sorts the choices by expert: row_of [M,k] i32 (the row of each choice), source [R] i32
+// (token*k + j of each row, -1 for padding and unused rows), offsets [E+1] i64.
+void MoeSort(Tensor row_of, Tensor source, Tensor offsets, Tensor choice, const Context& ctx);
+
+// rows[r] = x[source[r] / k], zero where source[r] < 0.  x [M,D], rows [R,D].
 void MoePermute(Tensor rows, Tensor x, Tensor source, int64_t top_k, const Context& ctx);
 // dx[t] (= or += when `accumulate`) sum_j d_rows[row_of[t,j]], j ascending.
 void MoePermuteBackward(Tensor dx, Tensor d_rows, Tensor row_of, bool accumulate,
                         const Context& ctx);
-// y[t] = sum_j weight[t,j] * rows[row_of[t,j]], j ascending.
+// y[t] = sum_j weight[t,j] * rows[row_of[t,j]], j ascending. Its backward is MoePermute of dy: the
+// routing weights and their gradients are applied to narrower rows (kernels/swiglu.h).
 void MoeCombine(Tensor y, Tensor rows, Tensor weight, Tensor row_of, const Context& ctx);
-// d_rows[row_of[t,j]] = weight[t,j] * dy[t] (overwritten; may be the same memory as rows);
-// d_weight[t,j] = dy[t] . rows[row_of[t,j]].
-void MoeCombineBackward(Tensor d_rows, Tensor d_weight, Tensor dy, Tensor rows, Tensor weight,
-                        Tensor row_of, const Context& ctx);
 
 }  // namespace krait
 

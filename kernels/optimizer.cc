@@ -7,6 +7,7 @@
 #include "kernels/base/parallel_for.h"
 #include "kernels/cpu/dispatch.h"
 #include "kernels/cpu/optimizer.h"
+#include "kernels/cpu/widened.h"
 
 namespace krait {
 namespace {
@@ -14,30 +15,49 @@ namespace {
 constexpr int64_t kUpdatePiece = 16384;
 
 template <typename T>
-cpu::AdamWFactors<T> Factors(const AdamWStep& step) {
-  const auto s = static_cast<double>(step.step);
+cpu::AdamWFactors<T> Factors(const AdamWSettings& settings, const double* control) {
   const auto cast = [](double x) { return static_cast<T>(x); };
-  return {.keep = cast(1 - step.lr * step.weight_decay),
-          .beta1 = cast(step.beta1),
-          .one_beta1 = cast(1 - step.beta1),
-          .beta2 = cast(step.beta2),
-          .one_beta2 = cast(1 - step.beta2),
-          .step_size = cast(step.lr / (1 - std::pow(step.beta1, s))),
-          .inverse_root2 = cast(1 / std::sqrt(1 - std::pow(step.beta2, s))),
-          .eps = cast(step.eps),
-          .grad_scale = cast(step.grad_scale)};
+  return {.keep = cast(1 - settings.lr * settings.weight_decay),
+          .beta1 = cast(settings.beta1),
+          .one_beta1 = cast(1 - settings.beta1),
+          .beta2 = cast(settings.beta2),
+          .one_beta2 = cast(1 - settings.beta2),
+          .step_size = cast(control[kAdamWStepSize]),
+          .inverse_root2 = cast(control[kAdamWRootScale]),
+          .eps = cast(settings.eps),
+          .grad_scale = cast(control[kAdamWGradScale])};
+}
+
+// Calls fn(begin, end, whether they decay) for pieces that cover [0, n).
+template <typename Fn>
+void ForEachDecayRange(int64_t n, Tensor decay_ranges, const Fn& fn) {
+  int64_t done = 0;
+  for (int64_t r = 0; decay_ranges.defined() && r < decay_ranges.dim(0); ++r) {
+    const int64_t* range = cpu::DenseData<int64_t>(decay_ranges) + 2 * r;
+    KRAIT_CHECK(range[0] >= done && range[1] >= range[0] && range[1] <= n);
+    if (range[0] > done) fn(done, range[0], false);
+    if (range[1] > range[0]) fn(range[0], range[1], true);
+    done = range[1];
+  }
+  if (done < n) fn(done, n, false);
 }
 
 template <typename T, typename M>
-void Update(Tensor w, Tensor m, Tensor v, Tensor grad, const AdamWStep& step) {
-  const cpu::AdamWFactors<T> factors = Factors<T>(step);
+void Update(Tensor w, Tensor m, Tensor v, Tensor grad, Tensor decay_ranges, const double* control,
+            const AdamWSettings& settings) {
   const T* gradient = cpu::DenseData<T>(grad);
   T* weight = cpu::DenseData<T>(w);
   M* mean = cpu::DenseData<M>(m);
   M* square = cpu::DenseData<M>(v);
-  ParallelFor(w.numel(), kUpdatePiece, [&](int64_t begin, int64_t end) {
-    cpu::AdamWUpdate(end - begin, factors, gradient + begin, weight + begin, mean + begin,
-                     square + begin);
+  ForEachDecayRange(w.numel(), decay_ranges, [&](int64_t first, int64_t last, bool decays) {
+    AdamWSettings own = settings;
+    if (!decays) own.weight_decay = 0;
+    const cpu::AdamWFactors<T> factors = Factors<T>(own, control);
+    ParallelFor(last - first, kUpdatePiece, [&](int64_t begin, int64_t end) {
+      begin += first;
+      cpu::AdamWUpdate(end + first - begin, factors, gradient + begin, weight + begin, mean + begin,
+                       square + begin);
+    });
   });
 }
 
@@ -60,44 +80,75 @@ double SumOverPieces(int64_t n, const Fn& fn) {
 
 }  // namespace
 
-void AdamW(Tensor w, Tensor m, Tensor v, Tensor grad, const AdamWStep& step, const Context& ctx) {
-  OpScope op(ctx, OpFamily::kOptimizer);
+void AddSumOfSquares(Tensor sum, Tensor x, const Context& ctx) {
+  OpScope op(ctx, OpFamily::kOptimizer, "AddSumOfSquares", {{"sum", sum}, {"x", x}});
   if (op.planning()) return;
-  KRAIT_CHECK(m.numel() == w.numel() && v.numel() == w.numel() && grad.numel() == w.numel());
-  KRAIT_CHECK(m.dtype() == v.dtype() && step.step >= 1);
-  cpu::DispatchFloat(w, "AdamW", [&](auto zero) {
-    using T = decltype(zero);
-    if constexpr (kDTypeOf<T> == DType::kF32) {
-      if (m.dtype() == DType::kBF16) return Update<float, BF16>(w, m, v, grad, step);
-    }
-    Update<T, T>(w, m, v, grad, step);
-  });
-}
-
-double SumOfSquares(Tensor x, const Context& ctx) {
-  OpScope op(ctx, OpFamily::kOptimizer);
-  if (op.planning()) return 0;
-  double sum = 0;
-  cpu::DispatchFloat(x, "SumOfSquares", [&](auto zero) {
+  cpu::DispatchFloat(x, op.name(), [&](auto zero) {
     const auto* data = cpu::DenseData<decltype(zero)>(x);
-    sum = SumOverPieces(x.numel(), [data](int64_t begin, int64_t end) {
+    sum.data<double>()[0] += SumOverPieces(x.numel(), [data](int64_t begin, int64_t end) {
       return cpu::SumOfSquaresPiece(end - begin, data + begin);
     });
   });
-  return sum;
 }
 
-double Sum(Tensor x, const Context& ctx) {
-  OpScope op(ctx, OpFamily::kOptimizer);
-  if (op.planning()) return 0;
-  double sum = 0;
-  cpu::DispatchFloat(x, "Sum", [&](auto zero) {
+void AddSum(Tensor sum, Tensor x, const Context& ctx) {
+  OpScope op(ctx, OpFamily::kOptimizer, "AddSum", {{"sum", sum}, {"x", x}});
+  if (op.planning()) return;
+  cpu::DispatchFloat(x, op.name(), [&](auto zero) {
     const auto* data = cpu::DenseData<decltype(zero)>(x);
-    sum = SumOverPieces(x.numel(), [data](int64_t begin, int64_t end) {
+    sum.data<double>()[0] += SumOverPieces(x.numel(), [data](int64_t begin, int64_t end) {
       return cpu::SumPiece(end - begin, data + begin);
     });
   });
-  return sum;
+}
+
+void AdamWPrepare(Tensor control, Tensor sum_of_squares, Tensor losses,
+                  const AdamWSettings& settings, const Context& ctx) {
+  OpScope op(ctx, OpFamily::kOptimizer, "AdamWPrepare",
+             {{"control", control}, {"sum_of_squares", sum_of_squares}, {"losses", losses}});
+  if (op.planning()) return;
+  if (ctx.device == Device::kCuda) KRAIT_FATAL("AdamWPrepare has no CUDA version yet");
+  KRAIT_CHECK(control.numel() == kAdamWControlSize && sum_of_squares.numel() == 1);
+  double* c = cpu::DenseData<double>(control);
+  const double norm = std::sqrt(sum_of_squares.data<double>()[0]);
+  bool finite = std::isfinite(norm);
+  for (int64_t i = 0; i < losses.numel(); ++i) {
+    finite = finite && std::isfinite(cpu::DenseData<double>(losses)[i]);
+  }
+  c[kAdamWNorm] = norm;
+  c[kAdamWApplied] = finite ? 1 : 0;
+  if (!finite) return;
+  c[kAdamWSteps] += 1;
+  c[kAdamWGradScale] = settings.clip > 0 ? std::min(1.0, settings.clip / (norm + 1e-6)) : 1.0;
+  c[kAdamWStepSize] = settings.lr / (1 - std::pow(settings.beta1, c[kAdamWSteps]));
+  c[kAdamWRootScale] = 1 / std::sqrt(1 - std::pow(settings.beta2, c[kAdamWSteps]));
+}
+
+void AdamW(Tensor weight, Tensor master, Tensor m, Tensor v, Tensor grad, Tensor decay_ranges,
+           Tensor control, const AdamWSettings& settings, const Context& ctx) {
+  OpScope op(ctx, OpFamily::kOptimizer, "AdamW",
+             {{"weight", weight},
+              {"master", master},
+              {"m", m},
+              {"v", v},
+              {"grad", grad},
+              {"decay_ranges", decay_ranges},
+              {"control", control}});
+  if (op.planning()) return;
+  for (Tensor t : {weight, m, v, grad}) KRAIT_CHECK(t.numel() == master.numel());
+  KRAIT_CHECK(m.dtype() == v.dtype() && control.numel() == kAdamWControlSize);
+  cpu::DispatchFloat(master, op.name(), [&](auto zero) {
+    using T = decltype(zero);
+    const double* c = cpu::DenseData<double>(control);
+    if (c[kAdamWApplied] == 0) return;
+    if constexpr (kDTypeOf<T> == DType::kF32) {
+      if (m.dtype() == DType::kBF16) {
+        return Update<float, BF16>(master, m, v, grad, decay_ranges, c, settings);
+      }
+    }
+    Update<T, T>(master, m, v, grad, decay_ranges, c, settings);
+  });
+  if (weight.raw() != master.raw()) cpu::Convert(weight, master);
 }
 
 }  // namespace krait

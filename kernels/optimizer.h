@@ -1,4 +1,6 @@
-// AdamW (Loshchilov & Hutter, 1711.05101, as torch.optim.AdamW) and the sums it needs.
+// AdamW (Loshchilov & Hutter, 1711.05101, as torch.optim.AdamW) over flat storage, and the sums it
+// needs. Everything that depends on gradients stays on the device: a step needs no host read
+// between the backward pass and the next forward.
 #ifndef KRAIT_KERNELS_OPTIMIZER_H_
 #define KRAIT_KERNELS_OPTIMIZER_H_
 
@@ -9,24 +11,43 @@
 
 namespace krait {
 
-struct AdamWStep {
-  double lr;
-  double beta1, beta2, eps;
-  double weight_decay;  // 0 for tensors without decay
-  int64_t step;         // 1 for the first update
-  double grad_scale;    // the clip factor, applied to the gradient
+// sum [1] f64 += the sum of squares of x [n], in double, in a fixed order independent of the number
+// of threads. NaN or infinity in x gives a non-finite sum.
+void AddSumOfSquares(Tensor sum, Tensor x, const Context& ctx);
+// sum [1] f64 += the sum of x [n], likewise.
+void AddSum(Tensor sum, Tensor x, const Context& ctx);
+
+struct AdamWSettings {
+  double lr = 0, beta1 = 0.9, beta2 = 0.95, eps = 1e-8;
+  double weight_decay = 0;
+  double clip = 0;  // largest norm of the gradient; 0: any
 };
 
-// w *= 1 - lr*wd; m = b1*m + (1-b1)*g; v = b2*v + (1-b2)*g^2;
-// w -= lr/(1-b1^s) * m / (sqrt(v)/sqrt(1-b2^s) + eps).   All [n] f32 (f64 in checks); m and v may
-// be bf16 (rounded to nearest even).
-void AdamW(Tensor w, Tensor m, Tensor v, Tensor grad, const AdamWStep& step, const Context& ctx);
+// What the updates of one step share, [kAdamWControl] f64 on the device.
+enum AdamWControl : int64_t {
+  kAdamWSteps,        // updates applied so far; AdamWPrepare advances it
+  kAdamWNorm,         // of the gradient, before clipping
+  kAdamWApplied,      // 1: this step updates; 0: it is skipped
+  kAdamWGradScale,    // the clip factor min(1, clip / (norm + 1e-6))
+  kAdamWStepSize,     // lr / (1 - beta1^steps)
+  kAdamWRootScale,    // 1 / sqrt(1 - beta2^steps)
+  kAdamWControlSize,  // number of entries
+};
+// Fills `control` from the squared norm of the whole gradient, sum_of_squares [1] f64. A norm that
+// is not finite, or a value of `losses` [n] f64 that is not, skips the step: nothing is updated and
+// kAdamWSteps stays.
+void AdamWPrepare(Tensor control, Tensor sum_of_squares, Tensor losses,
+                  const AdamWSettings& settings, const Context& ctx);
 
-// Sum of squares of x [n] in double, fixed order, independent of the number of threads. NaN or
-// infinity in x gives a non-finite sum. Host result: synchronises on CUDA.
-double SumOfSquares(Tensor x, const Context& ctx);
-// Sum of x [n] in double, likewise.
-double Sum(Tensor x, const Context& ctx);
+// w *= 1 - lr*wd; m = b1*m + (1-b1)*g; v = b2*v + (1-b2)*g^2;
+// w -= lr/(1-b1^s) * m / (sqrt(v)/sqrt(1-b2^s) + eps).
+//
+// master [n] is w, Wide; m and v [n] are Wide or bf16 (rounded to nearest even; the update uses
+// them before rounding); grad [n] Wide. weight [n] receives master: rounded to nearest even for
+// bf16; or it is the same memory as master. decay_ranges [R,2] i64: ascending ranges [begin, end)
+// of elements with weight decay, or undefined for none. Nothing changes in a skipped step.
+void AdamW(Tensor weight, Tensor master, Tensor m, Tensor v, Tensor grad, Tensor decay_ranges,
+           Tensor control, const AdamWSettings& settings, const Context& ctx);
 
 }  // namespace krait
 

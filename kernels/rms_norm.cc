@@ -2,6 +2,7 @@
 
 #include "kernels/cpu/dispatch.h"
 #include "kernels/cpu/rms_norm.h"
+#include "kernels/cuda/call.h"
 #include "kernels/cuda/rms_norm.h"
 
 namespace krait {
@@ -9,8 +10,6 @@ namespace {
 
 using cpu::Rows;
 using cpu::RowsOf;
-
-DType StatisticsType(DType dtype) { return dtype == DType::kF64 ? DType::kF64 : DType::kF32; }
 
 // Calls fn(T{}, S{}) with the types of rows and statistics.
 template <typename Fn>
@@ -60,8 +59,8 @@ void Forward(const char* op, Tensor h, Tensor y, Tensor rstd, Tensor residual, T
   });
 }
 
-void Backward(const char* op, Tensor dx, Tensor dw, Tensor dy, Tensor x, Tensor rstd, Tensor w,
-              bool accumulate, Tensor partial) {
+void Backward(const char* op, Tensor dx, Tensor dw, Tensor dy, Tensor dx_in, Tensor x, Tensor rstd,
+              Tensor w, Tensor partial) {
   DispatchNorm(x, op, [&](auto element, auto statistic) {
     using T = decltype(element);
     using S = decltype(statistic);
@@ -71,64 +70,75 @@ void Backward(const char* op, Tensor dx, Tensor dw, Tensor dy, Tensor x, Tensor 
     args.x = RowsOf<T>(x);
     CheckShape(args.dx, args.x);
     CheckShape(args.dy, args.x);
+    if (dx_in.defined()) {
+      args.dx_in = RowsOf<T>(dx_in);
+      CheckShape(args.dx_in, args.x);
+    }
     args.rstd = Vector<S>(rstd, args.x.rows);
     args.w = Vector<S>(w, args.x.columns);
     args.dw = Vector<S>(dw, args.x.columns);
-    args.accumulate = accumulate;
     args.partial = partial.data<S>();
     cpu::NormBackward(args);
   });
 }
 
-// Scratch for the partial sums of the weight gradient.
-Tensor Partial(Tensor x, const Context& ctx) {
-  return ctx.scratch->Alloc(StatisticsType(x.dtype()), {cpu::NormPieces(x.rows()), x.dim(-1)});
+// dx = dx_in (undefined: zero) + the norm's gradient, on either device.
+void BackwardOn(const OpScope& op, Tensor dx, Tensor dw, Tensor dy, Tensor dx_in, Tensor x,
+                Tensor rstd, Tensor w, const Context& ctx) {
+  const bool cuda = ctx.device == Device::kCuda;
+  const ArenaScope scope(ctx.scratch);
+  // The partial sums of the weight gradient.
+  const Tensor partial = ctx.scratch->Alloc(
+      Wide(x.dtype()),
+      {cuda ? cuda::RmsNormPartials(x.rows()) : cpu::NormPieces(x.rows()), x.dim(-1)});
+  if (op.planning()) return;
+  if (cuda) {
+    KRAIT_CUDA(RmsNormBackward(dx, dw, dy, dx_in, x, rstd, w, partial, ctx));
+    return;
+  }
+  Backward(op.name(), dx, dw, dy, dx_in, x, rstd, w, partial);
 }
 
 }  // namespace
 
 void RmsNormForward(Tensor y, Tensor rstd, Tensor x, Tensor w, double eps, const Context& ctx) {
-  OpScope op(ctx, OpFamily::kNorm);
+  OpScope op(ctx, OpFamily::kNorm, "RmsNormForward",
+             {{"y", y}, {"rstd", rstd}, {"x", x}, {"w", w}});
   if (op.planning()) return;
-  if (x.device() == Device::kCuda) {
-    return cuda::RmsNormForward(x, y, rstd, x, Tensor(), w, eps, ctx);
+  if (ctx.device == Device::kCuda) {
+    KRAIT_CUDA(RmsNormForward(x, y, rstd, x, Tensor(), w, eps, ctx));
+    return;
   }
-  Forward("RmsNormForward", Tensor(), y, rstd, x, Tensor(), w, eps);
+  Forward(op.name(), Tensor(), y, rstd, x, Tensor(), w, eps);
 }
 
 void RmsNormBackward(Tensor dx, Tensor dw, Tensor dy, Tensor x, Tensor rstd, Tensor w,
                      bool accumulate, const Context& ctx) {
-  OpScope op(ctx, OpFamily::kNorm);
-  if (x.device() == Device::kCuda) {
-    return cuda::RmsNormBackward(dx, dw, dy, x, rstd, w, accumulate, ctx);
-  }
-  const ArenaScope scope(ctx.scratch);
-  const Tensor partial = Partial(x, ctx);
-  if (op.planning()) return;
-  Backward("RmsNormBackward", dx, dw, dy, x, rstd, w, accumulate, partial);
+  OpScope op(ctx, OpFamily::kNorm, "RmsNormBackward",
+             {{"dx", dx}, {"dw", dw}, {"dy", dy}, {"x", x}, {"rstd", rstd}, {"w", w}});
+  BackwardOn(op, dx, dw, dy, accumulate ? dx : Tensor(), x, rstd, w, ctx);
 }
 
 void ResidualRmsNormForward(Tensor h, Tensor y, Tensor rstd, Tensor residual, Tensor delta,
                             Tensor w, double eps, const Context& ctx) {
-  OpScope op(ctx, OpFamily::kNorm);
+  OpScope op(
+      ctx, OpFamily::kNorm, "ResidualRmsNormForward",
+      {{"h", h}, {"y", y}, {"rstd", rstd}, {"residual", residual}, {"delta", delta}, {"w", w}});
   if (op.planning()) return;
   KRAIT_CHECK(delta.defined() || h.raw() == residual.raw());
-  if (residual.device() == Device::kCuda) {
-    return cuda::RmsNormForward(h, y, rstd, residual, delta, w, eps, ctx);
+  if (ctx.device == Device::kCuda) {
+    KRAIT_CUDA(RmsNormForward(h, y, rstd, residual, delta, w, eps, ctx));
+    return;
   }
-  Forward("ResidualRmsNormForward", h, y, rstd, residual, delta, w, eps);
+  Forward(op.name(), h, y, rstd, residual, delta, w, eps);
 }
 
-void ResidualRmsNormBackward(Tensor dh, Tensor dw, Tensor dy, Tensor h, Tensor rstd, Tensor w,
-                             const Context& ctx) {
-  OpScope op(ctx, OpFamily::kNorm);
-  if (h.device() == Device::kCuda) {
-    return cuda::RmsNormBackward(dh, dw, dy, h, rstd, w, true, ctx);
-  }
-  const ArenaScope scope(ctx.scratch);
-  const Tensor partial = Partial(h, ctx);
-  if (op.planning()) return;
-  Backward("ResidualRmsNormBackward", dh, dw, dy, h, rstd, w, true, partial);
+void ResidualRmsNormBackward(Tensor dh, Tensor dw, Tensor dy, Tensor dh_in, Tensor h, Tensor rstd,
+                             Tensor w, const Context& ctx) {
+  OpScope op(
+      ctx, OpFamily::kNorm, "ResidualRmsNormBackward",
+      {{"dh", dh}, {"dw", dw}, {"dy", dy}, {"dh_in", dh_in}, {"h", h}, {"rstd", rstd}, {"w", w}});
+  BackwardOn(op, dh, dw, dy, dh_in, h, rstd, w, ctx);
 }
 
 }  // namespace krait

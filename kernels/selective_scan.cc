@@ -7,11 +7,16 @@
 #include "kernels/base/parallel_for.h"
 #include "kernels/cpu/dispatch.h"
 #include "kernels/cpu/selective_scan.h"
+#include "kernels/cpu/widened.h"
 
 namespace krait {
 namespace {
 
 constexpr int64_t kBlock = cpu::kScanBlock;
+constexpr int64_t kScanChunk = cpu::kScanChunk;
+constexpr int64_t kCudaSteps = 16;  // between the states that CUDA keeps
+
+int64_t Chunks(int64_t t) { return (t + kScanChunk - 1) / kScanChunk; }
 
 struct Sizes {
   int64_t batch, time, channels, states;
@@ -40,7 +45,7 @@ Sizes CheckInputs(const SelectiveScanInputs& in) {
   if (in.initial_state.defined()) {
     CheckShape(in.initial_state, {s.batch, s.channels, s.states});
   }
-  if (in.doc_start.defined()) CheckShape(in.doc_start, {s.batch, s.time});
+  if (in.documents.doc_start.defined()) CheckShape(in.documents.doc_start, {s.batch, s.time});
   return s;
 }
 
@@ -95,10 +100,10 @@ cpu::ScanChunk<T> ChunkOf(const SelectiveScanInputs& in, const Parameters<T>& pa
   chunk.z = RowsFrom<const T>(in.z, batch, first, channel);
   chunk.b = RowsFrom<const T>(in.b, batch, first, 0);
   chunk.c = RowsFrom<const T>(in.c, batch, first, 0);
-  if (in.doc_start.defined()) {
-    chunk.doc_start = in.doc_start.data<int32_t>() + batch * s.time + first;
+  if (in.documents.doc_start.defined()) {
+    chunk.doc_start = in.documents.doc_start.data<int32_t>() + batch * s.time + first;
   }
-  chunk.first = first;
+  chunk.first = in.documents.first_position + first;
   chunk.a2 = parameters.a2 + block * kBlock * s.states;
   chunk.d = parameters.d + channel;
   chunk.dt_bias = parameters.dt_bias + channel;
@@ -129,20 +134,20 @@ void StoreState(Tensor state, const T* lanes, const Sizes& s, int64_t row, int64
 }
 
 template <typename T>
-void ForwardCpu(Tensor y, Tensor final_state, Tensor chunk_states, const SelectiveScanInputs& in,
+void ForwardCpu(Tensor y, Tensor final_state, Tensor kept_states, const SelectiveScanInputs& in,
                 const Sizes& s, const OpScope& op, const Context& ctx) {
   const ArenaScope scope(ctx.scratch);
   const Tensor parameter_memory = Parameters<T>::Alloc(s, ctx);
   const Tensor states = ctx.scratch->Alloc(kDTypeOf<T>, {s.items(), s.states, kBlock});
   if (op.planning()) return;
   const Parameters<T> parameters(parameter_memory, in, s);
-  const int64_t chunks = ScanChunks(s.time);
+  const int64_t chunks = Chunks(s.time);
   ParallelFor(s.items(), 1, [&](int64_t item, int64_t) {
     const int64_t batch = item / s.blocks(), block = item % s.blocks();
     T* h = states.data<T>() + item * s.states * kBlock;
     LoadState(h, in.initial_state, s, batch, block);
     for (int64_t k = 0; k < chunks; ++k) {
-      StoreState(chunk_states, h, s, batch * chunks + k, block);
+      StoreState(kept_states, h, s, batch * chunks + k, block);
       const int64_t first = k * kScanChunk;
       cpu::ScanForwardChunk(ChunkOf<T>(in, parameters, s, batch, block, first), h,
                             RowsFrom<T>(y, batch, first, block * kBlock));
@@ -224,7 +229,7 @@ void AddParameterGradients(const SelectiveScanGradients& grad, const ItemSums<T>
 // and dc are needed for one chunk at a time.
 template <typename T>
 void BackwardCpu(const SelectiveScanGradients& grad, Tensor y, Tensor dy, Tensor d_final_state,
-                 Tensor chunk_states, const SelectiveScanInputs& in, const Sizes& s,
+                 Tensor kept_states, const SelectiveScanInputs& in, const Sizes& s,
                  const OpScope& op, const Context& ctx) {
   const ArenaScope scope(ctx.scratch);
   const Tensor parameter_memory = Parameters<T>::Alloc(s, ctx);
@@ -238,14 +243,14 @@ void BackwardCpu(const SelectiveScanGradients& grad, Tensor y, Tensor dy, Tensor
     LoadState(sums.carry + item * s.states * kBlock, d_final_state, s, item / s.blocks(),
               item % s.blocks());
   }
-  const int64_t chunks = ScanChunks(s.time);
+  const int64_t chunks = Chunks(s.time);
   for (int64_t k = chunks - 1; k >= 0; --k) {
     const int64_t first = k * kScanChunk;
     ParallelFor(s.items(), 1, [&](int64_t item, int64_t) {
       const int64_t batch = item / s.blocks(), block = item % s.blocks();
       const int64_t channel = block * kBlock;
       T* workspace = workspaces.data<T>() + ThreadIndex() * workspace_size;
-      LoadState(workspace, chunk_states, s, batch * chunks + k, block);
+      LoadState(workspace, kept_states, s, batch * chunks + k, block);
       cpu::ScanChunkGradients<T> chunk{};
       chunk.dy = RowsFrom<const T>(dy, batch, first, channel);
       chunk.y = RowsFrom<T>(y, batch, first, channel);
@@ -270,26 +275,78 @@ void BackwardCpu(const SelectiveScanGradients& grad, Tensor y, Tensor dy, Tensor
   AddParameterGradients(grad, sums, in, s);
 }
 
+SelectiveScanInputs WidenedInputs(cpu::Widened* wide, SelectiveScanInputs in) {
+  for (Tensor* t : {&in.x, &in.dt_raw, &in.b, &in.c, &in.z}) *t = wide->In(*t);
+  return in;
+}
+
 }  // namespace
 
-void SelectiveScanForward(Tensor y, Tensor final_state, Tensor chunk_states,
-                          const SelectiveScanInputs& in, const Context& ctx) {
-  OpScope op(ctx, OpFamily::kScan);
+int64_t ScanStates(Device device, int64_t t) {
+  return device == Device::kCuda ? (t + kCudaSteps - 1) / kCudaSteps : Chunks(t);
+}
+
+void SelectiveScanForward(Tensor y, Tensor final_state, Tensor kept_states,
+                          const SelectiveScanInputs& inputs, const Context& ctx) {
+  OpScope op(ctx, OpFamily::kScan, "SelectiveScanForward",
+             {{"y", y},
+              {"final_state", final_state},
+              {"kept_states", kept_states},
+              {"x", inputs.x},
+              {"dt_raw", inputs.dt_raw},
+              {"b", inputs.b},
+              {"c", inputs.c},
+              {"z", inputs.z},
+              {"a_log", inputs.a_log},
+              {"d", inputs.d},
+              {"dt_bias", inputs.dt_bias},
+              {"initial_state", inputs.initial_state},
+              {"doc_start", inputs.documents.doc_start}});
+  cpu::Widened wide(ctx);
+  y = wide.Out(y);
+  const SelectiveScanInputs in = WidenedInputs(&wide, inputs);
   const Sizes s = CheckInputs(in);
   CheckRows(y, s, s.channels);
   if (final_state.defined()) CheckShape(final_state, {s.batch, s.channels, s.states});
-  if (chunk_states.defined()) {
-    CheckShape(chunk_states, {s.batch, ScanChunks(s.time), s.channels, s.states});
+  if (kept_states.defined()) {
+    CheckShape(kept_states, {s.batch, ScanStates(ctx.device, s.time), s.channels, s.states});
   }
-  cpu::DispatchFloat(in.x, "SelectiveScanForward", [&](auto zero) {
-    ForwardCpu<decltype(zero)>(y, final_state, chunk_states, in, s, op, ctx);
+  cpu::DispatchFloat(in.x, op.name(), [&](auto zero) {
+    ForwardCpu<decltype(zero)>(y, final_state, kept_states, in, s, op, ctx);
   });
 }
 
-void SelectiveScanBackward(const SelectiveScanGradients& grad, Tensor y, Tensor dy,
-                           Tensor d_final_state, Tensor chunk_states, const SelectiveScanInputs& in,
-                           const Context& ctx) {
-  OpScope op(ctx, OpFamily::kScan);
+void SelectiveScanBackward(const SelectiveScanGradients& gradients, Tensor y, Tensor dy,
+                           Tensor d_final_state, Tensor kept_states,
+                           const SelectiveScanInputs& inputs, const Context& ctx) {
+  OpScope op(ctx, OpFamily::kScan, "SelectiveScanBackward",
+             {{"dx", gradients.dx},
+              {"d_dt_raw", gradients.d_dt_raw},
+              {"dz", gradients.dz},
+              {"db", gradients.db},
+              {"dc", gradients.dc},
+              {"d_a_log", gradients.d_a_log},
+              {"dd", gradients.dd},
+              {"d_dt_bias", gradients.d_dt_bias},
+              {"d_initial_state", gradients.d_initial_state},
+              {"y", y},
+              {"dy", dy},
+              {"d_final_state", d_final_state},
+              {"kept_states", kept_states},
+              {"x", inputs.x},
+              {"dt_raw", inputs.dt_raw},
+              {"b", inputs.b},
+              {"c", inputs.c},
+              {"z", inputs.z},
+              {"a_log", inputs.a_log},
+              {"d", inputs.d},
+              {"dt_bias", inputs.dt_bias},
+              {"doc_start", inputs.documents.doc_start}});
+  cpu::Widened wide(ctx);
+  SelectiveScanGradients grad = gradients;
+  for (Tensor* t : {&grad.dx, &grad.d_dt_raw, &grad.dz, &y}) *t = wide.Out(*t);
+  dy = wide.In(dy);
+  const SelectiveScanInputs in = WidenedInputs(&wide, inputs);
   const Sizes s = CheckInputs(in);
   for (Tensor t : {grad.dx, grad.d_dt_raw, grad.dz, dy}) CheckRows(t, s, s.channels);
   for (Tensor t : {grad.db, grad.dc}) CheckRows(t, s, s.states);
@@ -299,9 +356,9 @@ void SelectiveScanBackward(const SelectiveScanGradients& grad, Tensor y, Tensor 
   for (Tensor t : {d_final_state, grad.d_initial_state}) {
     if (t.defined()) CheckShape(t, {s.batch, s.channels, s.states});
   }
-  CheckShape(chunk_states, {s.batch, ScanChunks(s.time), s.channels, s.states});
-  cpu::DispatchFloat(in.x, "SelectiveScanBackward", [&](auto zero) {
-    BackwardCpu<decltype(zero)>(grad, y, dy, d_final_state, chunk_states, in, s, op, ctx);
+  CheckShape(kept_states, {s.batch, ScanStates(ctx.device, s.time), s.channels, s.states});
+  cpu::DispatchFloat(in.x, op.name(), [&](auto zero) {
+    BackwardCpu<decltype(zero)>(grad, y, dy, d_final_state, kept_states, in, s, op, ctx);
   });
 }
 

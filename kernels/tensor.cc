@@ -2,6 +2,8 @@
 
 namespace krait {
 
+const char* Name(Device device) { return device == Device::kCpu ? "cpu" : "cuda"; }
+
 Tensor::Tensor(void* data, DType dtype, Device device, std::initializer_list<int64_t> shape)
     : data_(data), dtype_(dtype), device_(device), rank_(static_cast<int>(shape.size())) {
   KRAIT_CHECK(rank_ >= 1 && rank_ <= kMaxRank);

@@ -15,6 +15,7 @@
 namespace krait {
 
 enum class Device : uint8_t { kCpu, kCuda };
+const char* Name(Device device);  // "cpu", "cuda"
 
 // Up to four dimensions with element strides; the innermost stride is 1. All element offsets are
 // 64-bit. Copying a Tensor copies the view, not the data.
@@ -41,10 +42,17 @@ class Tensor {
   DType dtype() const { return dtype_; }
   Device device() const { return device_; }
   void* raw() const { return data_; }
-  // The data as T, which must match the dtype.
+  // The data of a CPU tensor as T, which must match the dtype. Host code reads tensors through this
+  // alone, so that reading one in device memory is fatal.
   template <typename T>
   T* data() const {
-    KRAIT_CHECK(kDTypeOf<T> == dtype_);
+    KRAIT_CHECK(kDTypeOf<T> == dtype_ && device_ == Device::kCpu);
+    return static_cast<T*>(data_);
+  }
+  // The address in device memory of a CUDA tensor, for kernels/cuda alone.
+  template <typename T>
+  T* device_data() const {
+    KRAIT_CHECK(kDTypeOf<T> == dtype_ && device_ == Device::kCuda);
     return static_cast<T*>(data_);
   }
 

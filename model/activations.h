@@ -1,4 +1,5 @@
-// Memory of one pass: what forward leaves for backward, and what decoding carries along.
+// Memory of one pass: what forward leaves for backward, and what pieces of cut sequences carry
+// along.
 #ifndef KRAIT_MODEL_ACTIVATIONS_H_
 #define KRAIT_MODEL_ACTIVATIONS_H_
 
@@ -11,8 +12,9 @@
 
 namespace krait {
 
-// Saved activations of one pass in flight. Made by HybridModel::NewActivations, filled by Forward,
-// used up by Backward. Which tensors are defined between the two depends on the recompute mode.
+// Saved activations of one pass (or piece) in flight. Made by HybridModel::NewActivations, filled
+// by Forward, used up by Backward. Which tensors are defined between the two depends on the
+// recompute mode.
 class ActivationSet {
  private:
   friend class HybridModel;
@@ -34,10 +36,12 @@ class ActivationSet {
   RouterStats router_;
 };
 
-// What generation carries from one Decode to the next.
-class DecodeState {
+// What sequences that are run in pieces carry from one call to the next: for training on pieces
+// (HybridModel::NewSequence with gradients) and for decoding. Whole sequences need none.
+class SequenceState {
  public:
-  int64_t position() const { return position_; }  // tokens seen
+  int64_t position() const { return position_; }      // tokens seen
+  int64_t max_tokens() const { return max_tokens_; }  // of each sequence
 
  private:
   friend class HybridModel;
@@ -46,6 +50,7 @@ class DecodeState {
   int64_t max_tokens_ = 0;
   int64_t position_ = 0;
   std::vector<std::unique_ptr<MixerState>> sublayers_;
+  RouterStats router_;  // over all pieces of the pass; undefined when decoding
 };
 
 }  // namespace krait

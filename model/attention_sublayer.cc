@@ -15,20 +15,33 @@ struct AttentionSaved : Saved {
   Tensor lse;  // [B,H,T]
 };
 
+// The keys and values of all positions so far; a piece's own follow those of the pieces before it.
 struct AttentionState : MixerState {
-  Tensor k, v;           // [B, max_tokens, G, P]
-  int64_t position = 0;  // tokens held
+  Tensor k, v;    // [B, max_tokens, G, P]
+  Tensor dk, dv;  // the same shape, Wide: sums over the queries of the pieces gone through
+  void Reset(const Context& ctx) override {
+    for (const Tensor& sum : {dk, dv}) {
+      if (sum.defined()) Fill(sum, 0, ctx);
+    }
+  }
 };
 
 }  // namespace
 
-AttentionSublayer::AttentionSublayer(const ModelSpec& spec, const ParamTable& table, int layer)
-    : heads_(spec.attention.heads),
-      kv_heads_(spec.attention.kv_heads),
+AttentionSublayer::AttentionSublayer(const ModelSpec& spec, const LocalSizes& sizes,
+                                     const ParamTable& table, int layer)
+    : heads_(sizes.heads),
+      kv_heads_(sizes.kv_heads),
       head_dim_(spec.attention.head_dim),
       rope_theta_(spec.attention.rope_theta) {
   const std::string prefix = "model.layers." + std::to_string(layer) + ".self_attn.";
-  qkv_ = table.FindStorage(prefix + "qkv");
+  const int64_t q = heads_ * head_dim_;
+  if (table.HasStorage(prefix + "qkv")) {
+    parts_ = {{table.FindStorage(prefix + "qkv"), 0, width()}};
+  } else {
+    parts_ = {{table.FindStorage(prefix + "q_proj.weight"), 0, q},
+              {table.FindStorage(prefix + "kv"), q, width() - q}};
+  }
   o_proj_ = table.FindStorage(prefix + "o_proj.weight");
 }
 
@@ -38,110 +51,113 @@ AttentionSublayer::Heads AttentionSublayer::Split(Tensor qkv, const PassShape& s
           all.Slice(2, heads_ + kv_heads_, kv_heads_)};
 }
 
-void AttentionSublayer::Rotate(const Heads& heads, int64_t first_position, bool inverse,
-                               const PassContext& pass) const {
+void AttentionSublayer::Rotate(const Heads& heads, bool inverse, const PassContext& pass) const {
   if (rope_theta_ == 0) return;
-  Rope(heads.q, pass.doc_start, first_position, rope_theta_, inverse, *pass.ctx);
-  Rope(heads.k, pass.doc_start, first_position, rope_theta_, inverse, *pass.ctx);
+  Rope(heads.q, pass.documents, rope_theta_, inverse, *pass.ctx);
+  Rope(heads.k, pass.documents, rope_theta_, inverse, *pass.ctx);
 }
 
 std::unique_ptr<Saved> AttentionSublayer::NewSaved() const {
   return std::make_unique<AttentionSaved>();
 }
 
-void AttentionSublayer::Forward(Tensor y, Tensor x, const Weights& weights, Arena* keep,
-                                Saved* saved, const PassContext& pass) const {
-  const Context& ctx = *pass.ctx;
-  const int64_t m = x.dim(0);
-  const PassShape& shape = pass.shape;
-  const Tensor w_qkv = weights.Get(qkv_);
-
-  AttentionSaved unsaved;
-  AttentionSaved& s = saved != nullptr ? *static_cast<AttentionSaved*>(saved) : unsaved;
-  s.qkv = keep->Alloc(x.dtype(), {m, w_qkv.dim(0)});
-  s.y = keep->Alloc(x.dtype(), {shape.batch, shape.seq_len, heads_, head_dim_});
-  s.lse = keep->Alloc(WideDType(x.dtype()), {shape.batch, heads_, shape.seq_len});
-
-  LinearForward(s.qkv, x, w_qkv, Tensor(), ctx);
-  const Heads heads = Split(s.qkv, shape);
-  Rotate(heads, /*first_position=*/0, /*inverse=*/false, pass);
-  AttentionForward(s.y, s.lse, heads.q, heads.k, heads.v, pass.doc_start, ctx);
-  weights.Release(qkv_);
-  if (y.defined()) {
-    LinearForward(y, s.y.View({m, heads_ * head_dim_}), weights.Get(o_proj_), Tensor(), ctx);
-    weights.Release(o_proj_);
-  }
-}
-
-void AttentionSublayer::Backward(Tensor dx, Tensor dy, Tensor x, const Weights& weights,
-                                 Saved* saved, const PassContext& pass) const {
-  const Context& ctx = *pass.ctx;
-  ArenaScope scope(ctx.scratch);
-  const int64_t m = x.dim(0);
-  const PassShape& shape = pass.shape;
-  const AttentionSaved& s = *static_cast<AttentionSaved*>(saved);
-  const Tensor w_qkv = weights.Get(qkv_);
-
-  Tensor d_y = ctx.scratch->Alloc(x.dtype(), {shape.batch, shape.seq_len, heads_, head_dim_});
-  const Tensor d_y_rows = d_y.View({m, heads_ * head_dim_});
-  LinearBackwardInput(d_y_rows, dy, weights.Get(o_proj_), /*accumulate=*/false, ctx);
-  weights.Release(o_proj_);
-  LinearBackwardWeight(weights.Grad(o_proj_), dy, s.y.View({m, heads_ * head_dim_}), ctx);
-  weights.GradReady(o_proj_);
-
-  Tensor d_qkv = ctx.scratch->Alloc(x.dtype(), {m, w_qkv.dim(0)});
-  const Heads heads = Split(s.qkv, shape);
-  const Heads d_heads = Split(d_qkv, shape);
-  AttentionBackward(d_heads.q, d_heads.k, d_heads.v, d_y, s.y, s.lse, heads.q, heads.k, heads.v,
-                    pass.doc_start, ctx);
-  Rotate(d_heads, /*first_position=*/0, /*inverse=*/true, pass);
-  LinearBackwardInput(dx, d_qkv, w_qkv, /*accumulate=*/false, ctx);
-  weights.Release(qkv_);
-  LinearBackwardWeight(weights.Grad(qkv_), d_qkv, x, ctx);
-  weights.GradReady(qkv_);
-}
-
 std::unique_ptr<MixerState> AttentionSublayer::NewState(int64_t batch, int64_t max_tokens,
-                                                        DType dtype, Arena* arena,
-                                                        const Context& /*ctx*/) const {
+                                                        DType compute, bool with_grad, Arena* arena,
+                                                        const Context& ctx) const {
   auto state = std::make_unique<AttentionState>();
-  state->k = arena->Alloc(dtype, {batch, max_tokens, kv_heads_, head_dim_});
-  state->v = arena->Alloc(dtype, {batch, max_tokens, kv_heads_, head_dim_});
+  const auto cache = [&](DType dtype) {
+    return arena->Alloc(dtype, {batch, max_tokens, kv_heads_, head_dim_});
+  };
+  state->k = cache(compute);
+  state->v = cache(compute);
+  if (with_grad) {
+    state->dk = cache(Wide(compute));
+    state->dv = cache(Wide(compute));
+  }
+  state->Reset(ctx);
   return state;
 }
 
-void AttentionSublayer::Decode(Tensor y, Tensor x, const Weights& weights, MixerState* state,
-                               const PassContext& pass) const {
+void AttentionSublayer::Forward(Tensor y, Tensor x, const Weights& weights, Arena* keep,
+                                Saved* saved, MixerState* state, const PassContext& pass) const {
   const Context& ctx = *pass.ctx;
-  ArenaScope scope(ctx.scratch);
-  const int64_t m = x.dim(0);
-  const int64_t batch = pass.shape.batch, t = pass.shape.seq_len;
-  AttentionState& cache = *static_cast<AttentionState*>(state);
-  KRAIT_CHECK(cache.k.dim(0) == batch && cache.position + t <= cache.k.dim(1));
-  const Tensor w_qkv = weights.Get(qkv_);
+  const PassShape& shape = pass.shape;
+  const int64_t m = shape.tokens();
 
-  Tensor qkv = ctx.scratch->Alloc(x.dtype(), {m, w_qkv.dim(0)});
-  LinearForward(qkv, x, w_qkv, Tensor(), ctx);
-  weights.Release(qkv_);
-  const Heads heads = Split(qkv, pass.shape);
-  Rotate(heads, cache.position, /*inverse=*/false, pass);
-  const int64_t kv = kv_heads_ * head_dim_;
-  for (int64_t b = 0; b < batch; ++b) {
-    const Tensor rows = qkv.Slice(0, b * t, t);
-    const auto place = [&](Tensor all) {
-      return all.Slice(0, b, 1).Slice(1, cache.position, t).View({t, kv});
-    };
-    Copy(place(cache.k), rows.Slice(1, heads_ * head_dim_, kv), ctx);
-    Copy(place(cache.v), rows.Slice(1, heads_ * head_dim_ + kv, kv), ctx);
+  AttentionSaved unsaved;
+  AttentionSaved& s = saved != nullptr ? *static_cast<AttentionSaved*>(saved) : unsaved;
+  s.qkv = keep->Alloc(x.dtype(), {m, width()});
+  s.y = keep->Alloc(x.dtype(), {shape.batch, shape.seq_len, heads_, head_dim_});
+  s.lse = keep->Alloc(Wide(x.dtype()), {shape.batch, heads_, shape.seq_len});
+
+  for (const Part& part : parts_) {
+    LinearForward(s.qkv.Slice(1, part.begin, part.columns), x, weights.Get(part.storage), Tensor(),
+                  ctx);
+    weights.Release(part.storage);
   }
-  cache.position += t;
-
-  Tensor out = ctx.scratch->Alloc(x.dtype(), {batch, t, heads_, head_dim_});
-  Tensor lse = ctx.scratch->Alloc(WideDType(x.dtype()), {batch, heads_, t});
-  AttentionForward(out, lse, heads.q, cache.k.Slice(1, 0, cache.position),
-                   cache.v.Slice(1, 0, cache.position), Tensor(), ctx);
-  LinearForward(y, out.View({m, heads_ * head_dim_}), weights.Get(o_proj_), Tensor(), ctx);
+  Heads heads = Split(s.qkv, shape);
+  Rotate(heads, /*inverse=*/false, pass);
+  if (state != nullptr) {
+    AttentionState& cache = *static_cast<AttentionState*>(state);
+    const int64_t first = pass.documents.first_position, end = first + shape.seq_len;
+    KRAIT_CHECK(cache.k.dim(0) == shape.batch && end <= cache.k.dim(1));
+    Copy(cache.k.Slice(1, first, shape.seq_len), heads.k, ctx);
+    Copy(cache.v.Slice(1, first, shape.seq_len), heads.v, ctx);
+    heads.k = cache.k.Slice(1, 0, end);
+    heads.v = cache.v.Slice(1, 0, end);
+  }
+  AttentionForward(s.y, s.lse, heads.q, heads.k, heads.v, pass.documents, ctx);
+  if (!y.defined()) return;
+  LinearForward(y, s.y.View({m, heads_ * head_dim_}), weights.Get(o_proj_), Tensor(), ctx);
   weights.Release(o_proj_);
+}
+
+void AttentionSublayer::Backward(Tensor dx, Tensor dy, Tensor x, const Weights& weights,
+                                 Saved* saved, MixerState* state, const PassContext& pass) const {
+  const Context& ctx = *pass.ctx;
+  const ArenaScope scope(ctx.scratch);
+  const PassShape& shape = pass.shape;
+  const int64_t m = shape.tokens();
+  const AttentionSaved& s = *static_cast<AttentionSaved*>(saved);
+
+  const Tensor d_y = ctx.scratch->Alloc(x.dtype(), {shape.batch, shape.seq_len, heads_, head_dim_});
+  LinearBackwardInput(d_y.View({m, heads_ * head_dim_}), dy, weights.Get(o_proj_),
+                      /*accumulate=*/false, ctx);
+  weights.Release(o_proj_);
+  Wgrad(weights, o_proj_, dy, s.y.View({m, heads_ * head_dim_}), ctx);
+  weights.GradReady(o_proj_);
+
+  const Tensor d_qkv = ctx.scratch->Alloc(x.dtype(), {m, width()});
+  const Heads heads = Split(s.qkv, shape);
+  const Heads d_heads = Split(d_qkv, shape);
+  if (state == nullptr) {
+    AttentionBackward(d_heads.q, d_heads.k, d_heads.v, d_y, s.y, s.lse, heads.q, heads.k, heads.v,
+                      pass.documents, ctx);
+  } else {
+    // Earlier positions get what these queries ask of them; this piece's own keys and values have
+    // then heard from all queries, those of later pieces included.
+    AttentionState& cache = *static_cast<AttentionState*>(state);
+    const int64_t first = pass.documents.first_position, end = first + shape.seq_len;
+    const auto prefix = [&](Tensor t) { return t.Slice(1, 0, end); };
+    const auto own = [&](Tensor t) { return t.Slice(1, first, shape.seq_len); };
+    const ArenaScope cache_scope(ctx.scratch);
+    const Tensor dk = ctx.scratch->Alloc(x.dtype(), {shape.batch, end, kv_heads_, head_dim_});
+    const Tensor dv = ctx.scratch->Alloc(x.dtype(), {shape.batch, end, kv_heads_, head_dim_});
+    AttentionBackward(d_heads.q, dk, dv, d_y, s.y, s.lse, heads.q, prefix(cache.k), prefix(cache.v),
+                      pass.documents, ctx);
+    AddInPlace(prefix(cache.dk), dk, ctx);
+    AddInPlace(prefix(cache.dv), dv, ctx);
+    Copy(d_heads.k, own(cache.dk), ctx);
+    Copy(d_heads.v, own(cache.dv), ctx);
+  }
+  Rotate(d_heads, /*inverse=*/true, pass);
+  for (const Part& part : parts_) {
+    const Tensor d_part = d_qkv.Slice(1, part.begin, part.columns);
+    LinearBackwardInput(dx, d_part, weights.Get(part.storage), /*accumulate=*/part.begin > 0, ctx);
+    weights.Release(part.storage);
+    Wgrad(weights, part.storage, d_part, x, ctx);
+    weights.GradReady(part.storage);
+  }
 }
 
 }  // namespace krait

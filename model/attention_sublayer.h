@@ -5,24 +5,26 @@
 
 #include <cstdint>
 #include <memory>
+#include <vector>
 
+#include "model/layout.h"
 #include "model/sublayer.h"
 
 namespace krait {
 
 class AttentionSublayer : public SublayerModule {
  public:
-  AttentionSublayer(const ModelSpec& spec, const ParamTable& table, int layer);
+  AttentionSublayer(const ModelSpec& spec, const LocalSizes& sizes, const ParamTable& table,
+                    int layer);
 
   std::unique_ptr<Saved> NewSaved() const override;
   void Forward(Tensor y, Tensor x, const Weights& weights, Arena* keep, Saved* saved,
-               const PassContext& pass) const override;
+               MixerState* state, const PassContext& pass) const override;
   void Backward(Tensor dx, Tensor dy, Tensor x, const Weights& weights, Saved* saved,
-                const PassContext& pass) const override;
-  std::unique_ptr<MixerState> NewState(int64_t batch, int64_t max_tokens, DType dtype, Arena* arena,
+                MixerState* state, const PassContext& pass) const override;
+  std::unique_ptr<MixerState> NewState(int64_t batch, int64_t max_tokens, DType compute,
+                                       bool with_grad, Arena* arena,
                                        const Context& ctx) const override;
-  void Decode(Tensor y, Tensor x, const Weights& weights, MixerState* state,
-              const PassContext& pass) const override;
 
  private:
   // The parts of a glued product [M, (H+2G)*P].
@@ -31,12 +33,18 @@ class AttentionSublayer : public SublayerModule {
   };
   Heads Split(Tensor qkv, const PassShape& shape) const;
   // Rotates q and k in place; `inverse` is the backward.
-  void Rotate(const Heads& heads, int64_t first_position, bool inverse,
-              const PassContext& pass) const;
+  void Rotate(const Heads& heads, bool inverse, const PassContext& pass) const;
+  int64_t width() const { return (heads_ + 2 * kv_heads_) * head_dim_; }
 
   int64_t heads_, kv_heads_, head_dim_;
   double rope_theta_;
-  int qkv_, o_proj_;  // storages
+  // The storages that yield columns of the glued product: q|k|v, or q and k|v apart.
+  struct Part {
+    int storage;
+    int64_t begin, columns;
+  };
+  std::vector<Part> parts_;
+  int o_proj_;
 };
 
 }  // namespace krait

@@ -17,6 +17,8 @@
 #include <vector>
 
 #include "kernels/context.h"
+#include "kernels/moe.h"
+#include "kernels/vocabulary.h"
 #include "model/activations.h"
 #include "model/params.h"
 #include "model/spec.h"
@@ -35,22 +37,37 @@ enum class Recompute : uint8_t {
   kLayer,   // of a layer only the residual stream before it is kept
 };
 
-// One batch of one pass, host or device memory as the model's device.
-struct Batch {
-  PassShape shape;
-  Tensor tokens;     // [B,T] i32
-  Tensor targets;    // [B,T] i32, -1 = no target
-  Tensor doc_start;  // [B,T] i32, or undefined
+// The sublayers [begin, end) of the spec that a model runs. The first range has the embedding as
+// well, the last one the final norm and the LM head; between ranges the residual stream travels.
+struct SublayerRange {
+  size_t begin = 0, end = 0;
 };
 
-// Sums of one pass over its tokens; the caller divides.
-struct PassSums {
-  double cross_entropy = 0;  // sum of token losses
-  int64_t targets = 0;
-  double aux_loss = 0;            // unscaled, of this pass (already a mean); 0 without MoE
-  double z_loss = 0;              // unscaled mean over MoE sublayers
-  std::vector<double> imbalance;  // per MoE sublayer: max_e count_e / mean count
+// One batch of one pass, or of one piece of its sequences, in memory of the model's device.
+struct Batch {
+  PassShape shape;
+  Tensor tokens;   // [B,T] i32
+  Tensor targets;  // [B,T] i32, -1 = no target
+  // Where documents begin. first_position is the model's to set: the position of a SequenceState.
+  Documents documents;
+  // The residual stream [M,D] that a range of sublayers takes in (not the first) and gives out (not
+  // the last), and the gradients of both for Backward.
+  Tensor h_in, h_out, d_h_out, d_h_in;
 };
+
+// What the passes of a step add up, f64 on the device: SumsSize() entries.
+enum PassSum : int64_t {
+  kSumCrossEntropy,  // sum of token losses
+  kSumAuxLoss,       // unscaled, of each pass (already a mean)
+  kSumZLoss,         // unscaled mean over MoE sublayers, of each pass
+  kSumImbalance,     // one entry per MoE sublayer: max_e count_e / mean count
+};
+struct PassSums {
+  double cross_entropy = 0, aux_loss = 0, z_loss = 0;
+  std::vector<double> imbalance;
+};
+// From the downloaded entries; what stands behind them is passed over with the imbalance's.
+PassSums PassSumsOf(const std::vector<double>& sums);
 
 // Intermediate values for `krait probe`, in order of computation. A tensor is valid during the call
 // only. Names: "hidden_states.i" [M,D], input of layer i, the last one the output of the final
@@ -61,37 +78,48 @@ struct ProbeSink {
 
 class HybridModel {
  public:
-  // `weights` outlives the model.
-  HybridModel(const ModelSpec& spec, const Weights* weights, Recompute recompute);
+  // `weights` and `groups` outlive the model; groups null: a single rank. An empty range stands for
+  // all sublayers.
+  HybridModel(const ModelSpec& spec, const Weights* weights, Recompute recompute,
+              SublayerRange range = {}, const Groups* groups = nullptr);
   ~HybridModel();
 
   // Makes the activation set for passes of up to `shape`. Forward takes its memory from `arena`,
   // which nothing else uses while the set lives; a pass of a measuring arena finds the size.
   std::unique_ptr<ActivationSet> NewActivations(PassShape shape, Arena* arena) const;
 
+  int64_t SumsSize() const { return kSumImbalance + moe_count_; }
+
   // One training pass differentiates
   //   loss_scale * sum of token losses + aux_scale * (aux_coef * aux + z_coef * z)
-  // with loss_scale = 1 / targets of the whole step (counted before the first pass) and
-  // aux_scale = 1 / passes. The LM head runs forward and backward together, in chunks of rows, so
-  // that the logits of a pass never exist at once: Forward already adds the head's weight gradient
-  // and keeps the gradient of the final norm's output.
-  PassSums Forward(const Batch& batch, double loss_scale, ActivationSet* activations,
-                   const Context& ctx, const ProbeSink* probe = nullptr);
-  // Adds to the weights' gradients; the batch and activations of the Forward before it.
+  // with loss_scale [1] f64 = 1 / targets of the whole step and aux_scale = 1 / passes. The LM head
+  // runs forward and backward together, in chunks of rows, so that the logits of a pass never exist
+  // at once: Forward already adds the head's weight gradient and keeps the gradient of the final
+  // norm's output. `sums` [SumsSize()] is added to.
+  //
+  // Weights::BeginPass goes before. With `sequence` the batch is the next piece of the pass's
+  // sequences, each piece with an activation set of its own; the auxiliary losses are those of all
+  // pieces and are taken with the last.
+  void Forward(const Batch& batch, Tensor loss_scale, Tensor sums, ActivationSet* activations,
+               const Context& ctx, const ProbeSink* probe = nullptr,
+               SequenceState* sequence = nullptr);
+  // Adds to the weights' gradients; the batch and activations of the Forward before it, pieces from
+  // last to first.
   void Backward(const Batch& batch, double aux_scale, ActivationSet* activations,
-                const Context& ctx);
+                const Context& ctx, SequenceState* sequence = nullptr);
 
-  // Forward without keeping anything, in scratch memory: losses only (evaluation). Works without
-  // gradients.
-  PassSums Evaluate(const Batch& batch, const Context& ctx);
+  // Forward without keeping anything, in scratch memory: adds the losses to `sums` (evaluation).
+  // Works without gradients.
+  void Evaluate(const Batch& batch, Tensor sums, const Context& ctx);
 
-  // Decoding state of `batch` sequences of up to `max_tokens` tokens.
-  using DecodeState = krait::DecodeState;
-  std::unique_ptr<DecodeState> NewDecodeState(int64_t batch, int64_t max_tokens, Arena* arena,
-                                              const Context& ctx) const;
-  // Advances by tokens [B,T] i32 and writes the logits of the last position, logits [B,V] (f32; f64
-  // under f64). One call with the whole prompt, then one per token.
-  void Decode(Tensor logits, Tensor tokens, DecodeState* state, const Context& ctx);
+  // The state of `batch` sequences of up to `max_tokens` tokens, at their start. `with_grad`: for
+  // training on pieces of sequences of exactly max_tokens.
+  std::unique_ptr<SequenceState> NewSequence(int64_t batch, int64_t max_tokens, bool with_grad,
+                                             Arena* arena, const Context& ctx) const;
+  void Reset(SequenceState* sequence, const Context& ctx) const;
+  // Advances by tokens [B,T] i32 and writes the logits of the last position, logits [B,V] Wide. One
+  // call with the whole prompt, then one per token.
+  void Decode(Tensor logits, Tensor tokens, SequenceState* sequence, const Context& ctx);
 
   const ModelSpec& spec() const { return spec_; }
   const Weights& weights() const { return *weights_; }
@@ -102,33 +130,45 @@ class HybridModel {
     bool h = false, x = false, saved = false;
   };
   Keep KeepOf(size_t s) const;
+  bool first() const { return range_.begin == 0; }
+  bool last() const { return range_.end == spec_.sublayers.size(); }
   bool FirstOfLayer(size_t s) const;
-  PassContext MakePass(const PassShape& shape, Tensor doc_start, const Context& ctx) const;
-  RouterStats NewRouterStats(Arena* arena, const Context& ctx) const;
+  PassContext MakePass(const Batch& batch, const SequenceState* sequence, const Context& ctx) const;
+  RouterStats NewRouterStats(Arena* arena) const;
+  void ResetRouterStats(const RouterStats& stats, const Context& ctx) const;
+  MoeLossShape LossShape(int64_t tokens) const;
 
-  // Embedding, all sublayers and the final norm, whose output goes to final_x [M,D]. Keeps in `set`
-  // what its mode asks for; null: nothing.
-  void RunSublayers(Tensor final_x, const Batch& batch, ActivationSet* set, RouterStats* router,
-                    const Context& ctx, const ProbeSink* probe) const;
-  // LM head and cross-entropy of x [M,D]; the sum of losses. With `with_grad` the head's weight
-  // gradient is added and x is overwritten with its gradient.
-  double RunHead(Tensor x, const Batch& batch, double loss_scale, bool with_grad,
-                 const Context& ctx, const ProbeSink* probe) const;
-  // Losses and imbalance from the statistics of a pass of `tokens` tokens (host memory is read).
-  void SumRouterStats(const RouterStats& stats, int64_t tokens, PassSums* sums) const;
-  // Sets what MoE backwards need of the aux and z-loss.
+  // Embedding (or h_in), the sublayers and, in the last range, the final norm, whose output goes to
+  // final_x [M,D]; otherwise the stream goes to h_out. Keeps in `set` what its mode asks for; null:
+  // nothing.
+  void RunSublayers(Tensor final_x, const Batch& batch, ActivationSet* set, SequenceState* sequence,
+                    const PassContext& pass, const ProbeSink* probe) const;
+  // LM head and cross-entropy of x [M,D], added to `sums`. With `with_grad` the head's weight
+  // gradient is computed and x is overwritten with its gradient.
+  void RunHead(Tensor x, Tensor targets, Tensor loss_scale, Tensor sums, bool with_grad,
+               const Context& ctx, const ProbeSink* probe) const;
+  // The auxiliary losses of a pass of `tokens` tokens, added to `sums`, once the ranks have added
+  // up their statistics.
+  void AddRouterLosses(const RouterStats& stats, int64_t tokens, Tensor sums,
+                       const Context& ctx) const;
+  // Sets what MoE backwards need of them.
   void SetRouterGradients(RouterStats* stats, int64_t tokens, double aux_scale,
                           const Context& ctx) const;
   // Fills what the mode did not keep of sublayers [begin, end), which belong together, from scratch
   // memory. The first one's h is kept.
-  void Refill(size_t begin, size_t end, ActivationSet* set, const PassContext& pass) const;
-  Tensor Embedding() const { return weights_->Get(embedding_); }
+  void Refill(size_t begin, size_t end, ActivationSet* set, SequenceState* sequence,
+              const PassContext& pass) const;
 
   ModelSpec spec_;
   const Weights* weights_;
   Recompute recompute_;
+  SublayerRange range_;
+  const Groups* groups_;
+  VocabularySlice vocabulary_;
+  // Both by index into spec_.sublayers; only those of the range are set.
   std::vector<std::unique_ptr<SublayerModule>> sublayers_;
-  std::vector<int> norms_;  // storage of each sublayer's norm weight
+  std::vector<int> norms_;     // storage of each sublayer's norm weight
+  std::vector<int> storages_;  // whose gradients the range's backward finishes
   int embedding_, final_norm_, head_;
   int64_t moe_count_;
 };

@@ -12,44 +12,51 @@
 #include <cstdint>
 #include <memory>
 
+#include "kernels/inner_norms.h"
 #include "kernels/selective_scan.h"
+#include "model/layout.h"
 #include "model/sublayer.h"
 
 namespace krait {
 
 class MambaSublayer : public SublayerModule {
  public:
-  MambaSublayer(const ModelSpec& spec, const ParamTable& table, int layer);
+  MambaSublayer(const ModelSpec& spec, const LocalSizes& sizes, const ParamTable& table, int layer);
 
   std::unique_ptr<Saved> NewSaved() const override;
   void Forward(Tensor y, Tensor x, const Weights& weights, Arena* keep, Saved* saved,
-               const PassContext& pass) const override;
+               MixerState* state, const PassContext& pass) const override;
   void Backward(Tensor dx, Tensor dy, Tensor x, const Weights& weights, Saved* saved,
-                const PassContext& pass) const override;
-  std::unique_ptr<MixerState> NewState(int64_t batch, int64_t max_tokens, DType dtype, Arena* arena,
+                MixerState* state, const PassContext& pass) const override;
+  std::unique_ptr<MixerState> NewState(int64_t batch, int64_t max_tokens, DType compute,
+                                       bool with_grad, Arena* arena,
                                        const Context& ctx) const override;
-  void Decode(Tensor y, Tensor x, const Weights& weights, MixerState* state,
-              const PassContext& pass) const override;
+  void KeepState(const MixerState& state, Saved* saved, Arena* keep,
+                 const Context& ctx) const override;
 
  private:
   struct MambaSaved;
   struct MambaState;
-  // Forward and Decode: `state` null starts every sequence anew.
-  void Run(Tensor y, Tensor x, const Weights& weights, Arena* keep, Saved* saved, MambaState* state,
-           const PassContext& pass) const;
-  // dt | B | C [M,R+2N] through their norms; without inner norms, the same tensor.
-  Tensor NormForward(const MambaSaved& saved, Arena* arena, const Weights& weights,
+  // Whether dt | B | C have norms, or where the two dtypes differ a rounding.
+  bool Norms(DType compute) const { return inner_norms_ || compute != Wide(compute); }
+  // dt | B | C [M,R+2N] as dt_proj and the scan take them: through their norms and rounded, or the
+  // same tensor where neither is to be done.
+  Tensor NormForward(const MambaSaved& saved, DType compute, Arena* arena, const Weights& weights,
                      const Context& ctx) const;
-  void NormBackward(Tensor d_projected, Tensor d_normed, const MambaSaved& saved,
-                    const Weights& weights, const Context& ctx) const;
+  // From d_normed, Wide, the gradient of x_proj's output.
+  Tensor NormBackward(Tensor d_normed, const MambaSaved& saved, DType compute,
+                      const Weights& weights, const Context& ctx) const;
+  InnerNormWeights NormWeights(const Weights& weights) const;
   SelectiveScanInputs ScanInputs(const MambaSaved& saved, Tensor normed, const Weights& weights,
                                  const PassContext& pass) const;
+  // Gives back what ScanInputs took.
+  void ReleaseScan(const Weights& weights) const;
 
   int64_t d_inner_, d_state_, d_conv_, dt_rank_;
-  bool inner_norms_, conv_bias_, proj_bias_;
+  bool inner_norms_;
   double norm_eps_;
   // Storages; -1 where the spec has none.
-  int in_proj_, in_proj_bias_, conv_, conv_bias_weight_, x_proj_;
+  int in_proj_, in_proj_bias_, conv_, conv_bias_, x_proj_;
   int dt_norm_, b_norm_, c_norm_;
   int dt_proj_, dt_bias_, a_log_, d_, out_proj_, out_proj_bias_;
 };

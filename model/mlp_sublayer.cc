@@ -2,8 +2,8 @@
 
 #include <string>
 
-#include "kernels/activation.h"
 #include "kernels/gemm.h"
+#include "kernels/swiglu.h"
 
 namespace krait {
 namespace {
@@ -25,53 +25,39 @@ MlpSublayer::MlpSublayer(const ParamTable& table, int layer) {
 std::unique_ptr<Saved> MlpSublayer::NewSaved() const { return std::make_unique<MlpSaved>(); }
 
 void MlpSublayer::Forward(Tensor y, Tensor x, const Weights& weights, Arena* keep, Saved* saved,
-                          const PassContext& pass) const {
+                          MixerState* /*state*/, const PassContext& pass) const {
   const Context& ctx = *pass.ctx;
   const int64_t m = x.dim(0);
   const Tensor w_gate_up = weights.Get(gate_up_);
-  const Tensor w_down = weights.Get(down_);
-
   Tensor gate_up = keep->Alloc(x.dtype(), {m, w_gate_up.dim(0)});
   if (saved != nullptr) static_cast<MlpSaved*>(saved)->gate_up = gate_up;
-  LinearForward(gate_up, x, w_gate_up, Tensor(), ctx);
-  if (y.defined()) {
-    ArenaScope scope(ctx.scratch);
-    Tensor product = ctx.scratch->Alloc(x.dtype(), {m, w_down.dim(1)});
-    SwiGluForward(product, gate_up, ctx);
-    LinearForward(y, product, w_down, Tensor(), ctx);
-  }
+
+  const ArenaScope scope(ctx.scratch);
+  const Tensor product =
+      y.defined() ? ctx.scratch->Alloc(x.dtype(), {m, w_gate_up.dim(0) / 2}) : Tensor();
+  LinearSwiGluForward(product, gate_up, x, w_gate_up, ctx);
   weights.Release(gate_up_);
+  if (!y.defined()) return;
+  LinearForward(y, product, weights.Get(down_), Tensor(), ctx);
   weights.Release(down_);
 }
 
 void MlpSublayer::Backward(Tensor dx, Tensor dy, Tensor x, const Weights& weights, Saved* saved,
-                           const PassContext& pass) const {
+                           MixerState* /*state*/, const PassContext& pass) const {
   const Context& ctx = *pass.ctx;
-  ArenaScope scope(ctx.scratch);
-  const int64_t m = x.dim(0);
+  const ArenaScope scope(ctx.scratch);
   const Tensor gate_up = static_cast<MlpSaved*>(saved)->gate_up;
-  const Tensor w_gate_up = weights.Get(gate_up_);
-  const Tensor w_down = weights.Get(down_);
-
-  Tensor d_product = ctx.scratch->Alloc(x.dtype(), {m, w_down.dim(1)});
-  LinearBackwardInput(d_product, dy, w_down, /*accumulate=*/false, ctx);
-  Tensor product = ctx.scratch->Alloc(x.dtype(), {m, w_down.dim(1)});
   const Tensor d_gate_up = gate_up;  // in place
-  SwiGluBackward(d_gate_up, product, d_product, gate_up, ctx);
-  LinearBackwardInput(dx, d_gate_up, w_gate_up, /*accumulate=*/false, ctx);
-  weights.Release(gate_up_);
+  const Tensor product = ctx.scratch->Alloc(x.dtype(), {x.dim(0), gate_up.dim(1) / 2});
+  SwiGluLinearBackward(d_gate_up, product, dy, weights.Get(down_), gate_up, ctx);
   weights.Release(down_);
+  LinearBackwardInput(dx, d_gate_up, weights.Get(gate_up_), /*accumulate=*/false, ctx);
+  weights.Release(gate_up_);
 
-  LinearBackwardWeight(weights.Grad(down_), dy, product, ctx);
+  Wgrad(weights, down_, dy, product, ctx);
   weights.GradReady(down_);
-  LinearBackwardWeight(weights.Grad(gate_up_), d_gate_up, x, ctx);
+  Wgrad(weights, gate_up_, d_gate_up, x, ctx);
   weights.GradReady(gate_up_);
-}
-
-void MlpSublayer::Decode(Tensor y, Tensor x, const Weights& weights, MixerState* /*state*/,
-                         const PassContext& pass) const {
-  ArenaScope scope(pass.ctx->scratch);
-  Forward(y, x, weights, pass.ctx->scratch, nullptr, pass);
 }
 
 }  // namespace krait

@@ -1,23 +1,21 @@
 #include "model/moe_sublayer.h"
 
 #include <string>
-#include <vector>
 
-#include "kernels/activation.h"
 #include "kernels/gemm.h"
 #include "kernels/moe.h"
+#include "kernels/swiglu.h"
 
 namespace krait {
 namespace {
 
-// The permuted inputs and the products silu(gate) * up are not kept: one is a copy of x, the other
-// comes out of SwiGLU's backward.
+// The permuted inputs, the products silu(gate) * up and the experts' outputs are not kept: the
+// first are a copy of x, the others come out of the backward or are not needed there.
 struct MoeSaved : Saved {
-  Tensor logits, probs;          // [M,E]
-  Tensor choice, weight;         // [M,k]
-  Tensor row_of, source;         // [M,k], [M*k]
-  Tensor gate_up, outputs;       // [M*k,2F], [M*k,D]
-  std::vector<int64_t> offsets;  // [E+1] rows of each expert, host
+  Tensor logits, probs;            // [M,E]
+  Tensor choice, weight;           // [M,k]
+  Tensor row_of, source, offsets;  // [M,k], [R], [E+1]
+  Tensor gate_up;                  // [R,2F]
 };
 
 }  // namespace
@@ -36,14 +34,13 @@ MoeSublayer::MoeSublayer(const ModelSpec& spec, const ParamTable& table, int lay
 std::unique_ptr<Saved> MoeSublayer::NewSaved() const { return std::make_unique<MoeSaved>(); }
 
 void MoeSublayer::Forward(Tensor y, Tensor x, const Weights& weights, Arena* keep, Saved* saved,
-                          const PassContext& pass) const {
+                          MixerState* /*state*/, const PassContext& pass) const {
   const Context& ctx = *pass.ctx;
   const int64_t m = x.dim(0);
-  const int64_t rows = m * top_k_;
-  const DType wide = WideDType(x.dtype());
-  const Tensor w_router = weights.Get(router_);
+  const int64_t rows = ExpertRows(m, top_k_, experts_, ctx.device);
+  const DType wide = Wide(x.dtype());
   const Tensor w_gate_up = weights.Get(gate_up_);
-  const Tensor w_down = weights.Get(down_);
+  const int64_t width = w_gate_up.dim(1);
 
   MoeSaved unsaved;
   MoeSaved& s = saved != nullptr ? *static_cast<MoeSaved*>(saved) : unsaved;
@@ -53,88 +50,71 @@ void MoeSublayer::Forward(Tensor y, Tensor x, const Weights& weights, Arena* kee
   s.weight = keep->Alloc(wide, {m, top_k_});
   s.row_of = keep->Alloc(DType::kI32, {m, top_k_});
   s.source = keep->Alloc(DType::kI32, {rows});
-  s.gate_up = keep->Alloc(x.dtype(), {rows, w_gate_up.dim(1)});
-  s.outputs = keep->Alloc(x.dtype(), {rows, x.dim(1)});
-  s.offsets.resize(static_cast<size_t>(experts_) + 1);
+  s.offsets = keep->Alloc(DType::kI64, {experts_ + 1});
+  s.gate_up = keep->Alloc(x.dtype(), {rows, width});
 
-  LinearForward(s.logits, x, w_router, Tensor(), ctx);
+  RouterForward(s.logits, x, weights.Get(router_), ctx);
+  weights.Release(router_);
   MoeRouteForward(s.probs, s.choice, s.weight, s.logits, renormalize_, ctx);
   if (pass.router_logits != nullptr) *pass.router_logits = s.logits;
-  if (pass.add_router_stats) {
+  if (pass.router != nullptr && !pass.recomputing) {
     MoeStatistics(pass.router->prob_sum.Slice(0, moe_index_, 1).View({experts_}),
                   pass.router->choice_count.Slice(0, moe_index_, 1).View({experts_}),
                   pass.router->z_sum.Slice(0, moe_index_, 1), s.probs, s.choice, s.logits, ctx);
   }
-  MoeSort(s.row_of, s.source, s.offsets.data(), s.choice, experts_, ctx);
-  if (ctx.planning) {  // no choices to sort: plan for balanced experts
-    for (int64_t e = 0; e <= experts_; ++e) {
-      s.offsets[static_cast<size_t>(e)] = rows * e / experts_;
-    }
-  }
+  MoeSort(s.row_of, s.source, s.offsets, s.choice, ctx);
 
-  ArenaScope scope(ctx.scratch);
-  Tensor inputs = ctx.scratch->Alloc(x.dtype(), {rows, x.dim(1)});
+  const ArenaScope scope(ctx.scratch);
+  const Tensor inputs = ctx.scratch->Alloc(x.dtype(), {rows, x.dim(1)});
   MoePermute(inputs, x, s.source, top_k_, ctx);
-  GroupedLinearForward(s.gate_up, inputs, w_gate_up, s.offsets.data(), ctx);
-  Tensor product = ctx.scratch->Alloc(x.dtype(), {rows, w_down.dim(2)});
-  SwiGluForward(product, s.gate_up, ctx);
-  GroupedLinearForward(s.outputs, product, w_down, s.offsets.data(), ctx);
-  if (y.defined()) MoeCombine(y, s.outputs, s.weight, s.row_of, ctx);
-  weights.Release(router_);
+  const Tensor product = y.defined() ? ctx.scratch->Alloc(x.dtype(), {rows, width / 2}) : Tensor();
+  GroupedLinearSwiGluForward(product, s.gate_up, inputs, w_gate_up, s.offsets, ctx);
   weights.Release(gate_up_);
+  if (!y.defined()) return;
+  const Tensor outputs = inputs;  // in place: the inputs have served
+  GroupedLinearForward(outputs, product, weights.Get(down_), s.offsets, ctx);
   weights.Release(down_);
+  MoeCombine(y, outputs, s.weight, s.row_of, ctx);
 }
 
 void MoeSublayer::Backward(Tensor dx, Tensor dy, Tensor x, const Weights& weights, Saved* saved,
-                           const PassContext& pass) const {
+                           MixerState* /*state*/, const PassContext& pass) const {
   const Context& ctx = *pass.ctx;
-  ArenaScope scope(ctx.scratch);
+  const ArenaScope scope(ctx.scratch);
   const int64_t m = x.dim(0);
-  const int64_t rows = m * top_k_;
   const MoeSaved& s = *static_cast<MoeSaved*>(saved);
-  const int64_t* offsets = s.offsets.data();
-  const Tensor w_router = weights.Get(router_);
-  const Tensor w_gate_up = weights.Get(gate_up_);
-  const Tensor w_down = weights.Get(down_);
+  const int64_t rows = s.gate_up.dim(0), width = s.gate_up.dim(1);
 
-  Tensor d_weight = ctx.scratch->Alloc(s.weight.dtype(), {m, top_k_});
-  const Tensor d_outputs = s.outputs;  // in place
-  MoeCombineBackward(d_outputs, d_weight, dy, s.outputs, s.weight, s.row_of, ctx);
-
-  // Experts.
-  Tensor d_product = ctx.scratch->Alloc(x.dtype(), {rows, w_down.dim(2)});
-  GroupedLinearBackwardInput(d_product, d_outputs, w_down, offsets, ctx);
-  Tensor product = ctx.scratch->Alloc(x.dtype(), {rows, w_down.dim(2)});
+  // Experts. dy of each row, not yet times its routing weight.
+  const Tensor d_outputs = ctx.scratch->Alloc(x.dtype(), {rows, x.dim(1)});
+  MoePermute(d_outputs, dy, s.source, top_k_, ctx);
+  const Tensor d_weight = ctx.scratch->Alloc(s.weight.dtype(), {m, top_k_});
+  const Tensor product = ctx.scratch->Alloc(x.dtype(), {rows, width / 2});
   const Tensor d_gate_up = s.gate_up;  // in place
-  SwiGluBackward(d_gate_up, product, d_product, s.gate_up, ctx);
-  GroupedLinearBackwardWeight(weights.Grad(down_), d_outputs, product, offsets, ctx);
+  GroupedSwiGluLinearBackward(d_gate_up, product, {s.weight, d_weight, s.source}, d_outputs,
+                              weights.Get(down_), s.gate_up, s.offsets, ctx);
+  weights.Release(down_);
+  GroupedWgrad(weights, down_, d_outputs, product, s.offsets, ctx);
   weights.GradReady(down_);
-  Tensor inputs = ctx.scratch->Alloc(x.dtype(), {rows, x.dim(1)});
+  const Tensor inputs = d_outputs;  // in place: dy of the rows has served
   MoePermute(inputs, x, s.source, top_k_, ctx);
-  GroupedLinearBackwardWeight(weights.Grad(gate_up_), d_gate_up, inputs, offsets, ctx);
+  GroupedWgrad(weights, gate_up_, d_gate_up, inputs, s.offsets, ctx);
   weights.GradReady(gate_up_);
-  const Tensor d_inputs = inputs;  // in place: the inputs have served
-  GroupedLinearBackwardInput(d_inputs, d_gate_up, w_gate_up, offsets, ctx);
+  const Tensor d_inputs = inputs;  // likewise
+  GroupedLinearBackwardInput(d_inputs, d_gate_up, weights.Get(gate_up_), s.offsets, ctx);
+  weights.Release(gate_up_);
 
   // Router: through the combine weights, the aux loss and the z-loss.
   Tensor d_prob = pass.router->d_prob;
   if (d_prob.defined()) d_prob = d_prob.Slice(0, moe_index_, 1).View({experts_});
-  Tensor d_logits = ctx.scratch->Alloc(s.logits.dtype(), {m, experts_});
+  const Tensor d_logits = ctx.scratch->Alloc(s.logits.dtype(), {m, experts_});
   MoeRouteBackward(d_logits, d_weight, d_prob, pass.router->z_scale, s.probs, s.choice, s.weight,
                    s.logits, renormalize_, ctx);
-  LinearBackwardInput(dx, d_logits, w_router, /*accumulate=*/false, ctx);
-  LinearBackwardWeight(weights.Grad(router_), d_logits, x, ctx);
+  RouterBackwardInput(dx, d_logits, weights.Get(router_), /*accumulate=*/false, ctx);
+  weights.Release(router_);
+  RouterBackwardWeight(weights.Grad(router_), d_logits, x, weights.Accumulate(router_), ctx);
   weights.GradReady(router_);
   MoePermuteBackward(dx, d_inputs, s.row_of, /*accumulate=*/true, ctx);
-  weights.Release(router_);
-  weights.Release(gate_up_);
-  weights.Release(down_);
-}
-
-void MoeSublayer::Decode(Tensor y, Tensor x, const Weights& weights, MixerState* /*state*/,
-                         const PassContext& pass) const {
-  ArenaScope scope(pass.ctx->scratch);
-  Forward(y, x, weights, pass.ctx->scratch, nullptr, pass);
 }
 
 }  // namespace krait

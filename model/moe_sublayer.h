@@ -22,11 +22,9 @@ class MoeSublayer : public SublayerModule {
 
   std::unique_ptr<Saved> NewSaved() const override;
   void Forward(Tensor y, Tensor x, const Weights& weights, Arena* keep, Saved* saved,
-               const PassContext& pass) const override;
+               MixerState* state, const PassContext& pass) const override;
   void Backward(Tensor dx, Tensor dy, Tensor x, const Weights& weights, Saved* saved,
-                const PassContext& pass) const override;
-  void Decode(Tensor y, Tensor x, const Weights& weights, MixerState* state,
-              const PassContext& pass) const override;
+                MixerState* state, const PassContext& pass) const override;
 
  private:
   int64_t experts_, top_k_;

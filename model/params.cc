@@ -222,6 +222,10 @@ int ParamTable::Find(std::string_view name) const {
   return it == by_name_.end() ? -1 : it->second;
 }
 
+bool ParamTable::HasStorage(std::string_view name) const {
+  return storage_by_name_.contains(std::string(name));
+}
+
 int ParamTable::FindStorage(std::string_view name) const {
   const auto it = storage_by_name_.find(std::string(name));
   if (it == storage_by_name_.end()) {

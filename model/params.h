@@ -96,6 +96,7 @@ class ParamTable {
   const std::vector<Storage>& storages() const { return storages_; }
   // Index of a published name, or -1.
   int Find(std::string_view name) const;
+  bool HasStorage(std::string_view name) const;
   // Index of a storage by name; fatal when missing (the caller is model code).
   int FindStorage(std::string_view name) const;
 

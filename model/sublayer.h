@@ -8,39 +8,44 @@
 #include <memory>
 
 #include "kernels/context.h"
+#include "kernels/documents.h"
 #include "kernels/tensor.h"
+#include "model/layout.h"
 #include "model/spec.h"
 #include "model/weights.h"
+#include "parallel/groups.h"
 
 namespace krait {
 
-// The shape of one forward pass.
+// The shape of one forward pass, or of one piece of it when its sequences are cut.
 struct PassShape {
   int64_t batch = 0;    // B
   int64_t seq_len = 0;  // T
+  int ranks = 1;        // tensor ranks that run the pass together
+  // Rows that a mixer computes with (B*T), and rows that this rank owns: its part of the residual
+  // stream, which norms, routers and experts work on.
   int64_t tokens() const { return batch * seq_len; }
+  int64_t own_tokens() const { return tokens() / ranks; }
 };
-
-// The dtype of statistics, scan states, router and LM-head logits, and losses under a compute
-// dtype: f32, or f64 in gradient checks.
-inline DType WideDType(DType compute) { return compute == DType::kF64 ? DType::kF64 : DType::kF32; }
 
 // Saved activations of one sublayer and pass; each kind derives its own struct of tensors.
 struct Saved {
   virtual ~Saved() = default;
 };
 
-// What generation and cut sequences carry from one call to the next, per sublayer: key/value cache,
-// or conv and scan state. Feed-forward sublayers have none.
+// What a mixer carries from one piece of its sequences to the next (key/value cache, or conv and
+// scan state) and, when trained, the gradients that come back. Feed-forward sublayers have none.
 struct MixerState {
   virtual ~MixerState() = default;
+  // Back to the start of the sequences; gradients zero.
+  virtual void Reset(const Context& ctx) = 0;
 };
 
 // Router statistics of one pass. Per MoE sublayer j (in order) one row.
 struct RouterStats {
-  Tensor prob_sum;      // [moe_count,E] sum over tokens of p_e; WideDType
+  Tensor prob_sum;      // [moe_count,E] sum over tokens of p_e; Wide
   Tensor choice_count;  // [moe_count,E] i64
-  Tensor z_sum;         // [moe_count] sum over tokens of logsumexp^2; WideDType
+  Tensor z_sum;         // [moe_count] sum over tokens of logsumexp^2; Wide
   // Set by HybridModel between forward and backward: the gradient of the loss with respect to one
   // token's p_e, [moe_count,E] (undefined: no aux loss), and the factor of the z-loss.
   Tensor d_prob;
@@ -49,12 +54,13 @@ struct RouterStats {
 
 struct PassContext {
   PassShape shape;
-  Tensor doc_start;               // [B,T] i32, or undefined: no document resets
-  RouterStats* router = nullptr;  // null only where there is no MoE sublayer, and in Decode
-  bool add_router_stats = false;  // false while recomputing
+  Documents documents;
+  RouterStats* router = nullptr;  // null: no statistics are wanted (decoding)
+  bool recomputing = false;       // a second forward: statistics and states stay as they are
   bool keep_norms = true;         // false: norm outputs are recomputed by the backward
   // When not null (probe): an MoE sublayer sets it to its logits [M,E], alive as long as `keep`.
   Tensor* router_logits = nullptr;
+  const Groups* groups = nullptr;
   const Context* ctx = nullptr;
 };
 
@@ -70,30 +76,40 @@ class SublayerModule {
   // caller gives it back): so a sublayer takes all that it keeps before it opens a scratch scope.
   // `saved` null: no backward follows; `keep` is then the scratch arena. y undefined: only what
   // backward needs is computed (recompute). x itself is kept by the caller.
+  // `state` not null: the call is the next piece of its sequences; the state is read and advanced
+  // (when recomputing: read from `saved`, see KeepState, and left as it is).
   virtual void Forward(Tensor y, Tensor x, const Weights& weights, Arena* keep, Saved* saved,
-                       const PassContext& pass) const = 0;
+                       MixerState* state, const PassContext& pass) const = 0;
 
   // dx [M,D] (overwritten) from dy [M,D]; adds weight gradients. Uses `saved` up: one backward per
-  // forward.
+  // forward. dy stays as it is. With `state`, pieces go from last to first, and the gradient of
+  // what later pieces read is taken from it and that of what this piece read left in it.
   virtual void Backward(Tensor dx, Tensor dy, Tensor x, const Weights& weights, Saved* saved,
-                        const PassContext& pass) const = 0;
+                        MixerState* state, const PassContext& pass) const = 0;
 
-  // The state for up to `max_tokens` positions (attention: cache size); null for feed-forward
-  // kinds. `dtype` is the compute dtype. Memory from `arena`; zeroed unless `planning`.
+  // The state of `batch` sequences of up to `max_tokens` positions, reset; null for feed-forward
+  // kinds. Memory from `arena`. `with_grad`: a backward follows.
   virtual std::unique_ptr<MixerState> NewState(int64_t /*batch*/, int64_t /*max_tokens*/,
-                                               DType /*dtype*/, Arena* /*arena*/,
-                                               const Context& /*ctx*/) const {
+                                               DType /*compute*/, bool /*with_grad*/,
+                                               Arena* /*arena*/, const Context& /*ctx*/) const {
     return nullptr;
   }
-  // Inference over the next T tokens of every sequence: reads and advances `state`. No documents.
-  virtual void Decode(Tensor y, Tensor x, const Weights& weights, MixerState* state,
-                      const PassContext& pass) const = 0;
+  // Copies into `saved`, before a piece's Forward, what of `state` its backward or recomputation
+  // reads and later pieces overwrite. Memory from `keep`.
+  virtual void KeepState(const MixerState& /*state*/, Saved* /*saved*/, Arena* /*keep*/,
+                         const Context& /*ctx*/) const {}
 };
 
-// One switch over the kinds. `index` is the position in spec.sublayers; `moe_index` the number of
-// MoE sublayers before it.
-std::unique_ptr<SublayerModule> MakeSublayer(const ModelSpec& spec, const ParamTable& table,
-                                             int index, int moe_index);
+// The gradient of a linear layer's weight, dy^T x, goes through here: run at once.
+void Wgrad(const Weights& weights, int storage, Tensor dy, Tensor x, const Context& ctx);
+// Likewise of experts, over their rows.
+void GroupedWgrad(const Weights& weights, int storage, Tensor dy, Tensor x, Tensor offsets,
+                  const Context& ctx);
+
+// One switch over the kinds. `sizes` are this rank's; `index` is the position in spec.sublayers,
+// `moe_index` the number of MoE sublayers before it.
+std::unique_ptr<SublayerModule> MakeSublayer(const ModelSpec& spec, const LocalSizes& sizes,
+                                             const ParamTable& table, int index, int moe_index);
 
 }  // namespace krait
 

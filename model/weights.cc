@@ -2,17 +2,16 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
+#include <string>
+#include <utility>
 
+#include "kernels/activation.h"
 #include "kernels/base/check.h"
-#include "kernels/base/parallel_for.h"
-#include "kernels/base/random.h"
+#include "kernels/random_fill.h"
+#include "kernels/transfer.h"
 
 namespace krait {
 namespace {
-
-// Elements of one piece of parallel work.
-constexpr int64_t kPiece = 1 << 14;
 
 Tensor Alloc(Arena* arena, DType dtype, const std::vector<int64_t>& shape) {
   switch (shape.size()) {
@@ -36,72 +35,100 @@ double DtBias(double uniform) {
   return dt + std::log(-std::expm1(-dt));
 }
 
-// The value of element `i` of a parameter.
-class Initializer {
- public:
-  Initializer(const ModelSpec& spec, const Param& param, uint64_t seed)
-      : stream_(seed, RandomPurpose::kInit, HashName(param.name)),
-        kind_(param.init),
-        std_(spec.init_std),
-        last_dim_(param.shape.back()) {
-    const bool mamba = spec.init_scheme == InitScheme::kMamba;
-    if (kind_ == ParamInit::kNormalResidual) {
-      if (mamba) std_ /= std::sqrt(2.0 * static_cast<double>(spec.n_layers));
-      kind_ = ParamInit::kNormal;
-    }
-    if (kind_ == ParamInit::kDtWeight && !mamba) kind_ = ParamInit::kNormal;
-    if (kind_ == ParamInit::kDtBias && !mamba) kind_ = ParamInit::kZero;
-    dt_bound_ = 1.0 / std::sqrt(static_cast<double>(spec.mamba.dt_rank));
-  }
-
-  double operator()(int64_t i) const {
-    const auto index = static_cast<uint64_t>(i);
-    switch (kind_) {
-      case ParamInit::kNormal:
-      case ParamInit::kNormalResidual:
-        return std_ * stream_.Normal(index);
-      case ParamInit::kZero:
-        return 0;
-      case ParamInit::kOne:
-        return 1;
-      case ParamInit::kALog:
-        return std::log(static_cast<double>(i % last_dim_ + 1));
-      case ParamInit::kDtWeight:
-        return dt_bound_ * (2 * stream_.Uniform(index) - 1);
-      case ParamInit::kDtBias:
-        return DtBias(stream_.Uniform(index));
-    }
-    KRAIT_FATAL("unknown initialiser");
-  }
-
- private:
-  RandomStream stream_;
-  ParamInit kind_;
-  double std_;
-  int64_t last_dim_;
-  double dt_bound_ = 0;
-};
-
-template <typename T>
-void Fill(Tensor values, const Initializer& value) {
-  T* out = values.data<T>();
-  ParallelFor(values.numel(), kPiece, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) out[i] = static_cast<T>(value(i));
-  });
-}
-
 }  // namespace
 
-Weights::Weights(const ParamTable* table, DType dtype, Device device, bool with_grad,
-                 Arena* weight_arena, Arena* grad_arena)
-    : table_(table), dtype_(dtype), device_(device) {
-  // Gradients and tensors of class kFp32 are f32 whatever the compute dtype, except in f64 checks.
-  const DType wide = dtype == DType::kF64 ? DType::kF64 : DType::kF32;
+void InitParam(Tensor values, const Param& param, const ModelSpec& spec, uint64_t seed,
+               const Context& ctx) {
+  const RandomStream stream(seed, RandomPurpose::kInit, HashName(param.name));
+  const bool mamba = spec.init_scheme == InitScheme::kMamba;
+  const int64_t n = values.numel();
+  const auto normal = [&](double std) {
+    FillNormal(values.View({1, n}), stream, /*first=*/0, /*row_step=*/n, std, ctx);
+  };
+  // A small tensor whose values the host computes.
+  const auto from_host = [&](const auto& value) {
+    const ArenaScope scope(ctx.scratch);
+    std::vector<double> host(static_cast<size_t>(n));
+    for (int64_t i = 0; i < n; ++i) host[static_cast<size_t>(i)] = value(i);
+    const Tensor wide = ctx.scratch->Alloc(DType::kF64, {n});
+    Upload(wide, host.data(), ctx);
+    Copy(values, wide, ctx);
+  };
+  switch (param.init) {
+    case ParamInit::kNormal:
+      return normal(spec.init_std);
+    case ParamInit::kNormalResidual:
+      return normal(mamba ? spec.init_std / std::sqrt(2.0 * static_cast<double>(spec.n_layers))
+                          : spec.init_std);
+    case ParamInit::kZero:
+      return Fill(values, 0, ctx);
+    case ParamInit::kOne:
+      return Fill(values, 1, ctx);
+    case ParamInit::kALog:
+      return from_host(
+          [&](int64_t i) { return std::log(static_cast<double>(i % param.shape.back() + 1)); });
+    case ParamInit::kDtWeight:
+      if (!mamba) return normal(spec.init_std);
+      return FillUniform(values.View({1, n}), stream, /*first=*/0, /*row_step=*/n,
+                         1.0 / std::sqrt(static_cast<double>(spec.mamba.dt_rank)), ctx);
+    case ParamInit::kDtBias:
+      if (!mamba) return Fill(values, 0, ctx);
+      return from_host([&](int64_t i) { return DtBias(stream.Uniform(static_cast<uint64_t>(i))); });
+  }
+  KRAIT_FATAL("unknown initialiser");
+}
+
+Weights::Weights(const ParamTable* table, Placement placement, bool with_grad, Arena* weight_arena,
+                 Arena* grad_arena)
+    : table_(table), placement_(placement), uses_(table->storages().size()) {
+  const DType wide = Wide(placement.compute);
   for (const Storage& storage : table->storages()) {
     const krait::Param& first = table->params()[static_cast<size_t>(storage.params.front())];
-    const DType own = first.dtype_class == DTypeClass::kFp32 ? wide : dtype;
+    const DType own = first.dtype_class == DTypeClass::kFp32 ? wide : placement.compute;
     values_.push_back(Alloc(weight_arena, own, storage.shape));
     if (with_grad) grads_.push_back(Alloc(grad_arena, wide, storage.shape));
+  }
+}
+
+void Weights::BeginPass(const Context& ctx, bool first, bool /*last*/) {
+  if (!first) return;
+  for (size_t s = 0; s < uses_.size(); ++s) {
+    const krait::Param& piece =
+        table_->params()[static_cast<size_t>(table_->storages()[s].params.front())];
+    uses_[s].written = piece.grad_write == GradWrite::kZeroed;
+    if (uses_[s].written && has_grad()) Fill(grads_[s], 0, ctx);
+  }
+}
+
+Tensor Weights::Get(int storage) const {
+  ++uses_[static_cast<size_t>(storage)].held;
+  return values_[static_cast<size_t>(storage)];
+}
+
+void Weights::Release(int storage) const { --uses_[static_cast<size_t>(storage)].held; }
+
+bool Weights::Accumulate(int storage) const {
+  return std::exchange(uses_[static_cast<size_t>(storage)].written, true);
+}
+
+void Weights::GradReady(int storage) const { ++uses_[static_cast<size_t>(storage)].ready; }
+
+void Weights::EndForward() const {
+  for (size_t s = 0; s < uses_.size(); ++s) {
+    if (uses_[s].held == 0 && uses_[s].ready == 0) continue;
+    KRAIT_FATAL(table_->storages()[s].name + ": after a forward " + std::to_string(uses_[s].held) +
+                " more taken than released, " + std::to_string(uses_[s].ready) +
+                " times its gradient was ready");
+  }
+}
+
+void Weights::EndBackward(const std::vector<int>& storages) const {
+  for (const int s : storages) --uses_[static_cast<size_t>(s)].ready;
+  for (size_t s = 0; s < uses_.size(); ++s) {
+    if (uses_[s].held == 0 && uses_[s].ready == 0) continue;
+    KRAIT_FATAL(table_->storages()[s].name + ": after a backward " + std::to_string(uses_[s].held) +
+                " more taken than released, " + std::to_string(uses_[s].ready) +
+                " times too often its gradient was ready");
   }
 }
 
@@ -111,7 +138,7 @@ Tensor Weights::Piece(Tensor storage, const krait::Param& param) const {
 
 Tensor Weights::Param(int param) const {
   const krait::Param& p = table_->params()[static_cast<size_t>(param)];
-  return Piece(Get(p.storage), p);
+  return Piece(values_[static_cast<size_t>(p.storage)], p);
 }
 
 Tensor Weights::ParamGrad(int param) const {
@@ -119,31 +146,9 @@ Tensor Weights::ParamGrad(int param) const {
   return Piece(Grad(p.storage), p);
 }
 
-void Weights::Init(const ModelSpec& spec, uint64_t seed) {
-  if (device_ != Device::kCpu) KRAIT_FATAL("weights are initialised on the CPU only");
+void Weights::Init(const ModelSpec& spec, uint64_t seed, const Context& ctx) {
   for (size_t p = 0; p < table_->params().size(); ++p) {
-    const Initializer value(spec, table_->params()[p], seed);
-    const Tensor tensor = Param(static_cast<int>(p));
-    switch (tensor.dtype()) {
-      case DType::kF32:
-        Fill<float>(tensor, value);
-        break;
-      case DType::kF64:
-        Fill<double>(tensor, value);
-        break;
-      default:
-        KRAIT_FATAL(std::string("no initialisation of ") + Name(tensor.dtype()) + " weights");
-    }
-  }
-}
-
-void Weights::ZeroGrad() {
-  if (device_ != Device::kCpu) KRAIT_FATAL("gradients are zeroed on the CPU only");
-  for (const Tensor& grad : grads_) {
-    char* bytes = static_cast<char*>(grad.raw());
-    ParallelFor(grad.bytes(), int64_t{1} << 20, [&](int64_t begin, int64_t end) {
-      std::memset(bytes + begin, 0, static_cast<size_t>(end - begin));
-    });
+    InitParam(Param(static_cast<int>(p)), table_->params()[p], spec, seed, ctx);
   }
 }
 

@@ -33,16 +33,51 @@ struct BF16 {
   uint16_t bits;
 };
 
+// The dtype of statistics, scan states, router and LM-head losses, and gradients of weights under a
+// compute dtype.
+constexpr DType Wide(DType compute) { return compute == DType::kF64 ? DType::kF64 : DType::kF32; }
+
+// kDTypeOf<T> is the dtype whose elements are stored as T; other types do not compile.
 template <typename T>
-constexpr DType kDTypeOf = DType::kF32;
+struct DTypeOfType;
 template <>
-inline constexpr DType kDTypeOf<double> = DType::kF64;
+struct DTypeOfType<float> {
+  static constexpr DType value = DType::kF32;
+};
 template <>
-inline constexpr DType kDTypeOf<BF16> = DType::kBF16;
+struct DTypeOfType<double> {
+  static constexpr DType value = DType::kF64;
+};
 template <>
-inline constexpr DType kDTypeOf<int32_t> = DType::kI32;
+struct DTypeOfType<BF16> {
+  static constexpr DType value = DType::kBF16;
+};
 template <>
-inline constexpr DType kDTypeOf<int64_t> = DType::kI64;
+struct DTypeOfType<int32_t> {
+  static constexpr DType value = DType::kI32;
+};
+template <>
+struct DTypeOfType<int64_t> {
+  static constexpr DType value = DType::kI64;
+};
+template <>
+struct DTypeOfType<uint8_t> {
+  static constexpr DType value = DType::kU8;
+};
+template <>
+struct DTypeOfType<uint16_t> {
+  static constexpr DType value = DType::kU16;
+};
+template <>
+struct DTypeOfType<uint32_t> {
+  static constexpr DType value = DType::kU32;
+};
+template <>
+struct DTypeOfType<uint64_t> {
+  static constexpr DType value = DType::kU64;
+};
+template <typename T>
+inline constexpr DType kDTypeOf = DTypeOfType<T>::value;
 
 }  // namespace krait
 

@@ -29,7 +29,8 @@ struct Tile {
 
 // The first key that query t of row b sees.
 int64_t FirstKey(const AttentionShape& shape, int64_t b, int64_t t) {
-  return shape.doc_start == nullptr ? 0 : shape.doc_start[b * shape.queries + t];
+  if (shape.doc_start == nullptr) return 0;
+  return std::max<int64_t>(0, shape.doc_start[b * shape.queries + t] - shape.first_key());
 }
 
 void SetTile(const AttentionShape& shape, int64_t b, int64_t query, int64_t queries, int64_t key,
@@ -228,12 +229,12 @@ void KeyGradient(const AttentionShape& shape, const AttentionGradients<T>& grad,
   }
 }
 
-// The first key that query t of row b sees is at or before its own position.
+// The document of query t of row b begins at or before its own position.
 void CheckDocuments(const AttentionShape& shape) {
   if (shape.doc_start == nullptr) return;
-  const int64_t prefix = shape.keys - shape.queries;
   for (int64_t i = 0; i < shape.batch * shape.queries; ++i) {
-    KRAIT_CHECK(shape.doc_start[i] >= 0 && shape.doc_start[i] <= prefix + i % shape.queries);
+    KRAIT_CHECK(shape.doc_start[i] >= 0 &&
+                shape.doc_start[i] <= shape.first_position + i % shape.queries);
   }
 }
 
@@ -303,14 +304,14 @@ void AttentionBackward(const AttentionShape& shape, const AttentionGradients<T>&
 }
 
 template <typename T>
-void Rope(const AttentionShape& shape, Heads<T> x, int64_t first_position, const double* frequency,
-          bool inverse) {
+void Rope(const AttentionShape& shape, Heads<T> x, const double* frequency, bool inverse) {
   const int64_t half = shape.head_dim / 2;
   ParallelFor(shape.batch * shape.queries, 16, [&](int64_t begin, int64_t end) {
     T cosine[kPairBlock], sine[kPairBlock];
     for (int64_t row = begin; row < end; ++row) {
       const int64_t b = row / shape.queries, t = row % shape.queries;
-      const auto position = static_cast<double>(first_position + t - FirstKey(shape, b, t));
+      const int64_t start = shape.doc_start == nullptr ? 0 : shape.doc_start[row];
+      const auto position = static_cast<double>(shape.first_position + t - start);
       for (int64_t i0 = 0; i0 < half; i0 += kPairBlock) {
         const int64_t pairs = std::min(kPairBlock, half - i0);
         for (int64_t i = 0; i < pairs; ++i) {
@@ -342,7 +343,7 @@ template void AttentionBackward(const AttentionShape&, const AttentionGradients<
 template void AttentionBackward(const AttentionShape&, const AttentionGradients<double>&,
                                 Heads<double>, const double*, Heads<double>, Heads<double>,
                                 Heads<double>, double*, double*);
-template void Rope(const AttentionShape&, Heads<float>, int64_t, const double*, bool);
-template void Rope(const AttentionShape&, Heads<double>, int64_t, const double*, bool);
+template void Rope(const AttentionShape&, Heads<float>, const double*, bool);
+template void Rope(const AttentionShape&, Heads<double>, const double*, bool);
 
 }  // namespace krait::cpu

@@ -19,8 +19,10 @@ struct Heads {
 };
 
 struct AttentionShape {
-  int64_t batch, queries, keys, heads, kv_heads, head_dim;  // B, T, S, H, G, P
-  const int32_t* doc_start;                                 // [B,T] or null
+  int64_t batch, queries, keys, heads, kv_heads, head_dim;               // B, T, S, H, G, P
+  const int32_t* doc_start;                                              // [B,T] or null
+  int64_t first_position;                                                // of query 0
+  int64_t first_key() const { return first_position + queries - keys; }  // position of key 0
 };
 
 // Scratch elements of T that each thread needs (forward: one tile of scores, backward: two).
@@ -44,8 +46,7 @@ void AttentionBackward(const AttentionShape& shape, const AttentionGradients<T>&
 // Rotates pairs (i, i + P/2) of x [B,T,H,P] by (first_position + t - doc_start[b,t]) *
 // frequency[i].
 template <typename T>
-void Rope(const AttentionShape& shape, Heads<T> x, int64_t first_position, const double* frequency,
-          bool inverse);
+void Rope(const AttentionShape& shape, Heads<T> x, const double* frequency, bool inverse);
 
 }  // namespace krait::cpu
 

@@ -1,7 +1,6 @@
 #include "kernels/cpu/cross_entropy.h"
 
 #include <algorithm>
-#include <cmath>
 #include <limits>
 
 #include "kernels/cpu/vector_math.h"
@@ -21,47 +20,40 @@ KRAIT_INLINE T MaximumLoop(int64_t n, const T* x) {
   return maximum;
 }
 
-// The sum of exp(x - maximum); the terms are kept in `terms` unless it is null.
-template <bool keep, typename T>
-KRAIT_INLINE double SumExpLoop(int64_t n, const T* x, T maximum, T* terms) {
+template <typename T>
+KRAIT_INLINE double SumExpLoop(int64_t n, const T* x, T maximum) {
   double total = 0;
   for (int64_t begin = 0; begin < n; begin += kSumBlock) {
     const int64_t end = std::min(n, begin + kSumBlock);
     T sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t i = begin; i < end; ++i) {
-      const T term = Exp(x[i] - maximum);
-      if constexpr (keep) terms[i] = term;
-      sum += term;
-    }
+    for (int64_t i = begin; i < end; ++i) sum += Exp(x[i] - maximum);
     total += static_cast<double>(sum);
   }
   return total;
 }
 
 template <typename T>
-KRAIT_INLINE T CrossEntropyLoop(int64_t n, const T* logits, int64_t target, T scale, T* d_logits) {
-  const T maximum = MaximumLoop(n, logits);
-  const T picked = logits[target];  // d_logits may lie over logits
-  const double sum = d_logits == nullptr ? SumExpLoop<false>(n, logits, maximum, d_logits)
-                                         : SumExpLoop<true>(n, logits, maximum, d_logits);
-  if (d_logits != nullptr) {
-    const T factor = static_cast<T>(static_cast<double>(scale) / sum);
-    for (int64_t i = 0; i < n; ++i) d_logits[i] *= factor;
-    d_logits[target] -= scale;
-  }
-  return static_cast<T>(std::log(sum) + static_cast<double>(maximum - picked));
+KRAIT_INLINE void ScaledExpLoop(int64_t n, const T* x, T maximum, T factor, T* y) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) y[i] = Exp(x[i] - maximum) * factor;
 }
 
 }  // namespace
 
-KRAIT_CLONES float CrossEntropyRow(int64_t n, const float* logits, int64_t target, float scale,
-                                   float* d_logits) {
-  return CrossEntropyLoop(n, logits, target, scale, d_logits);
+KRAIT_CLONES float Maximum(int64_t n, const float* x) { return MaximumLoop(n, x); }
+double Maximum(int64_t n, const double* x) { return MaximumLoop(n, x); }
+
+KRAIT_CLONES double SumExp(int64_t n, const float* x, float maximum) {
+  return SumExpLoop(n, x, maximum);
 }
-double CrossEntropyRow(int64_t n, const double* logits, int64_t target, double scale,
-                       double* d_logits) {
-  return CrossEntropyLoop(n, logits, target, scale, d_logits);
+double SumExp(int64_t n, const double* x, double maximum) { return SumExpLoop(n, x, maximum); }
+
+KRAIT_CLONES void ScaledExp(int64_t n, const float* x, float maximum, float factor, float* y) {
+  ScaledExpLoop(n, x, maximum, factor, y);
+}
+void ScaledExp(int64_t n, const double* x, double maximum, double factor, double* y) {
+  ScaledExpLoop(n, x, maximum, factor, y);
 }
 
 }  // namespace krait::cpu

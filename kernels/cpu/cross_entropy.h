@@ -1,4 +1,4 @@
-// Softmax cross-entropy rows on the CPU; see kernels/cross_entropy.h.
+// Rows of the softmax cross-entropy on the CPU; see kernels/cross_entropy.h.
 #ifndef KRAIT_KERNELS_CPU_CROSS_ENTROPY_H_
 #define KRAIT_KERNELS_CPU_CROSS_ENTROPY_H_
 
@@ -6,11 +6,17 @@
 
 namespace krait::cpu {
 
-// The loss of one row of n logits with target in [0, n). Unless d_logits is null (it may be logits)
-// it receives (softmax - onehot) * scale.
-float CrossEntropyRow(int64_t n, const float* logits, int64_t target, float scale, float* d_logits);
-double CrossEntropyRow(int64_t n, const double* logits, int64_t target, double scale,
-                       double* d_logits);
+// The largest of x[0,n); -infinity for n = 0.
+float Maximum(int64_t n, const float* x);
+double Maximum(int64_t n, const double* x);
+
+// The sum of exp(x - maximum) over x[0,n).
+double SumExp(int64_t n, const float* x, float maximum);
+double SumExp(int64_t n, const double* x, double maximum);
+
+// y[0,n) = factor * exp(x - maximum); y may be x.
+void ScaledExp(int64_t n, const float* x, float maximum, float factor, float* y);
+void ScaledExp(int64_t n, const double* x, double maximum, double factor, double* y);
 
 }  // namespace krait::cpu
 

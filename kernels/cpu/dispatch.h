@@ -43,6 +43,16 @@ Rows<T> RowsOf(Tensor t) {
   return {t.data<T>(), t.rows(), t.dim(-1), t.row_stride()};
 }
 
+// Elements from the first to row `row` (of numel / dim(-1)) of any strided tensor.
+inline int64_t RowOffset(const Tensor& t, int64_t row) {
+  int64_t offset = 0;
+  for (int d = t.rank() - 2; d >= 0; --d) {
+    offset += row % t.dim(d) * t.stride(d);
+    row /= t.dim(d);
+  }
+  return offset;
+}
+
 // The elements of a contiguous tensor.
 template <typename T>
 T* DenseData(Tensor t) {

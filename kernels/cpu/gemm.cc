@@ -87,6 +87,15 @@ void BroadcastRow(int64_t m, int64_t n, const T* bias, T* y, int64_t y_stride) {
 }
 
 template <typename T>
+void AddRow(int64_t m, int64_t n, const T* bias, T* y, int64_t y_stride) {
+  ParallelFor(m, 64, [=](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      for (int64_t j = 0; j < n; ++j) y[i * y_stride + j] += bias[j];
+    }
+  });
+}
+
+template <typename T>
 void SumRows(int64_t m, int64_t n, const T* x, int64_t x_stride, T* sum) {
   ParallelFor(n, kSumColumns, [=](int64_t begin, int64_t end) {
     SumColumns(m, end - begin, x + begin, x_stride, sum + begin);
@@ -99,6 +108,8 @@ template void Gemm(int64_t, int64_t, int64_t, double, Matrix<double>, Matrix<dou
                    int64_t, int64_t);
 template void BroadcastRow(int64_t, int64_t, const float*, float*, int64_t);
 template void BroadcastRow(int64_t, int64_t, const double*, double*, int64_t);
+template void AddRow(int64_t, int64_t, const float*, float*, int64_t);
+template void AddRow(int64_t, int64_t, const double*, double*, int64_t);
 template void SumRows(int64_t, int64_t, const float*, int64_t, float*);
 template void SumRows(int64_t, int64_t, const double*, int64_t, double*);
 

@@ -30,6 +30,10 @@ void Gemm(int64_t m, int64_t n, int64_t k, T scale, Matrix<T> a, Matrix<T> b, bo
 template <typename T>
 void BroadcastRow(int64_t m, int64_t n, const T* bias, T* y, int64_t y_stride);
 
+// y[M,N] rows += bias.
+template <typename T>
+void AddRow(int64_t m, int64_t n, const T* bias, T* y, int64_t y_stride);
+
 // sum[N] += sum over the rows of x[M,N].
 template <typename T>
 void SumRows(int64_t m, int64_t n, const T* x, int64_t x_stride, T* sum);

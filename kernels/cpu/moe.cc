@@ -52,6 +52,11 @@ KRAIT_INLINE void ScaleRowLoop(int64_t n, T a, const T* __restrict x, T* __restr
 }
 
 template <typename T>
+KRAIT_INLINE void ScaleInPlaceLoop(int64_t n, T a, T* y) {
+  for (int64_t i = 0; i < n; ++i) y[i] *= a;
+}
+
+template <typename T>
 KRAIT_INLINE T DotAndScaleLoop(int64_t n, T a, const T* dy, const T* x, T* y) {
   T dot = 0;
 #pragma omp simd reduction(+ : dot)
@@ -87,6 +92,9 @@ KRAIT_CLONES void ScaleRow(int64_t n, float a, const float* x, float* y, bool ac
 void ScaleRow(int64_t n, double a, const double* x, double* y, bool accumulate) {
   ScaleRowLoop(n, a, x, y, accumulate);
 }
+
+KRAIT_CLONES void ScaleInPlace(int64_t n, float a, float* y) { ScaleInPlaceLoop(n, a, y); }
+void ScaleInPlace(int64_t n, double a, double* y) { ScaleInPlaceLoop(n, a, y); }
 
 KRAIT_CLONES float DotAndScaleRow(int64_t n, float a, const float* dy, const float* x, float* y) {
   return DotAndScaleLoop(n, a, dy, x, y);

@@ -22,7 +22,11 @@ void TopK(int64_t experts, const double* p, int64_t k, int32_t* choice);
 void ScaleRow(int64_t n, float a, const float* x, float* y, bool accumulate);
 void ScaleRow(int64_t n, double a, const double* x, double* y, bool accumulate);
 
-// Returns x . dy and writes y = a * dy; y may be x.
+// y[0,n) *= a.
+void ScaleInPlace(int64_t n, float a, float* y);
+void ScaleInPlace(int64_t n, double a, double* y);
+
+// Returns x . dy and writes y = a * dy; y may be x or dy.
 float DotAndScaleRow(int64_t n, float a, const float* dy, const float* x, float* y);
 double DotAndScaleRow(int64_t n, double a, const double* dy, const double* x, double* y);
 

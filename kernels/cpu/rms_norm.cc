@@ -38,20 +38,20 @@ KRAIT_INLINE void ForwardLoop(const NormForwardArgs<T, S>& args, int64_t begin, 
     const S rstd = 1 / std::sqrt(squares / static_cast<S>(n) + args.eps);
     args.rstd[row] = rstd;
 #pragma GCC ivdep
-    for (int64_t i = 0; i < n; ++i) Store(RoundTo<T>(Load(h[i]) * rstd) * w[i], &y[i]);
+    for (int64_t i = 0; i < n; ++i) Store(Load(h[i]) * rstd * w[i], &y[i]);
   }
 }
 
 template <bool accumulate, typename T, typename S>
-KRAIT_INLINE void BackwardRow(int64_t n, const T* dy, const T* x, const S* w, S rstd, S mean, T* dx,
-                              S* dw) {
+KRAIT_INLINE void BackwardRow(int64_t n, const T* dy, const T* x, const S* w, S rstd, S mean,
+                              const T* dx_in, T* dx, S* dw) {
 #pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) {
     const S d = Load(dy[i]);
     const S xhat = Load(x[i]) * rstd;
     const S gradient = rstd * (d * w[i] - xhat * mean);
     dw[i] += d * xhat;
-    Store(accumulate ? Load(dx[i]) + gradient : gradient, &dx[i]);
+    Store(accumulate ? Load(dx_in[i]) + gradient : gradient, &dx[i]);
   }
 }
 
@@ -70,10 +70,10 @@ KRAIT_INLINE void BackwardLoop(const NormBackwardArgs<T, S>& args, int64_t begin
     for (int64_t i = 0; i < n; ++i) dot += Load(dy[i]) * w[i] * Load(x[i]);
     const S rstd = args.rstd[row];
     const S mean = dot * rstd / static_cast<S>(n);
-    if (args.accumulate) {
-      BackwardRow<true>(n, dy, x, w, rstd, mean, args.dx[row], dw);
+    if (args.dx_in.data != nullptr) {
+      BackwardRow<true>(n, dy, x, w, rstd, mean, args.dx_in[row], args.dx[row], dw);
     } else {
-      BackwardRow<false>(n, dy, x, w, rstd, mean, args.dx[row], dw);
+      BackwardRow<false>(n, dy, x, w, rstd, mean, static_cast<const T*>(nullptr), args.dx[row], dw);
     }
   }
 }

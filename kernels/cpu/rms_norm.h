@@ -24,11 +24,11 @@ void NormForward(const NormForwardArgs<T, S>& args);
 
 template <typename T, typename S>
 struct NormBackwardArgs {
-  Rows<T> dx, dy, x;
+  Rows<T> dx, dx_in, dy,
+      x;  // dx = dx_in (zero when its data is null) + the norm's; may be one memory
   const S* rstd;
   const S* w;
   S* dw;
-  bool accumulate;
   S* partial;  // [NormPieces(rows), columns]
 };
 

@@ -1,7 +1,6 @@
-// The functions of kernels/cuda in a build without CUDA: no device is available, so that no CUDA
-// tensor exists, and the others are fatal.
+// kernels/cuda/runtime.h in a build without CUDA: no device is available, so that no CUDA tensor
+// exists, and the others are fatal.
 #include "kernels/base/check.h"
-#include "kernels/cuda/rms_norm.h"
 #include "kernels/cuda/runtime.h"
 
 namespace krait::cuda {
@@ -24,12 +23,5 @@ void CopyOnDevice(void* /*to*/, const void* /*from*/, int64_t /*bytes*/, void* /
   NoCuda();
 }
 void Synchronize() { NoCuda(); }
-
-void RmsNormForward(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, double, const Context&) {
-  NoCuda();
-}
-void RmsNormBackward(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool, const Context&) {
-  NoCuda();
-}
 
 }  // namespace krait::cuda

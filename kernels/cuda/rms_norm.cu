@@ -26,10 +26,6 @@
 namespace krait::cuda {
 namespace {
 
-// Blocks of the backward pass, each with its own partial sum of dw: 4 for each of the 132
-// multiprocessors of an H100 or H200. Fixed, so that the sums do not depend on the device.
-constexpr int64_t kPartials = 528;
-
 // Rows per block when a row is one warp's.
 constexpr int kShortRows = 8;
 
@@ -53,7 +49,7 @@ struct Rows {
 };
 template <typename T>
 Rows<T> RowsOf(const Tensor& t) {
-  return {t.data<std::remove_const_t<T>>(), t.row_stride()};
+  return {t.device_data<std::remove_const_t<T>>(), t.row_stride()};
 }
 
 template <typename T, int kVec, int kItems, bool kAdd>
@@ -96,8 +92,7 @@ __global__ void __launch_bounds__(kMaxThreads<kVec, kItems>)
     Pack<T, kVec> out;
 #pragma unroll
     for (int j = 0; j < kVec; ++j) {
-      const T normed = FromFloat<T>(ToFloat(x[i].v[j]) * scale);
-      out.v[j] = FromFloat<T>(ToFloat(normed) * weight.v[j]);
+      out.v[j] = FromFloat<T>(ToFloat(x[i].v[j]) * scale * weight.v[j]);
     }
     Store(y[row] + col, out);
   }
@@ -108,9 +103,9 @@ __global__ void __launch_bounds__(kMaxThreads<kVec, kItems>)
 // fetches what it alone reads, so that the ring needs no barrier.
 template <typename T, int kVec, int kItems, bool kAccumulate>
 __global__ void __launch_bounds__(kMaxThreads<kVec, kItems>, kMinBlocks<kItems>)
-    BackwardKernel(Rows<T> dx, Rows<float> partial, Rows<const T> dy, Rows<const T> x,
-                   const float* rstd, const float* w, int64_t rows, int64_t rows_per_block,
-                   int cols) {
+    BackwardKernel(Rows<T> dx, Rows<float> partial, Rows<const T> dy, Rows<const T> dx_in,
+                   Rows<const T> x, const float* rstd, const float* w, int64_t rows,
+                   int64_t rows_per_block, int cols) {
   using Access = Pack<T, kVec>;
   extern __shared__ __align__(16) char dynamic[];
   __shared__ float shared[2][32];
@@ -167,7 +162,7 @@ __global__ void __launch_bounds__(kMaxThreads<kVec, kItems>, kMinBlocks<kItems>)
       const Access x_now = slot(stage, i), dy_now = slot(stage, kItems + i);
       const Pack<float, kVec> weight = Load<kVec>(w + col);
       Access out;
-      if constexpr (kAccumulate) out = Load<kVec>(dx[row] + col);
+      if constexpr (kAccumulate) out = Load<kVec>(dx_in[row] + col);
 #pragma unroll
       for (int j = 0; j < kVec; ++j) {
         const float xhat = ToFloat(x_now.v[j]) * scale;
@@ -267,18 +262,18 @@ void Forward(Tensor h, Tensor y, Tensor rstd, Tensor residual, Tensor delta, Ten
   const int64_t rows = residual.rows(), cols = residual.dim(-1);
   ForRowShape<T>(cols, vectorizable, [&](auto vec, auto items, dim3 threads) {
     Launch("RmsNormForward", ForwardKernel<T, vec, items, kAdd>, (rows + threads.y - 1) / threads.y,
-           threads, 0, ctx, RowsOf<T>(h), RowsOf<T>(y), rstd.data<float>(),
+           threads, 0, ctx, RowsOf<T>(h), RowsOf<T>(y), rstd.device_data<float>(),
            RowsOf<const T>(residual), kAdd ? RowsOf<const T>(delta) : Rows<const T>{nullptr, 0},
-           static_cast<const float*>(w.data<float>()), rows, static_cast<int>(cols),
+           static_cast<const float*>(w.device_data<float>()), rows, static_cast<int>(cols),
            static_cast<float>(eps));
   });
 }
 
 template <typename T, bool kAccumulate>
-void Backward(Tensor dx, Tensor dw, Tensor partial, Tensor dy, Tensor x, Tensor rstd, Tensor w,
-              const Context& ctx) {
-  const bool vectorizable =
-      Vectorizable(dx) && Vectorizable(dy) && Vectorizable(x) && Vectorizable(w);
+void Backward(Tensor dx, Tensor dw, Tensor partial, Tensor dy, Tensor dx_in, Tensor x, Tensor rstd,
+              Tensor w, const Context& ctx) {
+  const bool vectorizable = Vectorizable(dx) && (!kAccumulate || Vectorizable(dx_in)) &&
+                            Vectorizable(dy) && Vectorizable(x) && Vectorizable(w);
   const int64_t rows = x.rows(), cols = x.dim(-1);
   ForRowShape<T>(cols, vectorizable, [&](auto vec, auto items, dim3 threads) {
     const int64_t groups = (rows + threads.y - 1) / threads.y;
@@ -288,11 +283,12 @@ void Backward(Tensor dx, Tensor dw, Tensor partial, Tensor dy, Tensor x, Tensor 
                                static_cast<int64_t>(sizeof(Pack<T, vec>));
     Launch("RmsNormBackward", BackwardKernel<T, vec, items, kAccumulate>, blocks, threads,
            ring_bytes, ctx, RowsOf<T>(dx), RowsOf<float>(partial), RowsOf<const T>(dy),
-           RowsOf<const T>(x), static_cast<const float*>(rstd.data<float>()),
-           static_cast<const float*>(w.data<float>()), rows, groups_per_block * threads.y,
+           kAccumulate ? RowsOf<const T>(dx_in) : Rows<const T>{nullptr, 0}, RowsOf<const T>(x),
+           static_cast<const float*>(rstd.device_data<float>()),
+           static_cast<const float*>(w.device_data<float>()), rows, groups_per_block * threads.y,
            static_cast<int>(cols));
     Launch("RmsNormBackward column sums", ColumnSumKernel, (cols + kColumns - 1) / kColumns,
-           dim3(kColumns, kSums), 0, ctx, dw.data<float>(), RowsOf<const float>(partial),
+           dim3(kColumns, kSums), 0, ctx, dw.device_data<float>(), RowsOf<const float>(partial),
            static_cast<int>(blocks), static_cast<int>(cols));
   });
 }
@@ -301,7 +297,7 @@ void Backward(Tensor dx, Tensor dw, Tensor partial, Tensor dy, Tensor x, Tensor 
 
 void RmsNormForward(Tensor h, Tensor y, Tensor rstd, Tensor residual, Tensor delta, Tensor w,
                     double eps, const Context& ctx) {
-  if (ctx.planning || residual.numel() == 0) return;
+  if (residual.numel() == 0) return;
   CheckShapes(residual, {h, y, delta.defined() ? delta : residual}, rstd, w);
   const auto run = [&](auto zero) {
     using T = decltype(zero);
@@ -314,21 +310,17 @@ void RmsNormForward(Tensor h, Tensor y, Tensor rstd, Tensor residual, Tensor del
   residual.dtype() == DType::kBF16 ? run(BF16()) : run(0.0f);
 }
 
-void RmsNormBackward(Tensor dx, Tensor dw, Tensor dy, Tensor x, Tensor rstd, Tensor w,
-                     bool accumulate, const Context& ctx) {
+void RmsNormBackward(Tensor dx, Tensor dw, Tensor dy, Tensor dx_in, Tensor x, Tensor rstd, Tensor w,
+                     Tensor partial, const Context& ctx) {
   if (x.numel() == 0) return;
-  const ArenaScope scope(ctx.scratch);
-  const Tensor partial =
-      ctx.scratch->Alloc(DType::kF32, {std::min(x.rows(), kPartials), x.dim(-1)});
-  if (ctx.planning) return;
-  CheckShapes(x, {dx, dy}, rstd, w);
+  CheckShapes(x, {dx, dy, dx_in.defined() ? dx_in : dx}, rstd, w);
   KRAIT_CHECK(dw.dtype() == DType::kF32 && dw.numel() == x.dim(-1) && dw.contiguous());
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    if (accumulate) {
-      Backward<T, true>(dx, dw, partial, dy, x, rstd, w, ctx);
+    if (dx_in.defined()) {
+      Backward<T, true>(dx, dw, partial, dy, dx_in, x, rstd, w, ctx);
     } else {
-      Backward<T, false>(dx, dw, partial, dy, x, rstd, w, ctx);
+      Backward<T, false>(dx, dw, partial, dy, dx_in, x, rstd, w, ctx);
     }
   };
   x.dtype() == DType::kBF16 ? run(BF16()) : run(0.0f);

@@ -3,6 +3,9 @@
 #ifndef KRAIT_KERNELS_CUDA_RMS_NORM_H_
 #define KRAIT_KERNELS_CUDA_RMS_NORM_H_
 
+#include <algorithm>
+#include <cstdint>
+
 #include "kernels/context.h"
 #include "kernels/tensor.h"
 
@@ -13,9 +16,14 @@ namespace krait::cuda {
 void RmsNormForward(Tensor h, Tensor y, Tensor rstd, Tensor residual, Tensor delta, Tensor w,
                     double eps, const Context& ctx);
 
-// Takes min(rows, 528) * D floats of scratch for the partial sums of dw.
-void RmsNormBackward(Tensor dx, Tensor dw, Tensor dy, Tensor x, Tensor rstd, Tensor w,
-                     bool accumulate, const Context& ctx);
+// Rows of `partial`, the partial sums of dw: at most 4 blocks for each of the 132 multiprocessors
+// of an H100 or H200. Fixed, so that the sums do not depend on the device.
+inline int64_t RmsNormPartials(int64_t rows) { return std::min<int64_t>(rows, 528); }
+
+// dx = dx_in (undefined: zero) + the norm's gradient; dx may be the same memory as dx_in. partial
+// [RmsNormPartials(rows), D] f32.
+void RmsNormBackward(Tensor dx, Tensor dw, Tensor dy, Tensor dx_in, Tensor x, Tensor rstd, Tensor w,
+                     Tensor partial, const Context& ctx);
 
 }  // namespace krait::cuda
 

@@ -36,8 +36,8 @@ absl::StatusOr<ExitCode> Evaluate(const Arguments& arguments) {
       arguments.tokens > 0 ? std::max<int64_t>(1, arguments.tokens / seq_len) : data->sequences();
   EvalResult result;
   KRAIT_ASSIGN_OR_RETURN(
-      result, EvaluateStored(&model->model(), *data, sequences, micro_batch,
-                             model->ForEvaluate({.batch = micro_batch, .seq_len = seq_len})));
+      result, EvaluateStored(model->ForEvaluate({.batch = micro_batch, .seq_len = seq_len}), *data,
+                             sequences, micro_batch));
   const double perplexity = std::exp(result.loss);
   const auto bpb = BitsPerByte(result.loss, data->files().front()->tokenizer());
   if (arguments.json) {

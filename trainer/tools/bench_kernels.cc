@@ -15,6 +15,7 @@
 #include "kernels/optimizer.h"
 #include "kernels/rms_norm.h"
 #include "kernels/selective_scan.h"
+#include "kernels/swiglu.h"
 #include "nlohmann/json.hpp"
 #include "trainer/tools/bench.h"
 
@@ -56,6 +57,16 @@ class Operands {
   Tensor I32(std::initializer_list<int64_t> shape) {
     const Tensor x = arena_->Alloc(DType::kI32, shape);
     bytes_ += x.bytes();
+    return x;
+  }
+  Tensor I64(std::initializer_list<int64_t> values) {
+    const Tensor x = arena_->Alloc(DType::kI64, {static_cast<int64_t>(values.size())});
+    std::copy(values.begin(), values.end(), x.data<int64_t>());
+    return x;
+  }
+  Tensor F64(std::initializer_list<int64_t> shape) {
+    const Tensor x = arena_->Alloc(DType::kF64, shape);
+    std::memset(x.raw(), 0, static_cast<size_t>(x.bytes()));
     return x;
   }
   // A table of which an op touches few rows: it does not count as an operand.
@@ -106,29 +117,32 @@ void AddLinear(std::vector<Case>* cases) {
                 x = t->Normal({s.m, s.i}), w = t->Normal({s.o, s.i});
            return [=](const Context& ctx) {
              LinearBackwardInput(dx, dy, w, /*accumulate=*/false, ctx);
-             LinearBackwardWeight(dw, dy, x, ctx);
+             LinearBackwardWeight(dw, dy, x, /*accumulate=*/true, ctx);
            };
          }});
   }
   // Experts of unequal load: half of the rows go to the first one.
   const int64_t rows = kM * kTopK;
   const std::string shape = absl::StrFormat("E%d rows%d O%d I%d", kExperts, rows, 2 * kF, kD);
-  const std::vector<int64_t> offsets = {0, rows / 2, rows * 3 / 4, rows * 7 / 8, rows};
+  static_assert(kExperts == 4);
+  const auto skewed = [rows](Operands* o) {
+    return o->I64({0, rows / 2, rows * 3 / 4, rows * 7 / 8, rows});
+  };
   const double flops = Flops(rows, 2 * kF, kD);
   cases->push_back(
       {"grouped_linear", OpFamily::kGemm, "forward", shape, flops, [=](Operands* t) -> Op {
          auto y = t->Out({rows, 2 * kF}), x = t->Normal({rows, kD}),
-              w = t->Normal({kExperts, 2 * kF, kD});
-         return [=](const Context& ctx) { GroupedLinearForward(y, x, w, offsets.data(), ctx); };
+              w = t->Normal({kExperts, 2 * kF, kD}), offsets = skewed(t);
+         return [=](const Context& ctx) { GroupedLinearForward(y, x, w, offsets, ctx); };
        }});
   cases->push_back(
       {"grouped_linear", OpFamily::kGemm, "backward", shape, 2 * flops, [=](Operands* t) -> Op {
          auto dx = t->Out({rows, kD}), dw = t->Out({kExperts, 2 * kF, kD}),
               dy = t->Normal({rows, 2 * kF}), x = t->Normal({rows, kD}),
-              w = t->Normal({kExperts, 2 * kF, kD});
+              w = t->Normal({kExperts, 2 * kF, kD}), offsets = skewed(t);
          return [=](const Context& ctx) {
-           GroupedLinearBackwardInput(dx, dy, w, offsets.data(), ctx);
-           GroupedLinearBackwardWeight(dw, dy, x, offsets.data(), ctx);
+           GroupedLinearBackwardInput(dx, dy, w, offsets, ctx);
+           GroupedLinearBackwardWeight(dw, dy, x, offsets, /*accumulate=*/true, ctx);
          };
        }});
 }
@@ -143,7 +157,7 @@ void AddAttention(std::vector<Case>* cases) {
       {"attention", OpFamily::kAttention, "forward", shape, 2 * flops, [=](Operands* o) -> Op {
          auto q = heads(o), k = heads(o), v = heads(o), y = o->Out({b, t, h, p}),
               lse = o->Out({b, h, t});
-         return [=](const Context& ctx) { AttentionForward(y, lse, q, k, v, Tensor(), ctx); };
+         return [=](const Context& ctx) { AttentionForward(y, lse, q, k, v, Documents(), ctx); };
        }});
   cases->push_back(
       {"attention", OpFamily::kAttention, "backward", shape, 5 * flops, [=](Operands* o) -> Op {
@@ -151,9 +165,9 @@ void AddAttention(std::vector<Case>* cases) {
               lse = o->Out({b, h, t}), dq = o->Out({b, t, h, p}), dk = o->Out({b, t, h, p}),
               dv = o->Out({b, t, h, p});
          return [=, ready = std::make_shared<bool>(false)](const Context& ctx) {
-           if (!*ready) AttentionForward(y, lse, q, k, v, Tensor(), ctx);
+           if (!*ready) AttentionForward(y, lse, q, k, v, Documents(), ctx);
            *ready = true;
-           AttentionBackward(dq, dk, dv, dy, y, lse, q, k, v, Tensor(), ctx);
+           AttentionBackward(dq, dk, dv, dy, y, lse, q, k, v, Documents(), ctx);
          };
        }});
 }
@@ -173,16 +187,16 @@ SelectiveScanInputs ScanInputs(Operands* o) {
 
 void AddMamba(std::vector<Case>* cases) {
   const std::string scan = absl::StrFormat("B%d T%d I%d N%d", kB, kT, kI, kN);
-  cases->push_back({"selective_scan", OpFamily::kScan, "forward", scan, 0, [](Operands* o) -> Op {
-                      const SelectiveScanInputs in = ScanInputs(o);
-                      auto y = o->Out({kB, kT, kI}), states = o->Out({kB, ScanChunks(kT), kI, kN});
-                      return [=](const Context& ctx) {
-                        SelectiveScanForward(y, Tensor(), states, in, ctx);
-                      };
-                    }});
+  cases->push_back(
+      {"selective_scan", OpFamily::kScan, "forward", scan, 0, [](Operands* o) -> Op {
+         const SelectiveScanInputs in = ScanInputs(o);
+         auto y = o->Out({kB, kT, kI}), states = o->Out({kB, ScanStates(Device::kCpu, kT), kI, kN});
+         return [=](const Context& ctx) { SelectiveScanForward(y, Tensor(), states, in, ctx); };
+       }});
   cases->push_back({"selective_scan", OpFamily::kScan, "backward", scan, 0, [](Operands* o) -> Op {
                       const SelectiveScanInputs in = ScanInputs(o);
-                      auto y = o->Out({kB, kT, kI}), states = o->Out({kB, ScanChunks(kT), kI, kN}),
+                      auto y = o->Out({kB, kT, kI}),
+                           states = o->Out({kB, ScanStates(Device::kCpu, kT), kI, kN}),
                            dy = o->Normal({kB, kT, kI});
                       SelectiveScanGradients grad;
                       grad.dx = o->Out({kB, kT, kI});
@@ -205,7 +219,7 @@ void AddMamba(std::vector<Case>* cases) {
          auto y = o->Out({kB, kT, kI}), x = o->Normal({kB, kT, kI}), w = o->Normal({kI, kK}),
               bias = o->Normal({kI});
          return [=](const Context& ctx) {
-           CausalConv1dSiluForward(y, Tensor(), x, w, bias, Tensor(), Tensor(), ctx);
+           CausalConv1dSiluForward(y, Tensor(), x, w, bias, Tensor(), Documents(), ctx);
          };
        }});
   cases->push_back(
@@ -215,7 +229,7 @@ void AddMamba(std::vector<Case>* cases) {
               bias = o->Normal({kI});
          return [=](const Context& ctx) {
            CausalConv1dSiluBackward(dx, dw, dbias, Tensor(), dy, Tensor(), x, w, bias, Tensor(),
-                                    Tensor(), ctx);
+                                    Documents(), ctx);
          };
        }});
 }
@@ -232,7 +246,8 @@ void AddNormAndActivation(std::vector<Case>* cases) {
       {"residual_rms_norm", OpFamily::kNorm, "backward", norm, 0, [](Operands* o) -> Op {
          auto dh = o->Out({kM, kD}), dw = o->Out({kD}), dy = o->Normal({kM, kD}),
               h = o->Normal({kM, kD}), rstd = o->Normal({kM}), w = o->Normal({kD});
-         return [=](const Context& ctx) { ResidualRmsNormBackward(dh, dw, dy, h, rstd, w, ctx); };
+         return
+             [=](const Context& ctx) { ResidualRmsNormBackward(dh, dw, dy, dh, h, rstd, w, ctx); };
        }});
   const std::string glu = absl::StrFormat("M%d F%d", kM, kF);
   cases->push_back({"swiglu", OpFamily::kActivation, "forward", glu, 0, [](Operands* o) -> Op {
@@ -255,17 +270,17 @@ struct MoeOperands {
         choice(o->I32({kM, kTopK})),
         row_of(o->I32({kM, kTopK})),
         source(o->I32({kM * kTopK})),
+        offsets(o->I64(std::initializer_list<int64_t>{0, 0, 0, 0, 0})),
         x(o->Normal({kM, kD})),
         rows(o->Out({kM * kTopK, kD})),
         y(o->Out({kM, kD})) {}
   void Forward(const Context& ctx) const {
-    int64_t offsets[kExperts + 1];
     MoeRouteForward(probs, choice, weight, logits, /*renormalize=*/false, ctx);
-    MoeSort(row_of, source, offsets, choice, kExperts, ctx);
+    MoeSort(row_of, source, offsets, choice, ctx);
     MoePermute(rows, x, source, kTopK, ctx);
     MoeCombine(y, rows, weight, row_of, ctx);
   }
-  Tensor logits, probs, weight, choice, row_of, source, x, rows, y;
+  Tensor logits, probs, weight, choice, row_of, source, offsets, x, rows, y;
 };
 
 void AddMoe(std::vector<Case>* cases) {
@@ -274,20 +289,20 @@ void AddMoe(std::vector<Case>* cases) {
                       const MoeOperands moe(o);
                       return [=](const Context& ctx) { moe.Forward(ctx); };
                     }});
-  cases->push_back(
-      {"moe", OpFamily::kMoe, "backward", shape, 0, [](Operands* o) -> Op {
-         const MoeOperands moe(o);
-         auto dy = o->Normal({kM, kD}), dx = o->Out({kM, kD}), d_rows = o->Out({kM * kTopK, kD}),
-              d_weight = o->Out({kM, kTopK}), d_logits = o->Out({kM, kExperts});
-         return [=, ready = std::make_shared<bool>(false)](const Context& ctx) {
-           if (!*ready) moe.Forward(ctx);
-           *ready = true;
-           MoeCombineBackward(d_rows, d_weight, dy, moe.rows, moe.weight, moe.row_of, ctx);
-           MoePermuteBackward(dx, d_rows, moe.row_of, /*accumulate=*/false, ctx);
-           MoeRouteBackward(d_logits, d_weight, Tensor(), 0, moe.probs, moe.choice, moe.weight,
-                            moe.logits, /*renormalize=*/false, ctx);
-         };
-       }});
+  cases->push_back({"moe", OpFamily::kMoe, "backward", shape, 0, [](Operands* o) -> Op {
+                      const MoeOperands moe(o);
+                      auto dy = o->Normal({kM, kD}), dx = o->Out({kM, kD}),
+                           d_rows = o->Out({kM * kTopK, kD}), d_weight = o->Out({kM, kTopK}),
+                           d_logits = o->Out({kM, kExperts});
+                      return [=, ready = std::make_shared<bool>(false)](const Context& ctx) {
+                        if (!*ready) moe.Forward(ctx);
+                        *ready = true;
+                        MoePermute(d_rows, dy, moe.source, kTopK, ctx);
+                        MoePermuteBackward(dx, d_rows, moe.row_of, /*accumulate=*/false, ctx);
+                        MoeRouteBackward(d_logits, d_weight, Tensor(), 0, moe.probs, moe.choice,
+                                         moe.weight, moe.logits, /*renormalize=*/false, ctx);
+                      };
+                    }});
 }
 
 void AddVocabulary(std::vector<Case>* cases) {
@@ -295,28 +310,35 @@ void AddVocabulary(std::vector<Case>* cases) {
   cases->push_back({"embedding", OpFamily::kEmbedding, "forward", embed, 0, [](Operands* o) -> Op {
                       auto y = o->Out({kM, kD}), ids = o->Ids({kM}, kVocabWide);
                       auto table = o->Uncounted({kVocabWide, kD});
-                      return [=](const Context& ctx) { EmbeddingForward(y, ids, table, ctx); };
+                      return [=](const Context& ctx) {
+                        EmbeddingForward(y, ids, table, WholeVocabulary(kVocabWide), ctx);
+                      };
                     }});
   cases->push_back({"embedding", OpFamily::kEmbedding, "backward", embed, 0, [](Operands* o) -> Op {
                       auto dy = o->Normal({kM, kD}), ids = o->Ids({kM}, kVocabWide);
                       auto dtable = o->Uncounted({kVocabWide, kD});
-                      return [=](const Context& ctx) { EmbeddingBackward(dtable, dy, ids, ctx); };
+                      return [=](const Context& ctx) {
+                        EmbeddingBackward(dtable, dy, ids, WholeVocabulary(kVocabWide), ctx);
+                      };
                     }});
   for (int64_t v : {kV, int64_t{16384}}) {
     const std::string shape = absl::StrFormat("M%d V%d", kM, v);
-    cases->push_back(
-        {"cross_entropy", OpFamily::kLoss, "forward", shape, 0, [v](Operands* o) -> Op {
-           auto losses = o->Out({kM}), logits = o->Normal({kM, v}), ids = o->Ids({kM}, v);
-           return
-               [=](const Context& ctx) { CrossEntropy(losses, Tensor(), logits, ids, 1.0, ctx); };
-         }});
-    cases->push_back(
-        {"cross_entropy", OpFamily::kLoss, "backward", shape, 0, [v](Operands* o) -> Op {
-           auto losses = o->Out({kM}), logits = o->Normal({kM, v}), ids = o->Ids({kM}, v),
-                d_logits = o->Out({kM, v});
-           return
-               [=](const Context& ctx) { CrossEntropy(losses, d_logits, logits, ids, 1.0, ctx); };
-         }});
+    for (const bool backward : {false, true}) {
+      cases->push_back({"cross_entropy", OpFamily::kLoss, backward ? "backward" : "forward", shape,
+                        0, [v, backward](Operands* o) -> Op {
+                          auto losses = o->Out({kM}), logits = o->Normal({kM, v}),
+                               ids = o->Ids({kM}, v), max = o->Out({kM}), picked = o->Out({kM}),
+                               sum = o->F64({kM}), scale = o->F64({1});
+                          const Tensor d_logits = backward ? o->Out({kM, v}) : Tensor();
+                          return [=](const Context& ctx) {
+                            const VocabularySlice slice = WholeVocabulary(v);
+                            CrossEntropyMax(max, logits, slice, ctx);
+                            CrossEntropySum(sum, picked, max, logits, ids, slice, ctx);
+                            CrossEntropyFinish(losses, d_logits, max, sum, picked, logits, ids,
+                                               slice, scale, ctx);
+                          };
+                        }});
+    }
   }
 }
 
@@ -326,19 +348,20 @@ void AddOptimizer(std::vector<Case>* cases) {
   cases->push_back({"adamw", OpFamily::kOptimizer, "update", shape, 0, [](Operands* o) -> Op {
                       auto w = o->Normal({kParams}), m = o->Out({kParams}), v = o->Out({kParams}),
                            grad = o->Normal({kParams});
-                      const AdamWStep step = {.lr = 1e-3,
-                                              .beta1 = 0.9,
-                                              .beta2 = 0.95,
-                                              .eps = 1e-8,
-                                              .weight_decay = 0.1,
-                                              .step = 1,
-                                              .grad_scale = 1};
-                      return [=](const Context& ctx) { AdamW(w, m, v, grad, step, ctx); };
+                      auto control = o->F64({kAdamWControlSize});
+                      double* c = control.data<double>();
+                      c[kAdamWApplied] = c[kAdamWGradScale] = c[kAdamWRootScale] = 1;
+                      c[kAdamWStepSize] = 1e-3;
+                      auto decay = o->I64({0, kParams}).View({1, 2});
+                      const AdamWSettings settings = {.lr = 1e-3, .weight_decay = 0.1};
+                      return [=](const Context& ctx) {
+                        AdamW(w, w, m, v, grad, decay, control, settings, ctx);
+                      };
                     }});
   cases->push_back(
       {"sum_of_squares", OpFamily::kOptimizer, "update", shape, 0, [](Operands* o) -> Op {
-         auto x = o->Normal({kParams});
-         return [=](const Context& ctx) { SumOfSquares(x, ctx); };
+         auto x = o->Normal({kParams}), sum = o->F64({1});
+         return [=](const Context& ctx) { AddSumOfSquares(sum, x, ctx); };
        }});
 }
 

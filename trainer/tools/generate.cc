@@ -65,7 +65,7 @@ absl::StatusOr<GenerateStats> Generate(InferenceModel* model, const std::vector<
   KRAIT_RETURN_IF_ERROR(CheckSampling(options));
   KRAIT_CHECK(!prompt.empty() && vocab <= model->config().model.vocab_size);
   const auto prompt_size = static_cast<int64_t>(prompt.size());
-  std::unique_ptr<DecodeState> state;
+  std::unique_ptr<SequenceState> state;
   const Context ctx = model->ForDecode({.batch = 1, .seq_len = std::min(kPromptChunk, prompt_size)},
                                        prompt_size + tokens, &state);
   std::vector<float> logits(static_cast<size_t>(model->config().model.vocab_size));

@@ -8,10 +8,9 @@ namespace krait {
 
 std::unique_ptr<Weights> NewWeights(const ParamTable* table, std::unique_ptr<Arena>* arena) {
   Arena measure("weights");
-  const Weights sizes(table, DType::kF32, Device::kCpu, /*with_grad=*/false, &measure, nullptr);
+  const Weights sizes(table, Placement(), /*with_grad=*/false, &measure, nullptr);
   *arena = std::make_unique<Arena>("weights", Device::kCpu, measure.high_water());
-  return std::make_unique<Weights>(table, DType::kF32, Device::kCpu, /*with_grad=*/false,
-                                   arena->get(), nullptr);
+  return std::make_unique<Weights>(table, Placement(), /*with_grad=*/false, arena->get(), nullptr);
 }
 
 absl::StatusOr<std::unique_ptr<InferenceModel>> InferenceModel::Load(const std::string& path,
@@ -33,42 +32,58 @@ absl::StatusOr<std::unique_ptr<InferenceModel>> InferenceModel::Load(const std::
   return loaded;
 }
 
-Context InferenceModel::ForEvaluate(PassShape shape) {
-  Arena measure("scratch");
-  Arena batch("batch");
+Evaluator InferenceModel::ForEvaluate(PassShape shape) {
+  const Placement placement = weights_->placement();
+  Arena measure("scratch", placement.device), batches("batch", placement.device);
   Context ctx;
+  ctx.device = placement.device;
   ctx.planning = true;
   ctx.scratch = &measure;
-  const auto ids = [&] { return batch.Alloc(DType::kI32, {shape.batch, shape.seq_len}); };
-  model_->Evaluate({.shape = shape, .tokens = ids(), .targets = ids(), .doc_start = ids()}, ctx);
-  scratch_ = std::make_unique<Arena>("scratch", Device::kCpu, measure.high_water());
+  const auto take_sums = [&](Arena* arena) {
+    return arena->Alloc(DType::kF64, {model_->SumsSize()});
+  };
+  PassBatch(placement.device, shape.batch, shape.seq_len, &batches);
+  const Tensor planned_sums = take_sums(&batches);
+  Arena planned_batch("batch", placement.device);
+  model_->Evaluate(PassBatch::Planned(shape.batch, shape.seq_len, &planned_batch), planned_sums,
+                   ctx);
+  scratch_ = std::make_unique<Arena>("scratch", placement.device, measure.high_water());
+  batch_arena_ = std::make_unique<Arena>("batch", placement.device, batches.high_water());
   ctx.planning = false;
   ctx.scratch = scratch_.get();
-  return ctx;
+  const PassBatch batch(placement.device, shape.batch, shape.seq_len, batch_arena_.get());
+  return {model_.get(), batch, take_sums(batch_arena_.get()), ctx};
 }
 
 Context InferenceModel::ForDecode(PassShape shape, int64_t max_tokens,
-                                  std::unique_ptr<DecodeState>* state) {
-  Arena measure("scratch"), measured_state("decoding state"), batch("batch");
+                                  std::unique_ptr<SequenceState>* state) {
+  const Placement placement = weights_->placement();
+  Arena measure("scratch", placement.device), measured_state("decoding state", placement.device);
+  Arena batch("batch", placement.device);
   Context ctx;
+  ctx.device = placement.device;
   ctx.planning = true;
   ctx.scratch = &measure;
-  const Tensor logits = batch.Alloc(DType::kF32, {shape.batch, config_.model.vocab_size});
+  const Tensor logits =
+      batch.Alloc(Wide(placement.compute), {shape.batch, config_.model.vocab_size});
+  const auto new_state = [&](Arena* arena) {
+    return model_->NewSequence(shape.batch, max_tokens, /*with_grad=*/false, arena, ctx);
+  };
   {
     // The largest pass comes last, behind a full cache.
-    auto planned = model_->NewDecodeState(shape.batch, max_tokens, &measured_state, ctx);
+    auto planned = new_state(&measured_state);
     for (int64_t done = 0; done < max_tokens;) {
       const int64_t tokens = std::min(shape.seq_len, max_tokens - done);
       model_->Decode(logits, batch.Alloc(DType::kI32, {shape.batch, tokens}), planned.get(), ctx);
       done += tokens;
     }
   }
-  scratch_ = std::make_unique<Arena>("scratch", Device::kCpu, measure.high_water());
+  scratch_ = std::make_unique<Arena>("scratch", placement.device, measure.high_water());
   state_arena_ =
-      std::make_unique<Arena>("decoding state", Device::kCpu, measured_state.high_water());
+      std::make_unique<Arena>("decoding state", placement.device, measured_state.high_water());
   ctx.planning = false;
   ctx.scratch = scratch_.get();
-  *state = model_->NewDecodeState(shape.batch, max_tokens, state_arena_.get(), ctx);
+  *state = new_state(state_arena_.get());
   return ctx;
 }
 

@@ -8,6 +8,7 @@
 #include "model/hybrid_model.h"
 #include "trainer/checkpoint/checkpoint.h"
 #include "trainer/config/config.h"
+#include "trainer/train/evaluate.h"
 
 namespace krait {
 
@@ -23,10 +24,10 @@ class InferenceModel {
   const Weights& weights() const { return *weights_; }
   HybridModel& model() { return *model_; }
 
-  // A context whose scratch memory suffices for passes of up to `shape` by Evaluate, or by Decode
-  // (one after another, of one state for `max_tokens`). Valid until the next call.
-  Context ForEvaluate(PassShape shape);
-  Context ForDecode(PassShape shape, int64_t max_tokens, std::unique_ptr<DecodeState>* state);
+  // What passes of up to `shape` by EvaluateStored need, or a context for Decode (one pass after
+  // another, of one sequence state for `max_tokens`). Valid until the next call.
+  Evaluator ForEvaluate(PassShape shape);
+  Context ForDecode(PassShape shape, int64_t max_tokens, std::unique_ptr<SequenceState>* state);
 
  private:
   InferenceModel() = default;
@@ -34,7 +35,7 @@ class InferenceModel {
   RunConfig config_;
   Checkpoint checkpoint_;
   std::unique_ptr<ParamTable> table_;
-  std::unique_ptr<Arena> weight_arena_, scratch_, state_arena_;
+  std::unique_ptr<Arena> weight_arena_, scratch_, state_arena_, batch_arena_;
   std::unique_ptr<Weights> weights_;
   std::unique_ptr<HybridModel> model_;
 };

@@ -8,6 +8,7 @@
 #include "absl/strings/str_join.h"
 #include "data/tokenizer.h"
 #include "kernels/base/file.h"
+#include "kernels/transfer.h"
 #include "model/hf.h"
 #include "trainer/tools/inference.h"
 #include "trainer/train/optimizer_state.h"
@@ -46,9 +47,10 @@ absl::StatusOr<ModelSpec> ReadHfSpec(const std::string& folder) {
 }
 
 absl::Status LoadHfWeights(const SafetensorsReader& reader, const ModelSpec& spec,
-                           const Weights& weights) {
+                           const ParamTable& table, const std::function<Tensor(int)>& target,
+                           const Context& ctx) {
   const auto& entries = reader.entries();
-  const auto& params = weights.table().params();
+  const auto& params = table.params();
   ErrorList errors;
   std::vector<std::string> missing, unknown;
   std::set<std::string> used;
@@ -86,9 +88,10 @@ absl::Status LoadHfWeights(const SafetensorsReader& reader, const ModelSpec& spe
   }
   KRAIT_RETURN_IF_ERROR(errors.ToStatus());
   for (size_t p = 0; p < params.size(); ++p) {
-    const Tensor target = weights.Param(static_cast<int>(p));
+    std::vector<float> values(static_cast<size_t>(params[p].numel()));
     KRAIT_RETURN_IF_ERROR(
-        reader.ReadF32(sources[p].name, sources[p].begin, params[p].numel(), target.data<float>()));
+        reader.ReadF32(sources[p].name, sources[p].begin, params[p].numel(), values.data()));
+    Upload(target(static_cast<int>(p)), values.data(), ctx);
   }
   return absl::OkStatus();
 }
@@ -107,7 +110,8 @@ absl::Status ImportHf(const ImportOptions& options) {
   const ParamTable table(config.model);
   std::unique_ptr<Arena> arena;
   const std::unique_ptr<Weights> weights = NewWeights(&table, &arena);
-  KRAIT_RETURN_IF_ERROR(LoadHfWeights(*reader, config.model, *weights));
+  KRAIT_RETURN_IF_ERROR(LoadHfWeights(
+      *reader, config.model, table, [&](int p) { return weights->Param(p); }, Context()));
 
   CheckpointMeta meta;
   meta.config_yaml = config.ToYaml();

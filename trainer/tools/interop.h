@@ -6,6 +6,7 @@
 #define KRAIT_TRAINER_TOOLS_INTEROP_H_
 
 #include <cstdint>
+#include <functional>
 #include <string>
 
 #include "kernels/base/dtype.h"
@@ -18,10 +19,11 @@ namespace krait {
 // The model of FOLDER/config.json. kConfig for what Krait cannot compute.
 absl::StatusOr<ModelSpec> ReadHfSpec(const std::string& folder);
 
-// Fills `weights` (f32) from published tensors. kNoCheckpoint with every tensor that is missing,
-// unknown or of another shape.
+// Fills target(p), f32, for every parameter p of the table from the published tensors.
+// kNoCheckpoint with every tensor that is missing, unknown or of another shape.
 absl::Status LoadHfWeights(const SafetensorsReader& reader, const ModelSpec& spec,
-                           const Weights& weights);
+                           const ParamTable& table, const std::function<Tensor(int)>& target,
+                           const Context& ctx);
 
 struct ImportOptions {
   std::string hf;         // folder

@@ -5,6 +5,7 @@
 
 #include "absl/strings/str_format.h"
 #include "kernels/base/safetensors.h"
+#include "kernels/transfer.h"
 #include "trainer/tools/interop.h"
 #include "trainer/train/trainer.h"
 
@@ -115,18 +116,15 @@ struct NamedValues {
 // Collects the probe's tensors; chunks of rows, and passes, follow one another.
 class ForwardValues {
  public:
-  ForwardValues(const ModelSpec& spec, const TokenBatch& batch) : spec_(spec), batch_(batch) {}
+  ForwardValues(const ModelSpec& spec, const TokenBatch& batch, const Context& ctx)
+      : spec_(spec), batch_(batch), ctx_(ctx) {}
 
   ProbeSink Sink() {
     return {[this](const std::string& name, Tensor value) {
       if (!values_.contains(name)) order_.push_back(name);
       std::vector<float>& out = values_[name];
-      const int64_t rows = value.rows(), columns = value.dim(-1);
-      const float* data = value.data<float>();
-      for (int64_t r = 0; r < rows; ++r) {
-        out.insert(out.end(), data + r * value.row_stride(),
-                   data + r * value.row_stride() + columns);
-      }
+      const std::vector<float> values = DownloadFloats(value, ctx_);
+      out.insert(out.end(), values.begin(), values.end());
     }};
   }
 
@@ -142,6 +140,7 @@ class ForwardValues {
  private:
   const ModelSpec& spec_;
   const TokenBatch& batch_;
+  const Context& ctx_;
   std::vector<std::string> order_;
   std::map<std::string, std::vector<float>> values_;
 };
@@ -181,8 +180,11 @@ absl::Status RunProbe(const ProbeOptions& options) {
 
   Trainer trainer(config);
   const ParamTable& table = trainer.weights().table();
-  KRAIT_RETURN_IF_ERROR(LoadHfWeights(reader, config.model, trainer.weights()));
-  ForwardValues forward(trainer.config().model, batches.forward);
+  KRAIT_RETURN_IF_ERROR(LoadHfWeights(
+      reader, config.model, table, [&](int p) { return trainer.optimizer().Master(p); },
+      trainer.ctx()));
+  trainer.Loaded();
+  ForwardValues forward(trainer.config().model, batches.forward, trainer.ctx());
   const ProbeSink sink = forward.Sink();
   const StepReport first = trainer.Gradients(batches.forward, &sink);
 
@@ -196,7 +198,7 @@ absl::Status RunProbe(const ProbeOptions& options) {
   }
   for (size_t p = 0; p < table.params().size(); ++p) {
     const Tensor grad = trainer.weights().ParamGrad(static_cast<int>(p));
-    KRAIT_RETURN_IF_ERROR(writer->Write(grad.raw(), grad.bytes()));
+    KRAIT_RETURN_IF_ERROR(WriteFloats(&*writer, DownloadFloats(grad, trainer.ctx())));
   }
   if (options.steps > 0) {
     std::vector<float> losses, norms;
@@ -208,8 +210,8 @@ absl::Status RunProbe(const ProbeOptions& options) {
     KRAIT_RETURN_IF_ERROR(WriteFloats(&*writer, losses));
     KRAIT_RETURN_IF_ERROR(WriteFloats(&*writer, norms));
     for (size_t p = 0; p < table.params().size(); ++p) {
-      const Tensor weight = trainer.weights().Param(static_cast<int>(p));
-      KRAIT_RETURN_IF_ERROR(writer->Write(weight.raw(), weight.bytes()));
+      const Tensor weight = trainer.optimizer().Master(static_cast<int>(p));
+      KRAIT_RETURN_IF_ERROR(WriteFloats(&*writer, DownloadFloats(weight, trainer.ctx())));
     }
   }
   return writer->Finish();

@@ -4,44 +4,29 @@
 #include <numbers>
 #include <string>
 
+#include "kernels/activation.h"
+#include "kernels/transfer.h"
+
 namespace krait {
-namespace {
-
-Tensor Rows(const std::vector<int32_t>& values, int64_t first, int64_t count, int64_t seq_len) {
-  KRAIT_CHECK((first + count) * seq_len <= static_cast<int64_t>(values.size()));
-  // A view is not const; ops do not write to tokens.
-  int32_t* data = const_cast<int32_t*>(values.data()) + first * seq_len;
-  return Tensor(data, DType::kI32, Device::kCpu, {count, seq_len});
-}
-
-}  // namespace
-
-Batch PassOf(const TokenBatch& batch, int64_t first, int64_t count) {
-  return {.shape = {.batch = count, .seq_len = batch.seq_len},
-          .tokens = Rows(batch.tokens, first, count, batch.seq_len),
-          .targets = Rows(batch.targets, first, count, batch.seq_len),
-          .doc_start = Rows(batch.doc_start, first, count, batch.seq_len)};
-}
-
-absl::StatusOr<EvalResult> EvaluateStored(HybridModel* model, const Dataset& data,
-                                          int64_t sequences, int64_t micro_batch,
-                                          const Context& ctx) {
+absl::StatusOr<EvalResult> EvaluateStored(const Evaluator& evaluator, const Dataset& data,
+                                          int64_t sequences, int64_t micro_batch) {
+  const Context& ctx = evaluator.ctx;
   EvalResult result;
   result.sequences = std::min(sequences, data.sequences());
   TokenBatch rows;
-  double sum = 0;
+  Fill(evaluator.sums, 0, ctx);
   for (int64_t first = 0; first < result.sequences; first += micro_batch) {
     const int64_t count = std::min(micro_batch, result.sequences - first);
     KRAIT_RETURN_IF_ERROR(data.ReadStored(first, count, &rows));
-    const PassSums sums = model->Evaluate(PassOf(rows, 0, count), ctx);
-    sum += sums.cross_entropy;
-    result.targets += sums.targets;
+    evaluator.model->Evaluate(evaluator.batch.Of(rows, 0, count, ctx), evaluator.sums, ctx);
+    result.targets += rows.target_count;
   }
   if (result.targets == 0) {
     return Error(ExitCode::kData, data.files().front()->path() +
                                       ": nothing to evaluate: every token starts a document");
   }
-  result.loss = sum / static_cast<double>(result.targets);
+  result.loss = PassSumsOf(DownloadDoubles(evaluator.sums, ctx)).cross_entropy /
+                static_cast<double>(result.targets);
   return result;
 }
 

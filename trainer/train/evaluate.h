@@ -7,6 +7,7 @@
 
 #include "data/sampler.h"
 #include "model/hybrid_model.h"
+#include "trainer/train/pass_batch.h"
 
 namespace krait {
 
@@ -16,15 +17,19 @@ struct EvalResult {
   int64_t sequences = 0;
 };
 
-// Views of `count` rows of a host batch from row `first`, as a pass of the model.
-Batch PassOf(const TokenBatch& batch, int64_t first, int64_t count);
+// What evaluation runs with: a model, its context, and device memory for a pass and its sums.
+struct Evaluator {
+  HybridModel* model;
+  PassBatch batch;
+  Tensor sums;  // [HybridModel::SumsSize()] f64, overwritten
+  Context ctx;
+};
 
 // The first `sequences` sequences of `data` in stored order (all when there are fewer),
 // `micro_batch` of them per pass. Losses are summed in double in that order. kData when they have
 // no target.
-absl::StatusOr<EvalResult> EvaluateStored(HybridModel* model, const Dataset& data,
-                                          int64_t sequences, int64_t micro_batch,
-                                          const Context& ctx);
+absl::StatusOr<EvalResult> EvaluateStored(const Evaluator& evaluator, const Dataset& data,
+                                          int64_t sequences, int64_t micro_batch);
 
 // Bits per byte of a loss in nats per token: known for the byte tokenizer, whose tokens are bytes.
 std::optional<double> BitsPerByte(double loss, const std::string& tokenizer);

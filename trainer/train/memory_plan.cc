@@ -7,48 +7,48 @@
 #include "model/weights.h"
 #include "trainer/checkpoint/checkpoint_async.h"
 #include "trainer/train/optimizer_state.h"
+#include "trainer/train/pass_batch.h"
+#include "trainer/train/trainer.h"
 
 namespace krait {
 
 MemoryPlan PlanTraining(const RunConfig& config) {
   const ParamTable table(config.model);
-  Arena weight_arena("weights");
-  Arena grad_arena("gradients");
-  Arena optimizer_arena("optimizer");
-  Arena activation_arena("activations");
-  Arena scratch_arena("scratch");
-  Arena batch_arena("batches");
+  const Placement placement = PlacementOf(config);
+  Arena weight_arena("weights", placement.device);
+  Arena grad_arena("gradients", placement.device);
+  Arena optimizer_arena("optimizer", placement.device);
+  Arena activation_arena("activations", placement.device);
+  Arena scratch_arena("scratch", placement.device);
+  Arena scalar_arena("scalars", placement.device);
+  Arena batch_arena("batches", placement.device);
   Context ctx;
+  ctx.device = placement.device;
   ctx.scratch = &scratch_arena;
   ctx.planning = true;
 
-  const Weights weights(&table, DType::kF32, Device::kCpu, /*with_grad=*/true, &weight_arena,
-                        &grad_arena);
+  const Weights weights(&table, placement, /*with_grad=*/true, &weight_arena, &grad_arena);
   OptimizerState optimizer(&weights, config.optimizer, &optimizer_arena);
   HybridModel model(config.model, &weights, config.train.recompute);
+  const StepScalars scalars(model, &scalar_arena);
 
-  // The rows of a whole step are read at once; a pass is a slice of them. Evaluation reads the rows
-  // of one pass.
-  const int64_t columns = config.data.seq_len;
+  // On the CPU the rows of a whole step are read at once, a pass is a slice of them, and evaluation
+  // reads the rows of one pass. On CUDA these are in host memory, and the rows of a pass on the
+  // device.
   const int64_t pass_rows = config.train.micro_batch;
-  const int64_t step_rows = config.accumulation(/*data_ranks=*/1) * pass_rows;
-  const auto take = [&](int64_t rows) {
-    Batch batch;
-    batch.shape = {rows, columns};
-    batch.tokens = batch_arena.Alloc(DType::kI32, {rows, columns});
-    batch.targets = batch_arena.Alloc(DType::kI32, {rows, columns});
-    batch.doc_start = batch_arena.Alloc(DType::kI32, {rows, columns});
-    return batch;
-  };
-  take(step_rows);
-  const Batch batch = take(pass_rows);
+  if (placement.device == Device::kCpu) {
+    PassBatch::Planned(config.accumulation(/*data_ranks=*/1) * pass_rows, config.data.seq_len,
+                       &batch_arena);
+  }
+  const Batch batch = PassBatch::Planned(pass_rows, config.data.seq_len, &batch_arena);
 
   const std::unique_ptr<ActivationSet> activations =
       model.NewActivations(batch.shape, &activation_arena);
-  model.Forward(batch, /*loss_scale=*/1, activations.get(), ctx);
+  model.Forward(batch, scalars.loss_scale, scalars.sums, activations.get(), ctx);
   model.Backward(batch, /*aux_scale=*/1, activations.get(), ctx);
-  optimizer.Update(/*lr=*/0, /*grad_scale=*/1, /*step=*/1, ctx);
-  model.Evaluate(batch, ctx);
+  optimizer.Init(config.model, config.train.seed, ctx);
+  optimizer.Update(/*lr=*/0, scalars.sums, scalars.sum_of_squares, scalars.control, ctx);
+  model.Evaluate(batch, scalars.sums, ctx);
 
   MemoryPlan plan;
   plan.weights = weight_arena.high_water();
@@ -57,6 +57,7 @@ MemoryPlan PlanTraining(const RunConfig& config) {
   plan.activations = activation_arena.high_water();
   plan.scratch = scratch_arena.high_water();
   plan.batches = batch_arena.high_water();
+  plan.scalars = scalar_arena.high_water();
   if (config.checkpoint.async) {
     plan.staging = AsyncSaver::StagingBytes(StateBoxes(weights, &optimizer));
   }

@@ -17,10 +17,11 @@ struct MemoryPlan {
   int64_t optimizer = 0;    // exp_avg and exp_avg_sq (and fp32 masters where precision is not fp32)
   int64_t activations = 0;  // kept from forward to backward by one pass
   int64_t scratch = 0;      // temporaries of ops and sublayers
-  int64_t batches = 0;      // token batches
+  int64_t batches = 0;      // token batches of the host, or on CUDA those of a pass
+  int64_t scalars = 0;      // losses, norm and other numbers of a step
   int64_t staging = 0;      // copy of the state for asynchronous checkpoints
   int64_t total() const {
-    return weights + gradients + optimizer + activations + scratch + batches + staging;
+    return weights + gradients + optimizer + activations + scratch + batches + scalars + staging;
   }
 };
 

@@ -44,6 +44,7 @@ absl::Status Restore(const ResumeOptions& options, const std::string& fingerprin
   }
   const std::vector<CheckpointBox> boxes = trainer->Boxes();
   KRAIT_RETURN_IF_ERROR(LoadBoxes(checkpoint, boxes));
+  trainer->Loaded();
   trainer->state() = checkpoint.meta;
   return absl::OkStatus();
 }
@@ -59,7 +60,11 @@ absl::Status RestoreWeights(const Checkpoint& checkpoint, Trainer* trainer, cons
       notice(absl::StrFormat("%s: %s there, %s here", change.key, change.before, change.after));
     }
   }
-  return LoadBoxes(checkpoint, StateBoxes(trainer->weights(), nullptr));
+  std::vector<CheckpointBox> boxes = trainer->Boxes();
+  std::erase_if(boxes, [](const CheckpointBox& box) { return box.slot != "weight"; });
+  KRAIT_RETURN_IF_ERROR(LoadBoxes(checkpoint, boxes));
+  trainer->Loaded();
+  return absl::OkStatus();
 }
 
 // Sets checkpoints newer than `step` aside (never deletes them): the run continues on another path

@@ -197,8 +197,8 @@ absl::Status Run::Evaluate(int64_t step) {
   console_.Status("evaluating ...");
   const int64_t wanted = std::max<int64_t>(1, config_.evaluation.tokens / config_.data.seq_len);
   EvalResult result;
-  KRAIT_ASSIGN_OR_RETURN(result, EvaluateStored(&trainer_->model(), *validation_, wanted,
-                                                config_.train.micro_batch, trainer_->ctx()));
+  KRAIT_ASSIGN_OR_RETURN(result, EvaluateStored(trainer_->evaluator(), *validation_, wanted,
+                                                config_.train.micro_batch));
   const std::optional<double> bpb = BitsPerByte(result.loss, state().tokenizer);
   std::string line =
       absl::StrFormat("step %5d/%d | val loss %.4f", step, config_.train.steps, result.loss);

@@ -1,48 +1,70 @@
 #include "trainer/train/trainer.h"
 
 #include <algorithm>
-#include <cmath>
 
-#include "trainer/train/evaluate.h"
+#include "kernels/activation.h"
+#include "kernels/optimizer.h"
+#include "kernels/transfer.h"
 #include "trainer/train/schedule.h"
 
 namespace krait {
 
+StepScalars::StepScalars(const HybridModel& model, Arena* arena) {
+  const int64_t n = model.SumsSize();
+  all = arena->Alloc(DType::kF64, {n + 1 + kAdamWControlSize});
+  sums = all.Slice(0, 0, n);
+  sum_of_squares = all.Slice(0, n, 1);
+  control = all.Slice(0, n + 1, kAdamWControlSize);
+  loss_scale = arena->Alloc(DType::kF64, {1});
+}
+
 Trainer::Trainer(const RunConfig& config)
     : config_(config),
+      placement_(PlacementOf(config)),
       memory_(PlanTraining(config)),
       table_(config.model),
-      weight_arena_("weights", Device::kCpu, memory_.weights),
-      grad_arena_("gradients", Device::kCpu, memory_.gradients),
-      optimizer_arena_("optimizer", Device::kCpu, memory_.optimizer),
-      activation_arena_("activations", Device::kCpu, memory_.activations),
-      scratch_arena_("scratch", Device::kCpu, memory_.scratch),
-      weights_(&table_, DType::kF32, Device::kCpu, /*with_grad=*/true, &weight_arena_,
-               &grad_arena_),
+      weight_arena_("weights", placement_.device, memory_.weights),
+      grad_arena_("gradients", placement_.device, memory_.gradients),
+      optimizer_arena_("optimizer", placement_.device, memory_.optimizer),
+      activation_arena_("activations", placement_.device, memory_.activations),
+      scratch_arena_("scratch", placement_.device, memory_.scratch),
+      scalar_arena_("scalars", placement_.device, memory_.scalars),
+      batch_arena_("batches", placement_.device, memory_.batches),
+      weights_(&table_, placement_, /*with_grad=*/true, &weight_arena_, &grad_arena_),
       optimizer_(&weights_, config.optimizer, &optimizer_arena_),
       model_(config.model, &weights_, config.train.recompute),
-      activations_(
-          model_.NewActivations({.batch = config.train.micro_batch, .seq_len = config.data.seq_len},
-                                &activation_arena_)) {
+      activations_(model_.NewActivations(
+          {.batch = config.train.micro_batch, .seq_len = config.data.seq_len}, &activation_arena_)),
+      scalars_(model_, &scalar_arena_),
+      pass_batch_(placement_.device, config.train.micro_batch, config.data.seq_len, &batch_arena_) {
+  ctx_.device = placement_.device;
   ctx_.scratch = &scratch_arena_;
   ctx_.deterministic = config.train.deterministic;
 }
 
 StepReport Trainer::Step(const TokenBatch& batch) {
-  StepReport report = Gradients(batch);
-  report.grad_norm = optimizer_.GradNorm(ctx_);
-  report.step = ++state_.step;
-  report.lr =
-      LearningRate(config_.schedule, config_.optimizer.lr, state_.step, config_.train.steps);
+  const double lr =
+      LearningRate(config_.schedule, config_.optimizer.lr, state_.step + 1, config_.train.steps);
+  const auto applied = static_cast<double>(state_.adam_steps);
+  Upload(scalars_.control.Slice(0, kAdamWSteps, 1), &applied, ctx_);
+  RunPasses(batch, nullptr);
+  optimizer_.Update(lr, scalars_.sums.Slice(0, 0, kSumImbalance), scalars_.sum_of_squares,
+                    scalars_.control, ctx_);
 
-  report.was_skipped = !std::isfinite(report.total_loss) || !std::isfinite(report.grad_norm);
+  // The one read of a step.
+  const std::vector<double> scalars = DownloadDoubles(scalars_.all, ctx_);
+  const double* control = scalars.data() + scalars.size() - kAdamWControlSize;
+  StepReport report = ReportOf(batch, scalars);
+  report.grad_norm = control[kAdamWNorm];
+  report.step = ++state_.step;
+  report.lr = lr;
+  report.was_skipped = control[kAdamWApplied] == 0;
   if (report.was_skipped) {
     ++state_.skipped;
     ++state_.skipped_in_row;
   } else {
+    ++state_.adam_steps;
     state_.skipped_in_row = 0;
-    const double clip = ClipFactor(config_.optimizer.clip, report.grad_norm);
-    optimizer_.Update(report.lr, clip, ++state_.adam_steps, ctx_);
   }
   state_.sequences += batch.sequences;
   state_.tokens += batch.sequences * batch.seq_len;
@@ -54,35 +76,39 @@ StepReport Trainer::Step(const TokenBatch& batch) {
 }
 
 StepReport Trainer::Gradients(const TokenBatch& batch, const ProbeSink* probe) {
+  RunPasses(batch, probe);
+  return ReportOf(batch, DownloadDoubles(scalars_.all, ctx_));
+}
+
+void Trainer::RunPasses(const TokenBatch& batch, const ProbeSink* probe) {
   const int64_t micro_batch = config_.train.micro_batch;
   KRAIT_CHECK(batch.sequences > 0 && batch.sequences % micro_batch == 0);
   const auto passes = static_cast<double>(batch.sequences / micro_batch);
-  const auto targets = static_cast<double>(std::max<int64_t>(batch.target_count, 1));
-
-  weights_.ZeroGrad();
-  PassSums step;
+  const double loss_scale = 1 / static_cast<double>(std::max<int64_t>(batch.target_count, 1));
+  Upload(scalars_.loss_scale, &loss_scale, ctx_);
+  Fill(scalars_.sums, 0, ctx_);
   for (int64_t first = 0; first < batch.sequences; first += micro_batch) {
-    const Batch pass = PassOf(batch, first, micro_batch);
-    const PassSums sums = model_.Forward(pass, 1 / targets, activations_.get(), ctx_, probe);
+    const Batch pass = pass_batch_.Of(batch, first, micro_batch, ctx_);
+    weights_.BeginPass(ctx_, first == 0, first + micro_batch == batch.sequences);
+    model_.Forward(pass, scalars_.loss_scale, scalars_.sums, activations_.get(), ctx_, probe);
     model_.Backward(pass, 1 / passes, activations_.get(), ctx_);
-    step.cross_entropy += sums.cross_entropy;
-    step.aux_loss += sums.aux_loss;
-    step.z_loss += sums.z_loss;
-    step.imbalance.resize(sums.imbalance.size());
-    for (size_t j = 0; j < sums.imbalance.size(); ++j) step.imbalance[j] += sums.imbalance[j];
   }
+}
 
+StepReport Trainer::ReportOf(const TokenBatch& batch, const std::vector<double>& scalars) const {
+  const auto passes = static_cast<double>(batch.sequences / config_.train.micro_batch);
+  const PassSums sums = PassSumsOf(scalars);
   StepReport report;
   report.steps = config_.train.steps;
   report.has_moe = config_.model.Has(SublayerKind::kMoe);
-  report.loss = step.cross_entropy / targets;
-  report.aux_loss = step.aux_loss / passes;
+  report.loss = sums.cross_entropy / static_cast<double>(std::max<int64_t>(batch.target_count, 1));
+  report.aux_loss = sums.aux_loss / passes;
   report.total_loss = report.loss + config_.model.moe.aux_loss * report.aux_loss +
-                      config_.model.moe.z_loss * step.z_loss / passes;
+                      config_.model.moe.z_loss * sums.z_loss / passes;
   size_t j = 0;
   for (const Sublayer& sublayer : config_.model.sublayers) {
     if (sublayer.kind != SublayerKind::kMoe) continue;
-    report.imbalance.emplace_back(sublayer.layer, step.imbalance.at(j++) / passes);
+    report.imbalance.emplace_back(sublayer.layer, sums.imbalance.at(j++) / passes);
   }
   return report;
 }

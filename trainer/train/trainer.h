@@ -15,10 +15,21 @@
 #include "trainer/checkpoint/checkpoint.h"
 #include "trainer/config/config.h"
 #include "trainer/report/step_report.h"
+#include "trainer/train/evaluate.h"
 #include "trainer/train/memory_plan.h"
 #include "trainer/train/optimizer_state.h"
+#include "trainer/train/pass_batch.h"
 
 namespace krait {
+
+// The numbers of a step that stay on the device until its end: one f64 vector, read once.
+struct StepScalars {
+  StepScalars(const HybridModel& model, Arena* arena);
+  Tensor all;
+  // Parts of it: the sums of the passes (HybridModel), the squared norm, AdamW's control.
+  Tensor sums, sum_of_squares, control;
+  Tensor loss_scale;  // [1]
+};
 
 // Not thread-safe: one thread drives it.
 class Trainer {
@@ -27,7 +38,9 @@ class Trainer {
   explicit Trainer(const RunConfig& config);
 
   // Fresh weights by the model's init scheme and the run's seed.
-  void Init() { weights_.Init(config_.model, config_.train.seed); }
+  void Init() { optimizer_.Init(config_.model, config_.train.seed, ctx_); }
+  // After the boxes were loaded.
+  void Loaded() { optimizer_.MastersToWeights(ctx_); }
 
   // One optimizer step over all rows of `batch`, in passes of train.micro_batch rows. Advances
   // step, sequences and tokens. When loss or gradient is not finite, weights, moments and the Adam
@@ -42,6 +55,9 @@ class Trainer {
   // Everything a checkpoint holds, as boxes into live memory.
   std::vector<CheckpointBox> Boxes() const { return StateBoxes(weights_, &optimizer_); }
 
+  // Evaluates the weights as they are, in passes of train.micro_batch rows.
+  Evaluator evaluator() { return {&model_, pass_batch_, scalars_.sums, ctx_}; }
+
   const RunConfig& config() const { return config_; }
   CheckpointMeta& state() { return state_; }
   const Weights& weights() const { return weights_; }
@@ -51,14 +67,23 @@ class Trainer {
   Context& ctx() { return ctx_; }
 
  private:
+  // Forward and backward of the whole batch, enqueued: gradients and the sums of its passes.
+  void RunPasses(const TokenBatch& batch, const ProbeSink* probe);
+  // The losses of the batch, from downloaded sums.
+  StepReport ReportOf(const TokenBatch& batch, const std::vector<double>& scalars) const;
+
   RunConfig config_;
+  Placement placement_;
   MemoryPlan memory_;
   ParamTable table_;
   Arena weight_arena_, grad_arena_, optimizer_arena_, activation_arena_, scratch_arena_;
+  Arena scalar_arena_, batch_arena_;
   Weights weights_;
   OptimizerState optimizer_;
   HybridModel model_;
   std::unique_ptr<ActivationSet> activations_;
+  StepScalars scalars_;
+  PassBatch pass_batch_;
   Context ctx_;
   CheckpointMeta state_;
 };
