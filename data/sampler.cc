@@ -105,10 +105,15 @@ absl::Status Dataset::ReadRow(int source, int64_t sequence, int64_t row, TokenBa
 }
 
 absl::Status Dataset::ReadTraining(int64_t first, int64_t count, TokenBatch* batch) const {
-  Prepare(count, batch);
-  for (int64_t row = 0; row < count; ++row) {
-    const SequenceRef ref = At(first + row);
-    KRAIT_RETURN_IF_ERROR(ReadRow(ref.source, ref.sequence, row, batch));
+  return ReadTraining(first, /*passes=*/1, /*stride=*/count, /*rows=*/count, batch);
+}
+
+absl::Status Dataset::ReadTraining(int64_t first, int64_t passes, int64_t stride, int64_t rows,
+                                   TokenBatch* batch) const {
+  Prepare(passes * rows, batch);
+  for (int64_t i = 0; i < passes * rows; ++i) {
+    const SequenceRef ref = At(first + i / rows * stride + i % rows);
+    KRAIT_RETURN_IF_ERROR(ReadRow(ref.source, ref.sequence, i, batch));
   }
   return absl::OkStatus();
 }

@@ -58,6 +58,10 @@ class Dataset {
   SequenceRef At(int64_t q) const;
   // Rows for positions [first, first + count), in order.
   absl::Status ReadTraining(int64_t first, int64_t count, TokenBatch* batch) const;
+  // Rows for positions [first + k * stride, first + k * stride + rows) for k = 0 ... passes - 1: a
+  // rank's own rows of each pass of a step, and nothing of what the others read.
+  absl::Status ReadTraining(int64_t first, int64_t passes, int64_t stride, int64_t rows,
+                            TokenBatch* batch) const;
   // Rows for stored order: sequences [first, first+count) of the concatenation of all sources
   // (evaluation), first + count <= sequences(), their number.
   absl::Status ReadStored(int64_t first, int64_t count, TokenBatch* batch) const;

@@ -222,6 +222,27 @@ TEST_F(SamplerTest, BatchesDoNotDependOnHowTheyAreCut) {
   }
 }
 
+// 3 passes of 2 rows on each of 2 data ranks: pass k of rank r is rows [4k + 2r, 4k + 2r + 2).
+TEST_F(SamplerTest, ARankReadsItsOwnRowsOfEachPass) {
+  const auto data = Open({{MakeFile("a", 1, 20, 300), 0.7}, {MakeFile("b", 2, 9, 100), 0.3}}, 32);
+  TokenBatch whole;
+  ASSERT_TRUE(data->ReadTraining(40, 12, &whole).ok());
+  int64_t targets = 0;
+  for (const int64_t rank : {0, 1}) {
+    TokenBatch own;
+    ASSERT_TRUE(
+        data->ReadTraining(40 + rank * 2, /*passes=*/3, /*stride=*/4, /*rows=*/2, &own).ok());
+    ASSERT_EQ(own.sequences, 6);
+    targets += own.target_count;
+    for (int64_t i = 0; i < 6 * 32; ++i) {
+      const int64_t row = i / 32 / 2 * 4 + rank * 2 + i / 32 % 2;
+      ASSERT_EQ(own.tokens[static_cast<size_t>(i)],
+                whole.tokens[static_cast<size_t>(row * 32 + i % 32)]);
+    }
+  }
+  EXPECT_EQ(targets, whole.target_count);
+}
+
 TEST_F(SamplerTest, AResumeReadsWhatTheWholeRunReads) {
   const std::vector<SourceSpec> sources = {{MakeFile("a", 1, 20, 300), 0.7},
                                            {MakeFile("b", 2, 9, 100), 0.3}};

@@ -50,7 +50,8 @@ class Run {
 
   const RunConfig& config_;
   const TrainOptions& options_;
-  RunLock lock_;
+  const Mesh mesh_;  // a single rank
+  RunLock lock_;     // rank 0's
   StopSignals signals_;
   Console console_;
   std::optional<MetricsLog> metrics_;
@@ -81,7 +82,9 @@ absl::Status Run::Open() {
   KRAIT_RETURN_IF_ERROR(errors.ToStatus());
 
   KRAIT_RETURN_IF_ERROR(MakeDirectories(config_.run_dir, ExitCode::kCannotSave));
-  KRAIT_ASSIGN_OR_RETURN(lock_, RunLock::Acquire(config_.run_dir));
+  if (mesh_.rank == 0) {
+    KRAIT_ASSIGN_OR_RETURN(lock_, RunLock::Acquire(config_.run_dir));
+  }
   KRAIT_ASSIGN_OR_RETURN(console_, Console::Open(config_.run_dir + "/train.log"));
   trainer_ = std::make_unique<Trainer>(config_);
   absl::Status said;
@@ -140,12 +143,15 @@ absl::StatusOr<ExitCode> Run::Loop() {
   KRAIT_RETURN_IF_ERROR(WriteRunFolder());
   KRAIT_RETURN_IF_ERROR(Describe());
   start_ = Clock::now();
-  const int64_t rows = config_.accumulation(1) * config_.train.micro_batch;
+  // This rank's rows of each pass.
+  const int64_t rows = config_.train.micro_batch, pass_rows = rows * mesh_.data;
   TokenBatch batch;
   bool stop = false;
   while (state().step < steps && !stop) {
     const Clock::time_point begin = Clock::now();
-    KRAIT_RETURN_IF_ERROR(train_data_->ReadTraining(state().sequences, rows, &batch));
+    KRAIT_RETURN_IF_ERROR(train_data_->ReadTraining(state().sequences + mesh_.data_index() * rows,
+                                                    config_.accumulation(mesh_.data), pass_rows,
+                                                    rows, &batch));
     const StepReport report = trainer_->Step(batch);
     KRAIT_RETURN_IF_ERROR(Report(report, Seconds(begin)));
     if (report.skipped_in_row >= kMaxSkippedInRow) {
