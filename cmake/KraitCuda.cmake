@@ -1,7 +1,8 @@
 # The CUDA compiler and runtime (preset cuda), and the optional tools of the summary.
 #
 # nvcc is looked for in CMAKE_CUDA_COMPILER, CUDACXX, PATH and /usr/local/cuda, then among NVIDIA's
-# Python wheels (.venv of this checkout, the active Python).
+# Python wheels (.venv of this checkout, the active Python). Scripts find the answer as KRAIT_NVCC in
+# the cache of any build folder.
 set(krait_cuda_get "NVIDIA's apt repository (cuda-toolkit-13-0), or: python3 -m venv .venv && \
 .venv/bin/pip install 'cuda-toolkit[nvcc,cudart,crt,nvvm,cccl]==13.0.2'")
 
@@ -9,9 +10,9 @@ if(KRAIT_NVCC AND NOT EXISTS ${KRAIT_NVCC})
   unset(KRAIT_NVCC CACHE)
 endif()
 if(DEFINED CMAKE_CUDA_COMPILER)
-  set(KRAIT_NVCC ${CMAKE_CUDA_COMPILER})
+  set(KRAIT_NVCC ${CMAKE_CUDA_COMPILER} CACHE FILEPATH "nvcc" FORCE)
 elseif(DEFINED ENV{CUDACXX})
-  set(KRAIT_NVCC $ENV{CUDACXX})
+  set(KRAIT_NVCC $ENV{CUDACXX} CACHE FILEPATH "nvcc" FORCE)
 else()
   find_program(KRAIT_NVCC nvcc PATHS /usr/local/cuda/bin)
   foreach(python ${CMAKE_SOURCE_DIR}/.venv/bin/python3 python3)

@@ -5,6 +5,7 @@
 #include "kernels/activation.h"
 #include "kernels/attention.h"
 #include "kernels/gemm.h"
+#include "model/names.h"
 
 namespace krait {
 namespace {
@@ -34,7 +35,7 @@ AttentionSublayer::AttentionSublayer(const ModelSpec& spec, const LocalSizes& si
       kv_heads_(sizes.kv_heads),
       head_dim_(spec.attention.head_dim),
       rope_theta_(spec.attention.rope_theta) {
-  const std::string prefix = "model.layers." + std::to_string(layer) + ".self_attn.";
+  const std::string prefix = SublayerPrefix(SublayerKind::kAttention, layer);
   const int64_t q = heads_ * head_dim_;
   if (table.HasStorage(prefix + "qkv")) {
     parts_ = {{table.FindStorage(prefix + "qkv"), 0, width()}};

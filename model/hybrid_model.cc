@@ -11,15 +11,9 @@
 #include "kernels/linear_cross_entropy.h"
 #include "kernels/optimizer.h"
 #include "kernels/rms_norm.h"
+#include "model/names.h"
 
 namespace krait {
-namespace {
-
-bool IsMixer(SublayerKind kind) {
-  return kind == SublayerKind::kAttention || kind == SublayerKind::kMamba;
-}
-
-}  // namespace
 
 PassSums PassSumsOf(const std::vector<double>& sums) {
   return {.cross_entropy = sums.at(kSumCrossEntropy),
@@ -42,18 +36,16 @@ HybridModel::HybridModel(const ModelSpec& spec, const Weights* weights, Recomput
   const Mesh mesh = groups != nullptr ? groups->mesh : Mesh();
   const LocalSizes sizes = LocalSizesOf(spec, mesh);
   vocabulary_ = {sizes.first_vocab_row, sizes.vocab_rows, spec.vocab_size};
-  embedding_ = table.FindStorage("model.embed_tokens.weight");
-  final_norm_ = table.FindStorage("model.final_layernorm.weight");
-  head_ = spec.tie_embeddings ? embedding_ : table.FindStorage("lm_head.weight");
+  embedding_ = table.FindStorage(kEmbeddingName);
+  final_norm_ = table.FindStorage(kFinalNormName);
+  head_ = spec.tie_embeddings ? embedding_ : table.FindStorage(kHeadName);
   KRAIT_CHECK(range_.begin < range_.end && range_.end <= spec.sublayers.size());
   for (size_t s = range_.begin; s < range_.end; ++s) {
     const Sublayer& sublayer = spec.sublayers[s];
     sublayers_[s] =
         MakeSublayer(spec, sizes, table, static_cast<int>(s), static_cast<int>(moe_count_));
     moe_count_ += sublayer.kind == SublayerKind::kMoe ? 1 : 0;
-    norms_[s] = table.FindStorage(
-        "model.layers." + std::to_string(sublayer.layer) +
-        (IsMixer(sublayer.kind) ? ".input_layernorm.weight" : ".pre_ff_layernorm.weight"));
+    norms_[s] = table.FindStorage(NormName(sublayer.kind, sublayer.layer));
   }
   for (size_t i = 0; i < table.storages().size(); ++i) {
     const int storage = static_cast<int>(i), sublayer = table.storages()[i].sublayer;

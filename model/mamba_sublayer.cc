@@ -6,6 +6,7 @@
 #include "kernels/activation.h"
 #include "kernels/causal_conv1d.h"
 #include "kernels/gemm.h"
+#include "model/names.h"
 
 namespace krait {
 
@@ -67,7 +68,7 @@ MambaSublayer::MambaSublayer(const ModelSpec& spec, const LocalSizes& sizes,
       inner_norms_(spec.mamba.inner_norms),
       norm_eps_(spec.norm_eps) {
   const auto storage = [&](const char* name, bool present = true) {
-    const std::string prefix = "model.layers." + std::to_string(layer) + ".mamba.";
+    const std::string prefix = SublayerPrefix(SublayerKind::kMamba, layer);
     return present ? table.FindStorage(prefix + name) : -1;
   };
   in_proj_ = storage("in_proj.weight");

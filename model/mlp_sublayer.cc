@@ -4,6 +4,7 @@
 
 #include "kernels/gemm.h"
 #include "kernels/swiglu.h"
+#include "model/names.h"
 
 namespace krait {
 namespace {
@@ -17,7 +18,7 @@ struct MlpSaved : Saved {
 }  // namespace
 
 MlpSublayer::MlpSublayer(const ParamTable& table, int layer) {
-  const std::string prefix = "model.layers." + std::to_string(layer) + ".feed_forward.";
+  const std::string prefix = SublayerPrefix(SublayerKind::kMlp, layer);
   gate_up_ = table.FindStorage(prefix + "gate_up");
   down_ = table.FindStorage(prefix + "down_proj.weight");
 }

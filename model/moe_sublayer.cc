@@ -5,6 +5,7 @@
 #include "kernels/gemm.h"
 #include "kernels/moe.h"
 #include "kernels/swiglu.h"
+#include "model/names.h"
 
 namespace krait {
 namespace {
@@ -25,7 +26,7 @@ MoeSublayer::MoeSublayer(const ModelSpec& spec, const ParamTable& table, int lay
       top_k_(spec.moe.top_k),
       renormalize_(spec.moe.renormalize),
       moe_index_(moe_index) {
-  const std::string prefix = "model.layers." + std::to_string(layer) + ".feed_forward.";
+  const std::string prefix = SublayerPrefix(SublayerKind::kMoe, layer);
   router_ = table.FindStorage(prefix + "router.weight");
   gate_up_ = table.FindStorage(prefix + "experts.gate_up");
   down_ = table.FindStorage(prefix + "experts.down");

@@ -3,6 +3,7 @@
 #include <utility>
 
 #include "kernels/base/check.h"
+#include "model/names.h"
 
 namespace krait {
 namespace {
@@ -75,39 +76,32 @@ int64_t Param::numel() const { return Product(shape); }
 int64_t Storage::numel() const { return Product(shape); }
 
 ParamTable::ParamTable(const ModelSpec& spec, int64_t tensor) {
-  Param embedding =
-      ByVocabulary(Weight("model.embed_tokens.weight", {spec.vocab_size, spec.d_model}));
+  Param embedding = ByVocabulary(Weight(kEmbeddingName, {spec.vocab_size, spec.d_model}));
   // A tied one gets its first gradient from the head.
   AddOne(spec.tie_embeddings ? embedding : Zeroed(embedding), -1);
-  int previous_layer = -1;
   for (size_t s = 0; s < spec.sublayers.size(); ++s) {
     const Sublayer& sublayer = spec.sublayers[s];
     const int index = static_cast<int>(s);
-    const std::string layer = "model.layers." + std::to_string(sublayer.layer) + ".";
-    // The first sublayer of a layer is its mixer, the second its feed-forward.
-    const bool first = sublayer.layer != previous_layer;
-    previous_layer = sublayer.layer;
-    AddOne(
-        Norm(layer + (first ? "input_layernorm.weight" : "pre_ff_layernorm.weight"), spec.d_model),
-        index);
+    const std::string prefix = SublayerPrefix(sublayer.kind, sublayer.layer);
+    AddOne(Norm(NormName(sublayer.kind, sublayer.layer), spec.d_model), index);
     switch (sublayer.kind) {
       case SublayerKind::kAttention:
-        AddAttention(spec, tensor, layer + "self_attn.", index);
+        AddAttention(spec, tensor, prefix, index);
         break;
       case SublayerKind::kMamba:
-        AddMamba(spec, layer + "mamba.", index);
+        AddMamba(spec, prefix, index);
         break;
       case SublayerKind::kMlp:
-        AddMlp(spec, layer + "feed_forward.", index);
+        AddMlp(spec, prefix, index);
         break;
       case SublayerKind::kMoe:
-        AddMoe(spec, layer + "feed_forward.", index);
+        AddMoe(spec, prefix, index);
         break;
     }
   }
-  AddOne(Norm("model.final_layernorm.weight", spec.d_model), -1);
+  AddOne(Norm(kFinalNormName, spec.d_model), -1);
   if (!spec.tie_embeddings) {
-    AddOne(ByVocabulary(Weight("lm_head.weight", {spec.vocab_size, spec.d_model})), -1);
+    AddOne(ByVocabulary(Weight(kHeadName, {spec.vocab_size, spec.d_model})), -1);
   }
   for (const Storage& storage : storages_) {
     int64_t end = 0;

@@ -15,6 +15,10 @@ namespace krait {
 
 enum class SublayerKind : uint8_t { kAttention, kMamba, kMlp, kMoe };
 const char* Name(SublayerKind kind);  // "attention", "mamba", "mlp", "moe"
+// A layer is a mixer and a feed-forward.
+inline bool IsMixer(SublayerKind kind) {
+  return kind == SublayerKind::kAttention || kind == SublayerKind::kMamba;
+}
 
 struct Sublayer {
   SublayerKind kind;

@@ -14,7 +14,6 @@ namespace krait {
 enum class RandomPurpose : uint32_t {
   kInit = 1,  // weights; step = hash of the published name, index = element
   kDataShuffle = 2,
-  kDataMix = 3,
   kDocumentShuffle = 4,
   kSampling = 5,   // generation
   kSynthetic = 6,  // bench and test inputs

@@ -7,7 +7,6 @@
 #define KRAIT_KERNELS_BASE_STATUS_H_
 
 #include <string>
-#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -40,10 +39,6 @@ class ErrorList {
  private:
   std::vector<absl::Status> errors_;
 };
-
-// Debian 12 builds Abseil with its own string_view type; these convert in both directions.
-inline absl::string_view ToAbsl(std::string_view s) { return {s.data(), s.size()}; }
-inline std::string_view FromAbsl(absl::string_view s) { return {s.data(), s.size()}; }
 
 }  // namespace krait
 

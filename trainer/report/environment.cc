@@ -5,13 +5,13 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
 #include <limits>
 #include <string_view>
 
+#include "kernels/base/clock.h"
 #include "kernels/base/number.h"
 #include "kernels/base/parallel_for.h"
 #include "nlohmann/json.hpp"
@@ -69,8 +69,7 @@ std::string EnvironmentJson() {
     json["system"] = std::string(system.sysname) + " " + system.release + " " + system.machine;
   }
   json["pid"] = getpid();
-  json["started"] =
-      std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count();
+  json["started"] = UnixSeconds();
   json["processor"] = ProcValue("/proc/cpuinfo", "model name");
   json["processors_online"] = sysconf(_SC_NPROCESSORS_ONLN);
   json["threads"] = MaxThreads();

@@ -4,13 +4,13 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <sstream>
 
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
+#include "kernels/base/clock.h"
 #include "kernels/base/number.h"
 #include "nlohmann/json.hpp"
 
@@ -18,10 +18,6 @@ namespace krait {
 namespace {
 
 constexpr int64_t kMaxMetricsBytes = int64_t{1} << 34;
-
-double Now() {
-  return std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count();
-}
 
 double ToGiB(int64_t bytes) { return static_cast<double>(bytes) / (1 << 30); }
 
@@ -140,7 +136,7 @@ absl::StatusOr<MetricsLog> MetricsLog::Open(const std::string& run_dir, int64_t 
 }
 
 absl::Status MetricsLog::Write(int64_t step, const std::vector<Metric>& metrics) {
-  KRAIT_RETURN_IF_ERROR(Append(&file_, &offset_, FormatRecord(step, Now(), metrics)));
+  KRAIT_RETURN_IF_ERROR(Append(&file_, &offset_, FormatRecord(step, UnixSeconds(), metrics)));
   if (!events_.has_value()) return absl::OkStatus();
   std::vector<std::pair<std::string, double>> scalars;
   for (const Metric& metric : metrics) {

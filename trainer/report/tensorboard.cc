@@ -3,9 +3,9 @@
 #include <unistd.h>
 
 #include <bit>
-#include <chrono>
 #include <cstring>
 
+#include "kernels/base/clock.h"
 #include "kernels/base/crc32c.h"
 
 namespace krait {
@@ -44,9 +44,7 @@ uint32_t MaskedCrc(std::string_view data) {
 std::string EventStart(int64_t step) {
   std::string event;
   AppendVarint(&event, 1 << 3 | 1);
-  AppendRaw(
-      &event,
-      std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count());
+  AppendRaw(&event, UnixSeconds());
   AppendVarintField(&event, 2, static_cast<uint64_t>(step));
   return event;
 }
@@ -66,9 +64,7 @@ absl::StatusOr<EventWriter> EventWriter::Create(const std::string& folder, int64
   KRAIT_RETURN_IF_ERROR(MakeDirectories(folder, ExitCode::kCannotSave));
   char host[256] = "localhost";
   gethostname(host, sizeof(host) - 1);
-  const int64_t seconds = std::chrono::duration_cast<std::chrono::seconds>(
-                              std::chrono::system_clock::now().time_since_epoch())
-                              .count();
+  const auto seconds = static_cast<int64_t>(UnixSeconds());
   const std::string path = folder + "/events.out.tfevents." + std::to_string(seconds) + "." + host +
                            "." + std::to_string(getpid());
   EventWriter writer;

@@ -1,11 +1,11 @@
 #include "trainer/tools/bench.h"
 
 #include <algorithm>
-#include <chrono>
 #include <cstring>
 #include <memory>
 
 #include "absl/strings/str_format.h"
+#include "kernels/base/clock.h"
 #include "kernels/base/number.h"
 #include "kernels/base/parallel_for.h"
 #include "kernels/base/random.h"
@@ -19,10 +19,6 @@ namespace {
 
 constexpr uint64_t kWarmUpSteps = 2;
 constexpr int64_t kSgemmSize = 2048;
-
-double Now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
 
 // Uniform random tokens without documents; every token but a row's last has a target.
 TokenBatch SyntheticBatch(const RunConfig& config, uint64_t step) {
@@ -67,9 +63,9 @@ std::vector<double> TimeCalls(int repeats, const std::function<void(int call)>& 
   fn(0);
   std::vector<double> seconds;
   for (int i = 0; i < repeats; ++i) {
-    const double start = Now();
+    const double start = MonotonicSeconds();
     fn(i + 1);
-    seconds.push_back(Now() - start);
+    seconds.push_back(MonotonicSeconds() - start);
   }
   return seconds;
 }
@@ -87,10 +83,10 @@ SgemmMeter::SgemmMeter()
 
 void SgemmMeter::Measure(int repeats) {
   for (int i = 0; i < repeats; ++i) {
-    const double start = Now();
+    const double start = MonotonicSeconds();
     MatMul(c_, a_, /*transpose_a=*/false, b_, /*transpose_b=*/false, /*accumulate=*/false,
            Context());
-    seconds_.push_back(Now() - start);
+    seconds_.push_back(MonotonicSeconds() - start);
   }
 }
 
@@ -130,9 +126,9 @@ absl::StatusOr<StepBench> RunStepBench(const RunConfig& config, int64_t steps) {
     const TokenBatch batch = SyntheticBatch(config, kWarmUpSteps + static_cast<uint64_t>(s));
     // The peak is taken between the steps, so that both see the same machine.
     sgemm.Measure(1);
-    const double start = Now();
+    const double start = MonotonicSeconds();
     trainer.Step(batch);
-    step_seconds.push_back(Now() - start);
+    step_seconds.push_back(MonotonicSeconds() - start);
   }
   const double step = Median(step_seconds);
   bench.step_ms = step * 1000;

@@ -1,21 +1,17 @@
 #include "trainer/tools/generate.h"
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <numeric>
 
 #include "absl/strings/str_format.h"
+#include "kernels/base/clock.h"
 #include "kernels/base/random.h"
 
 namespace krait {
 namespace {
 
 constexpr int64_t kPromptChunk = 512;  // tokens per pass over the prompt
-
-double Seconds(std::chrono::steady_clock::time_point from) {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - from).count();
-}
 
 }  // namespace
 
@@ -78,12 +74,12 @@ absl::StatusOr<GenerateStats> Generate(InferenceModel* model, const std::vector<
   };
 
   GenerateStats stats;
-  auto start = std::chrono::steady_clock::now();
+  double start = MonotonicSeconds();
   for (int64_t done = 0; done < prompt_size; done += kPromptChunk) {
     decode(prompt.data() + done, std::min(kPromptChunk, prompt_size - done));
   }
-  stats.prompt_seconds = Seconds(start);
-  start = std::chrono::steady_clock::now();
+  stats.prompt_seconds = MonotonicSeconds() - start;
+  start = MonotonicSeconds();
   for (int64_t i = 0; i < tokens; ++i) {
     if (!std::all_of(logits.begin(), logits.end(), [](float x) { return std::isfinite(x); })) {
       return Error(ExitCode::kNumerics,
@@ -95,7 +91,7 @@ absl::StatusOr<GenerateStats> Generate(InferenceModel* model, const std::vector<
     on_token(id);
     if (i + 1 < tokens) decode(&id, 1);
   }
-  stats.decode_seconds = Seconds(start);
+  stats.decode_seconds = MonotonicSeconds() - start;
   return stats;
 }
 

@@ -1,12 +1,12 @@
 #include "trainer/train/train_run.h"
 
-#include <chrono>
 #include <csignal>
 #include <cstring>
 #include <memory>
 #include <optional>
 
 #include "absl/strings/str_format.h"
+#include "kernels/base/clock.h"
 #include "kernels/base/file.h"
 #include "kernels/base/number.h"
 #include "trainer/checkpoint/checkpoint.h"
@@ -22,11 +22,6 @@ namespace {
 
 constexpr int64_t kMaxSkippedInRow = 10;
 constexpr double kRedrawSeconds = 0.1;  // of the live line, at most this often
-
-using Clock = std::chrono::steady_clock;
-double Seconds(Clock::time_point from) {
-  return std::chrono::duration<double>(Clock::now() - from).count();
-}
 
 bool Due(int64_t every, int64_t step) { return every > 0 && step % every == 0; }
 
@@ -62,9 +57,9 @@ class Run {
 
   int64_t first_step_ = 0, first_tokens_ = 0;  // of this process
   int64_t saving_step_ = 0;                    // of the save under way
-  Clock::time_point start_ = Clock::now();
+  double start_ = MonotonicSeconds();
   const int64_t machine_memory_ = MachineMemory();
-  Clock::time_point drawn_;    // the live line
+  double drawn_ = 0;           // the live line
   double window_seconds_ = 0;  // since the last log line
   int64_t window_steps_ = 0;
 };
@@ -142,18 +137,18 @@ absl::StatusOr<ExitCode> Run::Loop() {
   }
   KRAIT_RETURN_IF_ERROR(WriteRunFolder());
   KRAIT_RETURN_IF_ERROR(Describe());
-  start_ = Clock::now();
+  start_ = MonotonicSeconds();
   // This rank's rows of each pass.
   const int64_t rows = config_.train.micro_batch, pass_rows = rows * mesh_.data;
   TokenBatch batch;
   bool stop = false;
   while (state().step < steps && !stop) {
-    const Clock::time_point begin = Clock::now();
+    const double begin = MonotonicSeconds();
     KRAIT_RETURN_IF_ERROR(train_data_->ReadTraining(state().sequences + mesh_.data_index() * rows,
                                                     config_.accumulation(mesh_.data), pass_rows,
                                                     rows, &batch));
     const StepReport report = trainer_->Step(batch);
-    KRAIT_RETURN_IF_ERROR(Report(report, Seconds(begin)));
+    KRAIT_RETURN_IF_ERROR(Report(report, MonotonicSeconds() - begin));
     if (report.skipped_in_row >= kMaxSkippedInRow) {
       return Error(ExitCode::kNumerics,
                    absl::StrFormat("%d steps in a row without a finite loss and gradient (the "
@@ -185,8 +180,8 @@ absl::Status Run::Report(StepReport report, double seconds) {
   report.eta_seconds = step_seconds * static_cast<double>(report.steps - report.step);
   report.peak_memory = PeakMemoryBytes();
   report.total_memory = machine_memory_;
-  if (Seconds(drawn_) >= kRedrawSeconds) {
-    drawn_ = Clock::now();
+  if (MonotonicSeconds() - drawn_ >= kRedrawSeconds) {
+    drawn_ = MonotonicSeconds();
     console_.Status(FormatLiveLine(report));
   }
 
@@ -255,7 +250,7 @@ absl::Status Run::PrintSummary() {
   summary.tokens = state().tokens;
   summary.skipped = state().skipped;
   summary.session_tokens = state().tokens - first_tokens_;
-  summary.session_seconds = state().step > first_step_ ? Seconds(start_) : 0;
+  summary.session_seconds = state().step > first_step_ ? MonotonicSeconds() - start_ : 0;
   summary.val_loss = LastRecorded(config_.run_dir, "val/loss");
   summary.val_bpb = LastRecorded(config_.run_dir, "val/bpb");
   if (Exists(checkpoint)) summary.checkpoint = checkpoint;
