@@ -46,6 +46,16 @@ std::vector<int> Replicas(const Param& param, const Mesh& mesh) {
   KRAIT_FATAL("unknown mesh axis");
 }
 
+// Appends a range at or behind the last one's end; one that touches it makes it longer.
+void Append(std::vector<ElementRange>* ranges, int64_t begin, int64_t end) {
+  if (begin == end) return;
+  if (!ranges->empty() && ranges->back().end == begin) {
+    ranges->back().end = end;
+  } else {
+    ranges->push_back({begin, end});
+  }
+}
+
 // What the mesh's rank holds along the dimension that is cut: ranges of the published tensor.
 std::vector<ElementRange> Parts(const Param& param, const Storage& storage, const Mesh& mesh) {
   const ShardRule& shard = param.shard;
@@ -61,7 +71,8 @@ std::vector<ElementRange> Parts(const Param& param, const Storage& storage, cons
            shard.segments.empty() ? std::vector<int64_t>{extent} : shard.segments) {
         const int64_t sharers = Sharers(shard, param.shape, mesh.tensor);
         const int64_t count = segment * sharers / mesh.tensor;
-        parts.push_back({begin + index / sharers * count, begin + (index / sharers + 1) * count});
+        const int64_t first = begin + index / sharers * count;
+        Append(&parts, first, first + count);  // on one tensor rank the segments touch
         begin += segment;
       }
       KRAIT_CHECK(begin == extent);
@@ -80,16 +91,6 @@ std::vector<ElementRange> Parts(const Param& param, const Storage& storage, cons
     }
   }
   KRAIT_FATAL("unknown mesh axis");
-}
-
-// Appends a range at or behind the last one's end; one that touches it makes it longer.
-void Append(std::vector<ElementRange>* ranges, int64_t begin, int64_t end) {
-  if (begin == end) return;
-  if (!ranges->empty() && ranges->back().end == begin) {
-    ranges->back().end = end;
-  } else {
-    ranges->push_back({begin, end});
-  }
 }
 
 }  // namespace
@@ -203,7 +204,6 @@ void Layout::Arrange(int f, int64_t bucket_elements) {
     }
     KRAIT_CHECK(flat.numel == runs.back().end);
   }
-  if (!flat.trainable) return;
   for (const int s : order) {
     const LocalStorage& storage = storages_[s];
     if (Attributes(s).grad_write == GradWrite::kOverwrite) continue;
@@ -285,6 +285,14 @@ void Layout::SortBuckets() {
     for (int& b : storage.buckets) b = place[b];
     std::sort(storage.buckets.begin(), storage.buckets.end());
   }
+}
+
+const ParamBox& Layout::WholeBox(int p) const {
+  const Param& param = table_->params()[p];
+  for (const ParamBox& box : storages_[param.storage].boxes) {
+    if (box.param == p && box.extent == param.shape) return box;
+  }
+  KRAIT_FATAL("this rank does not hold all of " + param.name);
 }
 
 ElementRange Layout::Own(int b) const {

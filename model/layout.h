@@ -47,7 +47,7 @@ struct LocalStorage {
   std::vector<ParamBox> boxes;  // ascending, tiling the rows in use; none where there are none
   int flat = 0;
   int64_t offset = 0;
-  // Buckets with elements of it, ascending, as indices into Layout::buckets(); none when frozen.
+  // Buckets with elements of it, ascending, as indices into Layout::buckets().
   std::vector<int> buckets;
 
   int64_t numel() const;
@@ -61,7 +61,7 @@ struct Flat {
   // gradient of each is a part of the sum and none is counted twice.
   int sum = 0;
   DTypeClass dtype_class = DTypeClass::kCompute;
-  bool trainable = true;  // false: weights only, no gradients and no buckets
+  bool trainable = true;  // false: weights only, no gradients
   // In the order of the flat: as the backward pass finishes them (head, final norm, last sublayer
   // ... first, embedding), except that within a run of sublayers that makes a bucket, or several,
   // those alike in gradient write and decay lie together.
@@ -109,6 +109,8 @@ class Layout {
   // Of all flats, in the order in which the backward pass completes them.
   const std::vector<Bucket>& buckets() const { return buckets_; }
 
+  // The box of a parameter that this rank holds whole and in one piece; fatal where it does not.
+  const ParamBox& WholeBox(int param) const;
   // This rank's range of a bucket.
   ElementRange Own(int bucket) const;
   // What this rank owns, in table order of the parameters, ascending within one. Over all ranks of

@@ -1,4 +1,5 @@
-// Weights and gradients of one rank, in two planned segments laid out like the parameter table.
+// Weights and gradients of one rank, in two planned segments of flat memory (model/layout.h). A
+// storage is a view of its flat.
 #ifndef KRAIT_MODEL_WEIGHTS_H_
 #define KRAIT_MODEL_WEIGHTS_H_
 
@@ -8,15 +9,11 @@
 #include "kernels/arena.h"
 #include "kernels/context.h"
 #include "kernels/placement.h"
+#include "model/layout.h"
 #include "model/params.h"
+#include "parallel/mesh.h"
 
 namespace krait {
-
-// Fills `values`, all of a published tensor flattened, f32, f64 or bf16, with its initial values by
-// the spec's scheme; random ones are indexed by (seed, published name, element), so that they do
-// not depend on the layout.
-void InitParam(Tensor values, const Param& param, const ModelSpec& spec, uint64_t seed,
-               const Context& ctx);
 
 // How the weights are used in a pass. A sublayer takes a weight with Get ... Release, asks
 // Accumulate before it computes a gradient, and reports a finished one with GradReady, once per
@@ -26,10 +23,12 @@ void InitParam(Tensor values, const Param& param, const ModelSpec& spec, uint64_
 // these, in program order.
 class Weights {
  public:
-  // `with_grad` false for inference. The arenas may be measuring ones. Gradients and tensors of
-  // class kFp32 are Wide(placement.compute) whatever the compute dtype.
+  // `with_grad` false for inference. The arenas may be measuring ones; padding relies on their
+  // memory coming zeroed. Gradients and tensors of class kFp32 are Wide(placement.compute) whatever
+  // the compute dtype. `table` outlives the weights and was built for mesh.tensor; mesh.rank says
+  // whose part this is.
   Weights(const ParamTable* table, Placement placement, bool with_grad, Arena* weight_arena,
-          Arena* grad_arena);
+          Arena* grad_arena, const Mesh& mesh = {});
 
   // Before a forward; before a backward as well where several forwards came before it. `first`: of
   // a step: gradients of GradWrite::kZeroed are zeroed, those of kOverwrite are overwritten by the
@@ -48,22 +47,26 @@ class Weights {
   bool Accumulate(int storage) const;
   void GradReady(int storage) const;
 
-  // All of a storage, outside of passes (the optimizer, loading).
-  Tensor Values(int storage) const { return values_[static_cast<size_t>(storage)]; }
-  // A published tensor inside its storage (flattened to one dimension).
-  Tensor Param(int param) const;
-  Tensor ParamGrad(int param) const;
+  // Outside of passes (the optimizer, loading): the flats of the layout, [numel]. No gradient of
+  // what is not trained.
+  Tensor FlatWeight(int flat) const { return flat_weights_[static_cast<size_t>(flat)]; }
+  Tensor FlatGrad(int flat) const { return flat_grads_[static_cast<size_t>(flat)]; }
+  // A published tensor, flattened to one dimension. Fatal where this rank does not hold all of it
+  // in one piece; on one rank it does.
+  Tensor Param(int param) const { return Whole(flat_weights_, param); }
+  Tensor ParamGrad(int param) const { return Whole(flat_grads_, param); }
 
-  const ParamTable& table() const { return *table_; }
+  const Layout& layout() const { return layout_; }
+  const ParamTable& table() const { return layout_.table(); }
   Placement placement() const { return placement_; }
   DType dtype() const { return placement_.compute; }
-  bool has_grad() const { return !grads_.empty(); }
+  bool has_grad() const { return has_grad_; }
 
-  // InitParam of every tensor.
+  // Initial values (model/init.h) of all that this rank holds.
   void Init(const ModelSpec& spec, uint64_t seed, const Context& ctx);
 
  private:
-  Tensor Piece(Tensor storage, const krait::Param& param) const;
+  Tensor Whole(const std::vector<Tensor>& flats, int param) const;
 
   // Of one storage in the pass at hand.
   struct Use {
@@ -72,10 +75,12 @@ class Weights {
     int ready = 0;         // GradReady calls of this pass
   };
 
-  const ParamTable* table_;
+  Layout layout_;
   Placement placement_;
-  std::vector<Tensor> values_;  // one per storage
+  std::vector<Tensor> flat_weights_, flat_grads_;
+  std::vector<Tensor> values_;  // one per storage: its rows in use
   std::vector<Tensor> grads_;
+  bool has_grad_;
   mutable std::vector<Use> uses_;
 };
 

@@ -18,26 +18,6 @@ using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::SizeIs;
 
-// Calls visit(published index, box index) for every element of a box, in the box's order.
-template <typename Visit>
-void ForElements(const Param& param, const ParamBox& box, const Visit& visit) {
-  const size_t rank = param.shape.size();
-  std::vector<int64_t> at(rank, 0);
-  const int64_t n = box.numel();
-  for (int64_t i = 0; i < n; ++i) {
-    int64_t index = 0;
-    for (size_t d = 0; d < rank; ++d) {
-      ASSERT_LT(at[d] + box.offset[d], param.shape[d]) << param.name;
-      index = index * param.shape[d] + box.offset[d] + at[d];
-    }
-    visit(index, i);
-    for (size_t d = rank; d-- > 0;) {
-      if (++at[d] < box.extent[d]) break;
-      at[d] = 0;
-    }
-  }
-}
-
 // Empty when the boxes tile every tensor once, else the first that they do not.
 std::string NotTiled(const ParamTable& table, const std::vector<std::vector<OwnedBox>>& ranks) {
   for (size_t p = 0; p < table.params().size(); ++p) {

@@ -28,7 +28,7 @@ MemoryPlan PlanTraining(const RunConfig& config) {
   ctx.planning = true;
 
   const Weights weights(&table, placement, /*with_grad=*/true, &weight_arena, &grad_arena);
-  OptimizerState optimizer(&weights, config.optimizer, &optimizer_arena);
+  OptimizerState optimizer(&weights, config.optimizer, &optimizer_arena, ctx);
   HybridModel model(config.model, &weights, config.train.recompute);
   const StepScalars scalars(model, &scalar_arena);
 
@@ -47,6 +47,7 @@ MemoryPlan PlanTraining(const RunConfig& config) {
   model.Forward(batch, scalars.loss_scale, scalars.sums, activations.get(), ctx);
   model.Backward(batch, /*aux_scale=*/1, activations.get(), ctx);
   optimizer.Init(config.model, config.train.seed, ctx);
+  optimizer.SumOfSquares(scalars.sum_of_squares, ctx);
   optimizer.Update(/*lr=*/0, scalars.sums, scalars.sum_of_squares, scalars.control, ctx);
   model.Evaluate(batch, scalars.sums, ctx);
 

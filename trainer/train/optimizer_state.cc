@@ -1,72 +1,99 @@
 #include "trainer/train/optimizer_state.h"
 
+#include <algorithm>
+
 #include "kernels/activation.h"
 #include "kernels/optimizer.h"
 #include "kernels/transfer.h"
+#include "model/init.h"
 
 namespace krait {
-namespace {
 
-// The attributes that all pieces of a storage share.
-const Param& SharedAttributes(const ParamTable& table, const Storage& storage) {
-  const Param& first = table.params()[storage.params.front()];
-  for (int piece : storage.params) {
-    const Param& param = table.params()[piece];
-    KRAIT_CHECK(param.decay == first.decay && param.trainable == first.trainable);
-  }
-  return first;
-}
-
-}  // namespace
-
-OptimizerState::OptimizerState(const Weights* weights, const OptimizerConfig& config, Arena* arena)
-    : weights_(weights), config_(config) {
-  const ParamTable& table = weights->table();
+OptimizerState::OptimizerState(const Weights* weights, const OptimizerConfig& config, Arena* arena,
+                               const Context& ctx)
+    : weights_(weights), config_(config), buckets_(weights->layout().buckets().size()) {
+  const Layout& layout = weights->layout();
   const DType wide = Wide(weights->dtype());
   const DType moment = config.moments == MomentDType::kBf16 ? DType::kBF16 : wide;
-  for (size_t s = 0; s < table.storages().size(); ++s) {
-    const Tensor values = weights->Values(static_cast<int>(s));
-    const int64_t n = values.numel();
-    const bool trainable = SharedAttributes(table, table.storages()[s]).trainable;
-    const bool rounded = values.dtype() != wide;
-    master_.push_back(rounded ? arena->Alloc(wide, {n}) : Tensor());
-    exp_avg_.push_back(trainable ? arena->Alloc(moment, {n}) : Tensor());
-    exp_avg_sq_.push_back(trainable ? arena->Alloc(moment, {n}) : Tensor());
-    decay_ranges_.push_back(SharedAttributes(table, table.storages()[s]).decay
-                                ? arena->Alloc(DType::kI64, {1, 2})
-                                : Tensor());
-  }
-}
+  for (size_t f = 0; f < layout.flats().size(); ++f) {
+    // The buckets of a flat, one after the other.
+    int64_t total = 0;
+    for (size_t b = 0; b < buckets_.size(); ++b) {
+      const ElementRange own = layout.Own(static_cast<int>(b));
+      if (layout.buckets()[b].flat == static_cast<int>(f)) total += own.end - own.begin;
+    }
+    const Tensor weight = weights->FlatWeight(static_cast<int>(f));
+    const Tensor grad = weights->FlatGrad(static_cast<int>(f));
+    const bool rounded = weight.dtype() != wide;
+    const Tensor master = rounded ? arena->Alloc(wide, {total}) : Tensor();
+    const Tensor exp_avg = grad.defined() ? arena->Alloc(moment, {total}) : Tensor();
+    const Tensor exp_avg_sq = grad.defined() ? arena->Alloc(moment, {total}) : Tensor();
+    masters_.push_back(rounded ? master : weight);
+    int64_t done = 0;
+    for (size_t b = 0; b < buckets_.size(); ++b) {
+      const Bucket& bucket = layout.buckets()[b];
+      if (bucket.flat != static_cast<int>(f)) continue;
+      const ElementRange own = layout.Own(static_cast<int>(b));
+      const int64_t n = own.end - own.begin;
+      Owned& owned = buckets_[b];
+      owned.weight = weight.Slice(0, own.begin, n);
+      owned.master = rounded ? master.Slice(0, done, n) : owned.weight;
+      if (grad.defined()) {
+        owned.grad = grad.Slice(0, own.begin, n);
+        owned.exp_avg = exp_avg.Slice(0, done, n);
+        owned.exp_avg_sq = exp_avg_sq.Slice(0, done, n);
+      }
+      done += n;
 
-Tensor OptimizerState::MasterOf(size_t storage) const {
-  if (master_[storage].defined()) return master_[storage];
-  const Tensor values = weights_->Values(static_cast<int>(storage));
-  return values.View({values.numel()});
+      std::vector<int64_t> decay;
+      for (const ElementRange& range : bucket.decay) {
+        const int64_t begin = std::max(range.begin, own.begin);
+        const int64_t end = std::min(range.end, own.end);
+        if (begin < end) decay.insert(decay.end(), {begin - own.begin, end - own.begin});
+      }
+      if (decay.empty()) continue;
+      owned.decay = arena->Alloc(DType::kI64, {static_cast<int64_t>(decay.size()) / 2, 2});
+      Upload(owned.decay, decay.data(), ctx);
+    }
+  }
 }
 
 void OptimizerState::Init(const ModelSpec& spec, uint64_t seed, const Context& ctx) {
-  const ParamTable& table = weights_->table();
-  for (size_t p = 0; p < table.params().size(); ++p) {
-    InitParam(Master(static_cast<int>(p)), table.params()[p], spec, seed, ctx);
+  const Layout& layout = weights_->layout();
+  const auto init = [&](const Tensor& values, int64_t first, const ParamBox& box) {
+    InitParam(values.Slice(0, box.begin - first, box.numel()),
+              weights_->table().params()[box.param], box, spec, seed, ctx);
+  };
+  for (const LocalStorage& storage : layout.storages()) {
+    // Weights that are rounded from masters of this rank need none of their own.
+    const Tensor weight = weights_->FlatWeight(storage.flat);
+    const Tensor& master = masters_[storage.flat];
+    if (master.raw() != weight.raw() && master.numel() == weight.numel()) continue;
+    for (const ParamBox& box : storage.boxes) init(weight, 0, box);
+  }
+  for (const OwnedBox& part : layout.Owned()) {
+    const Owned& owned = buckets_[part.bucket];
+    if (owned.master.raw() == owned.weight.raw()) continue;
+    init(owned.master, layout.Own(part.bucket).begin, part.box);
   }
   MastersToWeights(ctx);
 }
 
 void OptimizerState::MastersToWeights(const Context& ctx) {
-  for (size_t s = 0; s < master_.size(); ++s) {
-    const Tensor values = weights_->Values(static_cast<int>(s));
-    if (master_[s].defined()) Copy(values.View({values.numel()}), master_[s], ctx);
+  for (const Owned& owned : buckets_) {
+    if (owned.master.raw() != owned.weight.raw()) Copy(owned.weight, owned.master, ctx);
+  }
+}
+
+void OptimizerState::SumOfSquares(Tensor sum, const Context& ctx) const {
+  Fill(sum, 0, ctx);
+  for (const Owned& owned : buckets_) {
+    if (owned.grad.numel() > 0) AddSumOfSquares(sum, owned.grad, ctx);
   }
 }
 
 void OptimizerState::Update(double lr, Tensor losses, Tensor sum_of_squares, Tensor control,
                             const Context& ctx) {
-  Fill(sum_of_squares, 0, ctx);
-  for (size_t s = 0; s < exp_avg_.size(); ++s) {
-    if (!exp_avg_[s].defined()) continue;
-    const Tensor grad = weights_->Grad(static_cast<int>(s));
-    AddSumOfSquares(sum_of_squares, grad.View({grad.numel()}), ctx);
-  }
   const AdamWSettings settings = {.lr = lr,
                                   .beta1 = config_.beta1,
                                   .beta2 = config_.beta2,
@@ -74,51 +101,52 @@ void OptimizerState::Update(double lr, Tensor losses, Tensor sum_of_squares, Ten
                                   .weight_decay = config_.weight_decay,
                                   .clip = config_.clip};
   AdamWPrepare(control, sum_of_squares, losses, settings, ctx);
-  for (size_t s = 0; s < exp_avg_.size(); ++s) {
-    if (!exp_avg_[s].defined()) continue;
-    const Tensor values = weights_->Values(static_cast<int>(s));
-    const Tensor grad = weights_->Grad(static_cast<int>(s));
-    const int64_t n = values.numel();
-    if (decay_ranges_[s].defined()) {
-      const int64_t range[] = {0, n};
-      Upload(decay_ranges_[s], range, ctx);
-    }
-    AdamW(values.View({n}), MasterOf(s), exp_avg_[s], exp_avg_sq_[s], grad.View({n}),
-          decay_ranges_[s], control, settings, ctx);
+  for (size_t b = buckets_.size(); b-- > 0;) {
+    const Owned& owned = buckets_[b];
+    if (owned.grad.numel() == 0) continue;
+    AdamW(owned.weight, owned.master, owned.exp_avg, owned.exp_avg_sq, owned.grad, owned.decay,
+          control, settings, ctx);
   }
 }
 
-Tensor OptimizerState::Piece(const std::vector<Tensor>& of_storages, int param) const {
-  const Param& p = weights_->table().params()[param];
-  const Tensor& storage = of_storages[p.storage];
-  return storage.defined() ? storage.Slice(0, p.offset, p.numel()) : Tensor();
-}
-
 Tensor OptimizerState::Master(int param) const {
-  const Tensor master = Piece(master_, param);
-  return master.defined() ? master : weights_->Param(param);
+  const Layout& layout = weights_->layout();
+  const ParamBox& box = layout.WholeBox(param);
+  const int flat = layout.storages()[weights_->table().params()[param].storage].flat;
+  // Masters are those of the owned elements, so as many as the flat has only where all are.
+  KRAIT_CHECK(masters_[flat].numel() == layout.flats()[flat].numel);
+  return masters_[flat].Slice(0, box.begin, box.numel());
 }
 
 std::vector<CheckpointBox> StateBoxes(const Weights& weights, const OptimizerState* optimizer) {
+  const Layout& layout = weights.layout();
+  const std::vector<OwnedBox> parts = layout.Owned();
   std::vector<CheckpointBox> boxes;
-  const auto add = [&boxes](const char* slot, const Param& param, const Tensor& values) {
+  // `values` begins with element `first` of the flat.
+  const auto add = [&](const char* slot, const OwnedBox& part, const Tensor& values,
+                       int64_t first) {
     if (!values.defined()) return;
+    const Param& param = weights.table().params()[part.box.param];
     boxes.push_back({.slot = slot,
                      .name = param.name,
                      .dtype = values.dtype(),
                      .shape = param.shape,
-                     .offset = std::vector<int64_t>(param.shape.size(), 0),
-                     .extent = param.shape,
-                     .data = values.raw()});
+                     .offset = part.box.offset,
+                     .extent = part.box.extent,
+                     .data = values.Slice(0, part.box.begin - first, part.box.numel()).raw()});
   };
-  const auto& params = weights.table().params();
-  for (size_t p = 0; p < params.size(); ++p) {
-    const int i = static_cast<int>(p);
-    add("weight", params[p], optimizer != nullptr ? optimizer->Master(i) : weights.Param(i));
+  for (const OwnedBox& part : parts) {
+    if (optimizer != nullptr) {
+      add("weight", part, optimizer->buckets()[part.bucket].master, layout.Own(part.bucket).begin);
+    } else {
+      add("weight", part, weights.FlatWeight(layout.buckets()[part.bucket].flat), 0);
+    }
   }
-  for (size_t p = 0; optimizer != nullptr && p < params.size(); ++p) {
-    add("exp_avg", params[p], optimizer->ExpAvg(static_cast<int>(p)));
-    add("exp_avg_sq", params[p], optimizer->ExpAvgSq(static_cast<int>(p)));
+  for (size_t i = 0; optimizer != nullptr && i < parts.size(); ++i) {
+    const OptimizerState::Owned& owned = optimizer->buckets()[parts[i].bucket];
+    const int64_t first = layout.Own(parts[i].bucket).begin;
+    add("exp_avg", parts[i], owned.exp_avg, first);
+    add("exp_avg_sq", parts[i], owned.exp_avg_sq, first);
   }
   return boxes;
 }

@@ -1,7 +1,8 @@
-// AdamW over the whole parameter table: f32 masters, moments, gradient norm, update.
+// AdamW over the buckets of a layout: f32 masters, moments, gradient norm, update.
 //
-// One moment pair per storage, laid out like the weights, and a master where the weights are
-// rounded (bf16). One thread drives it; on CUDA all is enqueued.
+// A rank holds state for the elements that it owns (model/layout.h), on one rank all: one moment
+// pair each, and a master where the weights are rounded (bf16). One thread drives it; on CUDA all
+// is enqueued.
 #ifndef KRAIT_TRAINER_TRAIN_OPTIMIZER_STATE_H_
 #define KRAIT_TRAINER_TRAIN_OPTIMIZER_STATE_H_
 
@@ -17,39 +18,49 @@ namespace krait {
 
 class OptimizerState {
  public:
-  // Memory from `arena`, which comes zeroed; it may be a measuring one. `weights` outlives the
-  // state.
-  OptimizerState(const Weights* weights, const OptimizerConfig& config, Arena* arena);
+  // What this rank owns of one bucket, [n] each over Layout::Own.
+  struct Owned {
+    Tensor weight, grad;         // in their flats
+    Tensor master;               // Wide: the weight itself where that is Wide
+    Tensor exp_avg, exp_avg_sq;  // undefined, as `grad`, where not trainable
+    Tensor decay;                // [R,2] i64: the ranges of these elements with weight decay
+  };
 
-  // Fresh masters by the model's scheme, and the weights rounded from them.
+  // Memory from `arena`, which comes zeroed; it may be a measuring one. `weights` outlives the
+  // state. `ctx` uploads the decay ranges.
+  OptimizerState(const Weights* weights, const OptimizerConfig& config, Arena* arena,
+                 const Context& ctx);
+
+  // Fresh masters by the model's scheme, and the weights rounded from them: also those that other
+  // ranks own.
   void Init(const ModelSpec& spec, uint64_t seed, const Context& ctx);
-  // The weights rounded from their masters, after these were loaded.
+  // The owned weights rounded from their masters, after these were loaded.
   void MastersToWeights(const Context& ctx);
 
-  // One AdamW update from the weights' gradients. `sum_of_squares` [1] f64 receives that of all
-  // gradients as one vector; `control` [kAdamWControlSize] f64 holds the updates applied so far and
-  // receives what the step's updates share. An entry of `losses` f64, or a gradient, that is not
-  // finite skips the update.
+  // `sum` [1] f64 = the sum of squares of the gradients that this rank owns: bucket by bucket, in
+  // the layout's order.
+  void SumOfSquares(Tensor sum, const Context& ctx) const;
+  // One AdamW update of what this rank owns, bucket by bucket in the order of the forward pass.
+  // `sum_of_squares` [1] f64 is that of all gradients as one vector, so of all owners; `control`
+  // [kAdamWControlSize] f64 holds the updates applied so far and receives what the step's updates
+  // share. An entry of `losses` f64, or a gradient, that is not finite skips the update.
   void Update(double lr, Tensor losses, Tensor sum_of_squares, Tensor control, const Context& ctx);
 
-  // Pieces of a published parameter, flattened. Master: the weight itself where there is no other.
+  const std::vector<Owned>& buckets() const { return buckets_; }  // as Layout::buckets()
+  // The master of a published parameter, flattened. Fatal where this rank does not own all of it;
+  // on one rank it does.
   Tensor Master(int param) const;
-  Tensor ExpAvg(int param) const { return Piece(exp_avg_, param); }
-  Tensor ExpAvgSq(int param) const { return Piece(exp_avg_sq_, param); }
 
  private:
-  Tensor Piece(const std::vector<Tensor>& of_storages, int param) const;
-  Tensor MasterOf(size_t storage) const;
-
   const Weights* weights_;
   OptimizerConfig config_;
-  // Per storage; undefined where not trainable, masters also where the weight is one.
-  std::vector<Tensor> master_, exp_avg_, exp_avg_sq_;
-  std::vector<Tensor> decay_ranges_;  // per storage, [1,2] or undefined
+  std::vector<Owned> buckets_;
+  std::vector<Tensor> masters_;  // per flat: of its buckets, one after the other
 };
 
-// Every published tensor as boxes of a checkpoint: slot weight (with `optimizer` the master), and
-// with `optimizer` exp_avg and exp_avg_sq of the trainable ones. The boxes point into live memory.
+// Every published tensor as boxes of a checkpoint, as far as this rank owns it: slot weight (with
+// `optimizer` the master), and with `optimizer` exp_avg and exp_avg_sq of the trainable ones. The
+// boxes point into live memory.
 std::vector<CheckpointBox> StateBoxes(const Weights& weights, const OptimizerState* optimizer);
 
 }  // namespace krait

@@ -30,16 +30,16 @@ Trainer::Trainer(const RunConfig& config)
       scratch_arena_("scratch", placement_.device, memory_.scratch),
       scalar_arena_("scalars", placement_.device, memory_.scalars),
       batch_arena_("batches", placement_.device, memory_.batches),
+      ctx_{.device = placement_.device,
+           .scratch = &scratch_arena_,
+           .deterministic = config.train.deterministic},
       weights_(&table_, placement_, /*with_grad=*/true, &weight_arena_, &grad_arena_),
-      optimizer_(&weights_, config.optimizer, &optimizer_arena_),
+      optimizer_(&weights_, config.optimizer, &optimizer_arena_, ctx_),
       model_(config.model, &weights_, config.train.recompute),
       activations_(model_.NewActivations(
           {.batch = config.train.micro_batch, .seq_len = config.data.seq_len}, &activation_arena_)),
       scalars_(model_, &scalar_arena_),
       pass_batch_(placement_.device, config.train.micro_batch, config.data.seq_len, &batch_arena_) {
-  ctx_.device = placement_.device;
-  ctx_.scratch = &scratch_arena_;
-  ctx_.deterministic = config.train.deterministic;
 }
 
 StepReport Trainer::Step(const TokenBatch& batch) {
@@ -48,6 +48,7 @@ StepReport Trainer::Step(const TokenBatch& batch) {
   const auto applied = static_cast<double>(state_.adam_steps);
   Upload(scalars_.control.Slice(0, kAdamWSteps, 1), &applied, ctx_);
   RunPasses(batch, nullptr);
+  optimizer_.SumOfSquares(scalars_.sum_of_squares, ctx_);
   optimizer_.Update(lr, scalars_.sums.Slice(0, 0, kSumImbalance), scalars_.sum_of_squares,
                     scalars_.control, ctx_);
 

@@ -78,13 +78,13 @@ class Trainer {
   ParamTable table_;
   Arena weight_arena_, grad_arena_, optimizer_arena_, activation_arena_, scratch_arena_;
   Arena scalar_arena_, batch_arena_;
+  Context ctx_;
   Weights weights_;
   OptimizerState optimizer_;
   HybridModel model_;
   std::unique_ptr<ActivationSet> activations_;
   StepScalars scalars_;
   PassBatch pass_batch_;
-  Context ctx_;
   CheckpointMeta state_;
 };
 

@@ -36,7 +36,7 @@ inline std::vector<ModelSpec> MeshModels() {
     spec.sublayers = MakeSublayers(*layers);
     return spec;
   };
-  std::vector<ModelSpec> models = {make(131, 6, 3, 4, 36, 6), make(131, 12, 1, 4, 60, 12),
+  std::vector<ModelSpec> models = {make(131, 6, 3, 4, 36, 6), make(131, 12, 1, 4, 12, 12),
                                    make(257, 4, 2, 8, 24, 4)};
   models[0].mamba.proj_bias = true;
   models[2].tie_embeddings = true;
@@ -60,6 +60,26 @@ inline std::vector<Mesh> MeshGrid(const ModelSpec& spec) {
 inline std::string MeshName(const Mesh& mesh) {
   return "tensor " + std::to_string(mesh.tensor) + " data " + std::to_string(mesh.data) +
          " expert " + std::to_string(mesh.expert);
+}
+
+// Calls visit(published index, box index) for every element of a box, in the box's order.
+template <typename Visit>
+void ForElements(const Param& param, const ParamBox& box, const Visit& visit) {
+  const size_t rank = param.shape.size();
+  std::vector<int64_t> at(rank, 0);
+  const int64_t n = box.numel();
+  for (int64_t i = 0; i < n; ++i) {
+    int64_t index = 0;
+    for (size_t d = 0; d < rank; ++d) {
+      ASSERT_LT(at[d] + box.offset[d], param.shape[d]) << param.name;
+      index = index * param.shape[d] + box.offset[d] + at[d];
+    }
+    visit(index, i);
+    for (size_t d = rank; d-- > 0;) {
+      if (++at[d] < box.extent[d]) break;
+      at[d] = 0;
+    }
+  }
 }
 
 // Short enough that the small models have many buckets.
