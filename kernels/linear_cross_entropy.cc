@@ -24,7 +24,7 @@ void LinearCrossEntropy(Tensor losses, Tensor x, Tensor dw, bool accumulate, Ten
   const int64_t columns = ctx.device == Device::kCuda ? w.dim(0) : std::max<int64_t>(1, slice.used);
   const Tensor w_used = w.Slice(0, 0, columns);
   const Tensor dw_used = dw.defined() ? dw.Slice(0, 0, columns) : dw;
-  const int64_t m = x.dim(0), chunk = LogitRows(ctx.device, compute, m, w.dim(0));
+  const int64_t m = x.dim(0), chunk = LogitRows(ctx.device, compute, m, columns);
   const Tensor logits_memory = ctx.scratch->Alloc(compute, {chunk, columns});
   const Tensor sink_memory = sink != nullptr && compute != wide
                                  ? ctx.scratch->Alloc(wide, {chunk, columns})

@@ -10,18 +10,17 @@
 namespace krait {
 namespace {
 
-// The storage's rows in use, as they lie in its flat.
+// The storage as it lies in its flat, padding rows of a vocabulary included.
 Tensor StorageView(Tensor flat, const LocalStorage& storage) {
   const std::vector<int64_t>& shape = storage.shape;
-  const int64_t n = storage.rows * (storage.numel() / shape[0]);
-  const Tensor elements = flat.Slice(0, storage.offset, n);
+  const Tensor elements = flat.Slice(0, storage.offset, storage.numel());
   switch (shape.size()) {
     case 1:
       return elements;
     case 2:
-      return elements.View({storage.rows, shape[1]});
+      return elements.View({shape[0], shape[1]});
     case 3:
-      return elements.View({storage.rows, shape[1], shape[2]});
+      return elements.View({shape[0], shape[1], shape[2]});
     default:
       KRAIT_FATAL("a storage has 1 to 3 dimensions");
   }

@@ -78,7 +78,7 @@ class Weights {
   Layout layout_;
   Placement placement_;
   std::vector<Tensor> flat_weights_, flat_grads_;
-  std::vector<Tensor> values_;  // one per storage: its rows in use
+  std::vector<Tensor> values_;  // one per storage, with the padding rows of a vocabulary
   std::vector<Tensor> grads_;
   bool has_grad_;
   mutable std::vector<Use> uses_;
