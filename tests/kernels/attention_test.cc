@@ -2,8 +2,10 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "kernels/activation.h"
@@ -33,6 +35,7 @@ struct Shape {
 // `pad` > 0: a token's heads are followed by foreign (NaN) elements.
 struct Attention {
   Shape shape;
+  int64_t first_key = 0;  // absolute position of key 0
   Buf q, k, v, y, lse, dy, dq, dk, dv;
 
   explicit Attention(Shape s, DType dtype = kF64, int64_t pad = 0)
@@ -60,12 +63,15 @@ struct Attention {
     KRAIT_CHECK(t.stride(1) % shape.p == 0);
     return all.Slice(2, 0, t.dim(2) / shape.p);
   }
+  Documents DocumentsOf(Tensor doc_start) const {
+    return {doc_start, first_key + shape.s - shape.t};
+  }
   void Forward(Tensor doc_start, const Context& ctx) {
-    AttentionForward(Heads(y), lse, Heads(q), Heads(k), Heads(v), doc_start, ctx);
+    AttentionForward(Heads(y), lse, Heads(q), Heads(k), Heads(v), DocumentsOf(doc_start), ctx);
   }
   void Backward(Tensor doc_start, const Context& ctx) {
     AttentionBackward(Heads(dq), Heads(dk), Heads(dv), Heads(dy), Heads(y), lse, Heads(q), Heads(k),
-                      Heads(v), doc_start, ctx);
+                      Heads(v), DocumentsOf(doc_start), ctx);
   }
   bool PaddingIntact() const {
     return y.PaddingIntact() && dq.PaddingIntact() && dk.PaddingIntact() && dv.PaddingIntact();
@@ -82,8 +88,11 @@ void Reference(const Attention& a, Tensor doc_start, std::vector<double>* y,
     for (int64_t h = 0; h < s.h; ++h) {
       const int64_t g = h / (s.h / s.g);
       for (int64_t t = 0; t < s.t; ++t) {
-        const auto first =
-            doc_start.defined() ? static_cast<int64_t>(Get(doc_start, b * s.t + t)) : 0;
+        const int64_t first =
+            doc_start.defined()
+                ? std::max<int64_t>(0,
+                                    static_cast<int64_t>(Get(doc_start, b * s.t + t)) - a.first_key)
+                : 0;
         double total = 0;
         for (int64_t key = first; key <= s.s - s.t + t; ++key) {
           double score = 0;
@@ -107,16 +116,18 @@ void Reference(const Attention& a, Tensor doc_start, std::vector<double>* y,
   }
 }
 
-// Document starts [B,T] as key positions, from the boundaries (key positions) of at least B rows.
+// Document starts [B,T], from the boundaries of at least B rows; both count from `origin`, and
+// `prefix` positions come before the first token. What comes before the first boundary began
+// before `origin`.
 void SetDocuments(Buf* doc_start, int64_t prefix,
-                  const std::vector<std::vector<int64_t>>& boundaries) {
+                  const std::vector<std::vector<int64_t>>& boundaries, int64_t origin = 0) {
   const int64_t t = doc_start->tensor().dim(1);
   const auto rows = static_cast<size_t>(doc_start->tensor().dim(0));
   for (size_t b = 0; b < rows; ++b) {
     for (int64_t i = 0; i < t; ++i) {
-      int64_t start = 0;
+      int64_t start = origin / 2;
       for (const int64_t boundary : boundaries[b]) {
-        if (boundary <= prefix + i) start = boundary;
+        if (boundary <= prefix + i) start = origin + boundary;
       }
       Set(*doc_start, static_cast<int64_t>(b) * t + i, static_cast<double>(start));
     }
@@ -131,11 +142,14 @@ const Shape kShapes[] = {{1, 1, 1, 1, 1, 3},   {2, 7, 7, 4, 2, 5},    {2, 5, 9, 
 TEST(Attention, ForwardIsTheFormula) {
   const TestContext ctx;
   for (const Shape& shape : kShapes) {
-    for (const bool documents : {false, true}) {
+    // Without documents; with; with key 0 somewhere within a longer sequence.
+    for (const auto& [documents, first_key] :
+         {std::pair<bool, int64_t>{false, 0}, {true, 0}, {true, 1000}, {false, 1000}}) {
       Attention a(shape, kF64, 2 * shape.p);
+      a.first_key = first_key;
       Buf doc_start(kI32, {shape.b, shape.t});
       SetDocuments(&doc_start, shape.s - shape.t,
-                   {{2, 3, shape.s / 2, shape.s - 1}, {shape.s - shape.t + 1}});
+                   {{2, 3, shape.s / 2, shape.s - 1}, {shape.s - shape.t + 1}}, first_key);
       const Tensor docs = documents ? doc_start.tensor() : Tensor();
       a.Forward(docs, ctx);
       std::vector<double> y, lse;
@@ -150,10 +164,13 @@ TEST(Attention, ForwardIsTheFormula) {
 TEST(Attention, GradientsInDouble) {
   const TestContext ctx;
   for (const Shape& shape : kShapes) {
-    for (const bool documents : {false, true}) {
+    for (const auto& [documents, first_key] :
+         {std::pair<bool, int64_t>{false, 0}, {true, 0}, {true, 1000}}) {
       Attention a(shape, kF64, 2 * shape.p);
+      a.first_key = first_key;
       Buf doc_start(kI32, {shape.b, shape.t});
-      SetDocuments(&doc_start, shape.s - shape.t, {{2, 3, shape.s / 2}, {shape.s - shape.t + 1}});
+      SetDocuments(&doc_start, shape.s - shape.t, {{2, 3, shape.s / 2}, {shape.s - shape.t + 1}},
+                   first_key);
       const Tensor docs = documents ? doc_start.tensor() : Tensor();
       a.Forward(docs, ctx);
       a.Backward(docs, ctx);
@@ -285,6 +302,26 @@ TEST(Attention, SequenceCutInTwoEqualsTheWhole) {
   }
 }
 
+// A document that begins at the first token of the second piece sees nothing of the prefix.
+TEST(Attention, ADocumentAtTheFirstTokenIgnoresThePrefix) {
+  const TestContext ctx;
+  const int64_t t = 5, prefix = 4;
+  Attention a({1, t, prefix + t, 2, 1, 4}), alone({1, t, t, 2, 1, 4});
+  a.first_key = 96;
+  Buf doc_start(kI32, {1, t});
+  doc_start.Fill(100);
+  for (Buf* kv : {&a.k, &a.v}) {
+    for (int64_t i = 0; i < prefix * 4; ++i) Set(*kv, i, std::nan(""));
+  }
+  Copy(alone.q, a.q, ctx);
+  Copy(alone.k, a.k.tensor().Slice(1, prefix, t), ctx);
+  Copy(alone.v, a.v.tensor().Slice(1, prefix, t), ctx);
+  a.Forward(doc_start, ctx);
+  alone.Forward(Tensor(), ctx);
+  EXPECT_LE(RelativeError(a.y, alone.y), 1e-15);
+  EXPECT_LE(RelativeError(a.lse, alone.lse), 1e-15);
+}
+
 TEST(Attention, TheSameForAnyNumberOfThreads) {
   for (const Shape& shape : {Shape{2, 300, 300, 4, 2, 16}, Shape{1, 40, 700, 1, 1, 64}}) {
     Attention one(shape, kF32), two(shape, kF32);
@@ -330,7 +367,7 @@ TEST(Rope, RotatesPairsByPositionTimesFrequency) {
   for (const bool documents : {false, true}) {
     x.FillNormal(1);
     const Tensor docs = documents ? doc_start.tensor() : Tensor();
-    Rope(x, docs, first, theta, false, ctx);
+    Rope(x, {docs, first}, theta, false, ctx);
     for (int64_t row = 0; row < b * t; ++row) {
       const double position =
           static_cast<double>(first + row % t) - (documents ? Get(docs, row) : 0);
@@ -346,7 +383,7 @@ TEST(Rope, RotatesPairsByPositionTimesFrequency) {
       }
     }
     EXPECT_TRUE(x.PaddingIntact());
-    Rope(x, docs, first, theta, true, ctx);
+    Rope(x, {docs, first}, theta, true, ctx);
     EXPECT_LE(RelativeError(x, before), 1e-15);
   }
 }
@@ -358,11 +395,11 @@ TEST(Rope, InverseIsTheGradient) {
   x.FillNormal(1);
   cotangent.FillNormal(2);
   dx.Assign(Values(cotangent));
-  Rope(dx, Tensor(), 4, 1e4, true, ctx);
+  Rope(dx, {Tensor(), 4}, 1e4, true, ctx);
   CheckGradients(
       [&] {
         Copy(y, x, ctx);
-        Rope(y, Tensor(), 4, 1e4, false, ctx);
+        Rope(y, {Tensor(), 4}, 1e4, false, ctx);
         return Dot(y, cotangent);
       },
       {{"x", x, dx}});
@@ -372,8 +409,8 @@ TEST(Rope, FloatKeepsItsAccuracyFarOut) {
   const TestContext ctx;
   Buf x32(kF32, {1, 4, 2, 64}), x64(kF64, {1, 4, 2, 64});
   x64.Assign(Values(x32.FillNormal(1)));
-  Rope(x32, Tensor(), 262140, 1e4, false, ctx);
-  Rope(x64, Tensor(), 262140, 1e4, false, ctx);
+  Rope(x32, {Tensor(), 262140}, 1e4, false, ctx);
+  Rope(x64, {Tensor(), 262140}, 1e4, false, ctx);
   // Angles are computed in double: what is left is the rounding of sine, cosine and products.
   EXPECT_LE(RelativeError(x32, x64), 2 * 0x1p-24);
 }

@@ -29,8 +29,12 @@ struct Shape {
   int64_t batch, time, channels, taps;
 };
 
+// Tokens of a call begin here in their sequences.
+constexpr int64_t kFirst = 40;
+
 struct Conv {
   Shape s;
+  Documents documents{Tensor(), kFirst};
   Buf x, w, bias, initial_state, doc_start;
   Buf y, final_state, dx, dw, dbias, d_initial_state;
   Buf dy, d_final_state;  // cotangents
@@ -57,26 +61,36 @@ struct Conv {
     dy.FillNormal(5);
     d_final_state.FillNormal(6);
   }
-  // Documents begin at these positions (and at 0) of row 0; one later in row 1.
-  void SetDocuments(const std::vector<int64_t>& starts) {
+  // Documents begin at these tokens of row 0, one later in row 1; that of the tokens before began
+  // `before` tokens before the call.
+  void SetDocuments(const std::vector<int64_t>& starts, int64_t before = kFirst) {
+    documents.doc_start = doc_start;
     for (int64_t r = 0; r < s.batch; ++r) {
-      int64_t start = 0;
+      int64_t start = -before;
       for (int64_t t = 0; t < s.time; ++t) {
         for (int64_t begin : starts) {
           if (t == begin + r % 2) start = t;
         }
-        testing::Set(doc_start, r * s.time + t, static_cast<double>(start));
+        testing::Set(doc_start, r * s.time + t,
+                     static_cast<double>(documents.first_position + start));
       }
     }
   }
+  // 0: none; 1: several, the first from long before; 2: the first from within the state on; 3: one
+  // that begins with the first token.
+  void SetDocuments(int kind) {
+    if (kind == 1) SetDocuments({2, 3, 8, 129});
+    if (kind == 2) SetDocuments({8}, 2);
+    if (kind == 3) SetDocuments({3}, 0);
+  }
   void Forward(const Context& ctx) {
-    CausalConv1dSiluForward(y, final_state, x, w, bias, initial_state, doc_start, ctx);
+    CausalConv1dSiluForward(y, final_state, x, w, bias, initial_state, documents, ctx);
   }
   void Backward(const Context& ctx) {
     dw.Fill(0);
     dbias.Fill(0);
     CausalConv1dSiluBackward(dx, dw, dbias, d_initial_state, dy, d_final_state, x, w, bias,
-                             initial_state, doc_start, ctx);
+                             initial_state, documents, ctx);
   }
   std::vector<const Buf*> Outputs() const {
     return {&y, &final_state, &dx, &dw, &dbias, &d_initial_state};
@@ -85,10 +99,12 @@ struct Conv {
 
 // The input that output t of row r sees at position p (negative: the initial state).
 double Seen(const Conv& c, int64_t r, int64_t t, int64_t p, int64_t i) {
-  const int64_t last = std::min(t, c.s.time - 1);
-  const auto start = static_cast<int64_t>(Get(c.doc_start, r * c.s.time + last));
-  if (p >= 0) return p >= start ? Get(c.x, (r * c.s.time + p) * c.s.channels + i) : 0;
-  if (start > 0) return 0;
+  if (c.documents.doc_start.defined()) {
+    const int64_t last = std::min(t, c.s.time - 1);
+    const double start = Get(c.doc_start, r * c.s.time + last);
+    if (static_cast<double>(c.documents.first_position + p) < start) return 0;
+  }
+  if (p >= 0) return Get(c.x, (r * c.s.time + p) * c.s.channels + i);
   return Get(c.initial_state, (r * (c.s.taps - 1) + p + c.s.taps - 1) * c.s.channels + i);
 }
 
@@ -121,9 +137,9 @@ std::vector<Shape> Shapes() {
 TEST(CausalConv1d, AgreesWithTheTextbook) {
   const TestContext ctx;
   for (const Shape shape : Shapes()) {
-    for (const bool documents : {false, true}) {
+    for (const int documents : {0, 1, 2, 3}) {
       Conv c(kF64, shape);
-      if (documents) c.SetDocuments({2, 3, 8, 129});
+      c.SetDocuments(documents);
       c.Forward(ctx);
       std::vector<double> y, state;
       Textbook(c, &y, &state);
@@ -144,11 +160,11 @@ TEST(CausalConv1d, UndefinedOperandsAreZeros) {
   c.d_final_state.Fill(0);
   c.Forward(ctx);
   c.Backward(ctx);
-  CausalConv1dSiluForward(d.y, Tensor(), d.x, d.w, Tensor(), Tensor(), Tensor(), ctx);
+  CausalConv1dSiluForward(d.y, Tensor(), d.x, d.w, Tensor(), Tensor(), {}, ctx);
   EXPECT_TRUE(SameBits(d.y, c.y));
   d.dw.Fill(1);
   CausalConv1dSiluBackward(d.dx, d.dw, Tensor(), Tensor(), d.dy, Tensor(), d.x, d.w, Tensor(),
-                           Tensor(), Tensor(), ctx);
+                           Tensor(), {}, ctx);
   EXPECT_TRUE(SameBits(d.dx, c.dx));
   for (int64_t i = 0; i < d.dw.tensor().numel(); ++i) EXPECT_EQ(Get(d.dw, i), 1 + Get(c.dw, i));
 }
@@ -158,11 +174,11 @@ TEST(CausalConv1d, GradientsInDouble) {
   // Thousands of tiny calls: one thread spares them the start of a team.
   WithThreads(1, [&] {
     for (const Shape shape : Shapes()) {
-      for (const bool documents : {false, true}) {
+      for (const int documents : {0, 1, 2, 3}) {
         SCOPED_TRACE(std::to_string(shape.taps) + " taps, " + std::to_string(shape.time) +
-                     " steps");
+                     " steps, documents " + std::to_string(documents));
         Conv c(kF64, shape);
-        if (documents) c.SetDocuments({2, 3, 8, 129});
+        c.SetDocuments(documents);
         c.Backward(ctx);
         testing::GradientCheckOptions options;
         options.max_elements = 24;
@@ -222,6 +238,11 @@ void CopySteps(Tensor to, int64_t to_begin, Tensor from, int64_t from_begin, int
 // The steps [begin, begin + time) of `whole` as a problem of their own, from a zero state.
 Conv Part(const Conv& whole, int64_t begin, int64_t time) {
   Conv part(kF32, {whole.s.batch, time, whole.s.channels, whole.s.taps});
+  part.documents.first_position += begin;
+  if (whole.documents.doc_start.defined()) {
+    CopySteps(part.doc_start, 0, whole.doc_start, begin, time);
+    part.documents.doc_start = part.doc_start;
+  }
   CopySteps(part.x, 0, whole.x, begin, time);
   CopySteps(part.dy, 0, whole.dy, begin, time);
   part.initial_state.Fill(0);
@@ -280,8 +301,15 @@ TEST(CausalConv1d, PackedDocumentsEqualSeparateOnes) {
 
 TEST(CausalConv1d, SequenceCutInTwoEqualsTheWhole) {
   const TestContext ctx;
-  for (const int64_t cut : {1, 2, 100, 199}) {
+  for (const auto& [cut, starts] : {std::pair<int64_t, std::vector<int64_t>>{1, {}},
+                                    {2, {}},
+                                    {100, {}},
+                                    {199, {}},
+                                    {100, {98, 101}},
+                                    {100, {100, 150}},
+                                    {1, {0}}}) {
     Conv whole(kF32, {2, 200, 35, 4});
+    if (!starts.empty()) whole.SetDocuments(starts);
     whole.Forward(ctx);
     whole.Backward(ctx);
     Conv first = Part(whole, 0, cut), second = Part(whole, cut, 200 - cut);
@@ -295,6 +323,20 @@ TEST(CausalConv1d, SequenceCutInTwoEqualsTheWhole) {
     first.Backward(ctx);
     ExpectSame(whole, {&first, &second});
   }
+}
+
+TEST(CausalConv1d, ADocumentAtTheFirstTokenIgnoresTheState) {
+  const TestContext ctx;
+  const Shape shape{1, 9, 5, 4};
+  Conv c(kF64, shape), zero(kF64, shape);
+  c.SetDocuments({}, 0);
+  c.initial_state.Fill(std::nan(""));
+  zero.initial_state.Fill(0);
+  for (Conv* conv : {&c, &zero}) conv->Forward(ctx), conv->Backward(ctx);
+  for (size_t k = 0; k + 1 < c.Outputs().size(); ++k) {
+    EXPECT_TRUE(SameBits(*c.Outputs()[k], *zero.Outputs()[k])) << "output " << k;
+  }
+  EXPECT_EQ(Values(c.d_initial_state), std::vector<double>(15, 0));
 }
 
 TEST(CausalConv1d, PlanningTakesTheSameScratch) {

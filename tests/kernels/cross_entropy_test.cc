@@ -2,8 +2,10 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <initializer_list>
 #include <vector>
 
 #include "support/gradcheck.h"
@@ -23,6 +25,20 @@ using testing::Values;
 using testing::WithThreads;
 
 constexpr DType kF32 = DType::kF32, kF64 = DType::kF64, kI32 = DType::kI32;
+
+// The three steps over a whole vocabulary that is in one place.
+void CrossEntropy(Tensor losses, Tensor d_logits, Tensor logits, Tensor targets, double scale,
+                  const Context& ctx) {
+  const DType wide = Wide(logits.dtype());
+  const int64_t m = logits.dim(0);
+  const VocabularySlice whole = WholeVocabulary(logits.dim(1));
+  Buf max(wide, {m}), picked(wide, {m}), sum(kF64, {m}), scale_on_device(kF64, {1});
+  scale_on_device.Fill(scale);
+  CrossEntropyMax(max, logits, whole, ctx);
+  CrossEntropySum(sum, picked, max, logits, targets, whole, ctx);
+  CrossEntropyFinish(losses, d_logits, max, sum, picked, logits, targets, whole, scale_on_device,
+                     ctx);
+}
 
 TEST(CrossEntropy, IsTheFormulaAndSkipsRowsWithoutTarget) {
   const TestContext ctx;
@@ -126,6 +142,80 @@ TEST(CrossEntropy, ThreadsAndNoRows) {
   EXPECT_TRUE(SameBits(l1, l2) && SameBits(d1, d2));
   Buf none(kF32, {0, 5}), no_targets(kI32, {0}), no_losses(kF32, {0});
   CrossEntropy(no_losses, none, none, no_targets, 1, ctx);
+}
+
+// Slices of the vocabulary, combined as ranks do it: the maximum, then two sums. Every column
+// carries padding, which holds NaN.
+TEST(CrossEntropy, SlicesCombineToTheWhole) {
+  const TestContext ctx;
+  const int64_t m = 40, v = 11;
+  const double scale = 0.3;
+  for (const DType dtype : {kF32, kF64, DType::kBF16}) {
+    const DType wide = Wide(dtype);
+    Buf logits(dtype, {m, v}), targets(kI32, {m}), losses(wide, {m}), grad(dtype, {m, v}),
+        scale_on_device(kF64, {1});
+    logits.FillNormal(1, 3);
+    targets.FillIntegers(2, -1, v);
+    scale_on_device.Fill(scale);
+    CrossEntropy(losses, grad, logits, targets, scale, ctx);
+    // Used columns of each slice: two; three, one of them all padding; targets outside of most.
+    for (const std::vector<int64_t>& sizes :
+         std::vector<std::vector<int64_t>>{{6, 5}, {10, 1}, {4, 7, 0}, {1, 5, 5}, {0, 11, 0}}) {
+      std::vector<VocabularySlice> slices;
+      std::vector<Buf> parts, maxima, sums, picks;
+      Buf max(wide, {m}), sum(kF64, {m}), picked(wide, {m});
+      max.Fill(-INFINITY);
+      int64_t first = 0;
+      for (const int64_t used : sizes) {
+        slices.push_back({first, used, v});
+        Buf& part = parts.emplace_back(dtype, std::initializer_list<int64_t>{m, 12}, 2);
+        part.Fill(std::nan(""));
+        for (int64_t i = 0; i < m * used; ++i) {
+          Set(part, i / used * 12 + i % used, Get(logits, i / used * v + first + i % used));
+        }
+        Buf& own = maxima.emplace_back(wide, std::initializer_list<int64_t>{m});
+        CrossEntropyMax(own, part, slices.back(), ctx);
+        if (used == 0) {
+          EXPECT_EQ(Get(own, 0), -INFINITY);
+        }
+        for (int64_t i = 0; i < m; ++i) Set(max, i, std::max(Get(max, i), Get(own, i)));
+        first += used;
+      }
+      for (size_t s = 0; s < slices.size(); ++s) {
+        Buf own_sum(kF64, {m}), own_picked(wide, {m});
+        own_sum.Fill(std::nan(""));
+        own_picked.Fill(std::nan(""));
+        CrossEntropySum(own_sum, own_picked, max, parts[s], targets, slices[s], ctx);
+        for (int64_t i = 0; i < m; ++i) {
+          Set(sum, i, Get(sum, i) + Get(own_sum, i));
+          Set(picked, i, Get(picked, i) + Get(own_picked, i));
+        }
+        if (slices[s].used == 0) {
+          EXPECT_EQ(Values(own_sum), std::vector<double>(static_cast<size_t>(m), 0));
+          EXPECT_EQ(Values(own_picked), std::vector<double>(static_cast<size_t>(m), 0));
+        }
+      }
+      for (size_t s = 0; s < slices.size(); ++s) {
+        Buf own_losses(wide, {m}), own_grad(dtype, {m, 12}, 1);
+        own_grad.Fill(std::nan(""));
+        CrossEntropyFinish(own_losses, own_grad, max, sum, picked, parts[s], targets, slices[s],
+                           scale_on_device, ctx);
+        // The sum of exponentials is of doubles in another order; losses are rounded once.
+        const double u = wide == kF64 ? 0x1p-53 : 0x1p-24;
+        EXPECT_LE(RelativeError(own_losses, losses), 2 * u);
+        const Tensor of_slice = grad.tensor().Slice(1, slices[s].first, slices[s].used);
+        if (slices[s].used > 0) {
+          EXPECT_LE(RelativeError(own_grad.tensor().Slice(1, 0, slices[s].used), of_slice),
+                    dtype == DType::kBF16 ? 0x1p-9 : 4 * u);
+        }
+        for (const double padding :
+             Values(own_grad.tensor().Slice(1, slices[s].used, 12 - slices[s].used))) {
+          EXPECT_EQ(padding, 0);
+        }
+        EXPECT_TRUE(own_grad.PaddingIntact());
+      }
+    }
+  }
 }
 
 TEST(CrossEntropyDeathTest, TargetsOutsideTheVocabularyAreFatal) {

@@ -2,7 +2,9 @@
 
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "kernels/cpu/gemm.h"
@@ -103,12 +105,13 @@ TEST(Linear, GradientsInDouble) {
     Buf x(kF64, {m, inputs}, 2), w(kF64, {outputs, inputs}), b(kF64, {outputs});
     Buf y(kF64, {m, outputs}, 1), cotangent(kF64, {m, outputs}, 3);
     Buf dx(kF64, {m, inputs}, 1), dw(kF64, {outputs, inputs}), db(kF64, {outputs});
+    dw.Fill(std::nan(""));
     x.FillNormal(1);
     w.FillNormal(2);
     b.FillNormal(3);
     cotangent.FillNormal(4);
     LinearBackwardInput(dx, cotangent, w, false, ctx);
-    LinearBackwardWeight(dw, cotangent, x, ctx);
+    LinearBackwardWeight(dw, cotangent, x, false, ctx);
     LinearBackwardBias(db, cotangent, ctx);
     CheckGradients(
         [&] {
@@ -118,15 +121,76 @@ TEST(Linear, GradientsInDouble) {
         {{"x", x, dx}, {"w", w, dw}, {"b", b, db}});
     EXPECT_TRUE(y.PaddingIntact() && dx.PaddingIntact());
 
-    // Weight and bias gradients accumulate; the input's does on request.
+    // The bias gradient accumulates; the others do on request.
     const std::vector<double> once = Values(dw), once_b = Values(db), once_x = Values(dx);
     LinearBackwardInput(dx, cotangent, w, true, ctx);
-    LinearBackwardWeight(dw, cotangent, x, ctx);
+    LinearBackwardWeight(dw, cotangent, x, true, ctx);
     LinearBackwardBias(db, cotangent, ctx);
     for (size_t i = 0; i < once.size(); ++i) EXPECT_NEAR(Values(dw)[i], 2 * once[i], 1e-14);
     for (size_t i = 0; i < once_b.size(); ++i) EXPECT_NEAR(Values(db)[i], 2 * once_b[i], 1e-14);
     for (size_t i = 0; i < once_x.size(); ++i) EXPECT_NEAR(Values(dx)[i], 2 * once_x[i], 1e-14);
+
+    // Overwriting does not read what was there.
+    dw.Fill(std::nan(""));
+    dx.Fill(std::nan(""));
+    LinearBackwardWeight(dw, cotangent, x, false, ctx);
+    LinearBackwardInput(dx, cotangent, w, false, ctx);
+    EXPECT_EQ(Values(dw), once);
+    EXPECT_EQ(Values(dx), once_x);
   }
+}
+
+TEST(Linear, AddBiasAddsToEveryRow) {
+  const TestContext ctx;
+  for (const DType dtype : {DType::kF32, kF64, DType::kBF16}) {
+    Buf y(dtype, {3, 4, 5}, 2), bias(dtype, {5});
+    y.FillIntegers(1, -50, 50);
+    bias.FillIntegers(2, -50, 50);
+    std::vector<double> want = Values(y);
+    for (size_t i = 0; i < want.size(); ++i) want[i] += Get(bias, static_cast<int64_t>(i % 5));
+    AddBias(y, bias, ctx);
+    EXPECT_EQ(Values(y), want);
+    EXPECT_TRUE(y.PaddingIntact());
+  }
+  // bf16: the sum is rounded once, a tie to even.
+  Buf y(DType::kBF16, {1, 2}), bias(DType::kBF16, {2});
+  y.Assign({256, 258});
+  bias.Assign({1, 1});
+  AddBias(y, bias, ctx);
+  EXPECT_EQ(Values(y), (std::vector<double>{256, 260}));
+  // The bias of LinearForward is the same sum in another place.
+  Buf x(kF64, {3, 2}), w(kF64, {4, 2}), b(kF64, {4}), one(kF64, {3, 4}), two(kF64, {3, 4});
+  x.FillNormal(1), w.FillNormal(2), b.FillNormal(3);
+  LinearForward(one, x, w, b, ctx);
+  LinearForward(two, x, w, Tensor(), ctx);
+  AddBias(two, b, ctx);
+  EXPECT_LE(RelativeError(two, one), 1e-15);
+}
+
+// bf16 inputs with outputs of bf16 or f32: the f32 sums, rounded once or not at all; gradients of
+// weights and biases are f32.
+TEST(Linear, BFloat16InputsGiveBFloat16OrFloat) {
+  const TestContext ctx;
+  const int64_t m = 9, n = 7, k = 33;
+  Buf x(DType::kBF16, {m, k}, 1), w(DType::kBF16, {n, k}), dy(DType::kBF16, {m, n}, 2);
+  x.FillNormal(1), w.FillNormal(2), dy.FillNormal(3);
+  Buf x32(DType::kF32, {m, k}), w32(DType::kF32, {n, k}), dy32(DType::kF32, {m, n});
+  x32.Assign(Values(x)), w32.Assign(Values(w)), dy32.Assign(Values(dy));
+  Buf narrow(DType::kBF16, {m, n}), wide(DType::kF32, {m, n}), want(DType::kF32, {m, n}),
+      rounded(DType::kBF16, {m, n});
+  LinearForward(want, x32, w32, Tensor(), ctx);
+  LinearForward(narrow, x, w, Tensor(), ctx);
+  LinearForward(wide, x, w, Tensor(), ctx);
+  EXPECT_TRUE(SameBits(wide, want));
+  EXPECT_TRUE(SameBits(narrow, rounded.Assign(Values(want))));
+  Buf dw(DType::kF32, {n, k}), dw32(DType::kF32, {n, k}), db(DType::kF32, {n}),
+      db32(DType::kF32, {n});
+  dw.Fill(std::nan(""));
+  LinearBackwardWeight(dw, dy, x, false, ctx);
+  LinearBackwardWeight(dw32, dy32, x32, false, ctx);
+  LinearBackwardBias(db, dy, ctx);
+  LinearBackwardBias(db32, dy32, ctx);
+  EXPECT_TRUE(SameBits(dw, dw32) && SameBits(db, db32));
 }
 
 TEST(Linear, HigherRankInputsAreRows) {
@@ -157,34 +221,60 @@ TEST(Linear, BiasGradientOfManyRowsKeepsItsAccuracy) {
   EXPECT_TRUE(SameBits(one, two));
 }
 
+// Offsets of experts as a tensor.
+Buf Offsets(const std::vector<double>& begin) {
+  Buf offsets(DType::kI64, {static_cast<int64_t>(begin.size())});
+  offsets.Assign(begin);
+  return offsets;
+}
+
 TEST(GroupedLinear, EqualsOneProductPerExpertAndAllowsEmptyExperts) {
   const TestContext ctx;
-  const int64_t experts = 4, outputs = 5, inputs = 3, m = 7;
-  const std::vector<int64_t> offsets = {0, 3, 3, 4, 7};
-  Buf x(kF64, {m, inputs}, 1), w(kF64, {experts, outputs, inputs}), y(kF64, {m, outputs}, 2),
-      cotangent(kF64, {m, outputs}), dx(kF64, {m, inputs}), dw(kF64, {experts, outputs, inputs});
-  x.FillNormal(1);
-  w.FillNormal(2);
-  cotangent.FillNormal(3);
-  GroupedLinearBackwardInput(dx, cotangent, w, offsets.data(), ctx);
-  GroupedLinearBackwardWeight(dw, cotangent, x, offsets.data(), ctx);
-  CheckGradients(
-      [&] {
-        GroupedLinearForward(y, x, w, offsets.data(), ctx);
-        return Dot(y, cotangent);
-      },
-      {{"x", x, dx}, {"w", w, dw}});
-  EXPECT_TRUE(y.PaddingIntact());
-  for (int64_t i = 0; i < outputs * inputs; ++i) EXPECT_EQ(Get(dw, outputs * inputs + i), 0);
-  for (int64_t e = 0; e < experts; ++e) {
-    for (int64_t row = offsets[static_cast<size_t>(e)]; row < offsets[static_cast<size_t>(e + 1)];
-         ++row) {
-      for (int64_t o = 0; o < outputs; ++o) {
-        double sum = 0;
-        for (int64_t i = 0; i < inputs; ++i) {
-          sum += Get(x, row * inputs + i) * Get(w, (e * outputs + o) * inputs + i);
+  const int64_t experts = 4, outputs = 5, inputs = 3, used = 7;
+  const std::vector<int64_t> begin = {0, 3, 3, 4, 7};
+  const Buf offsets = Offsets({0, 3, 3, 4, 7});
+  // As many rows as are in use, and more: those are neither read nor written.
+  for (const int64_t m : {used, used + 4}) {
+    Buf x(kF64, {m, inputs}, 1), w(kF64, {experts, outputs, inputs}), y(kF64, {m, outputs}, 2),
+        cotangent(kF64, {m, outputs}), dx(kF64, {m, inputs}), dw(kF64, {experts, outputs, inputs});
+    for (Buf* unused : {&x, &cotangent, &y, &dx, &dw}) unused->Fill(std::nan(""));
+    const auto fill = [&](const Buf& to, uint64_t seed) {
+      Buf values(kF64, {used, to.tensor().dim(1)});
+      values.FillNormal(seed);
+      for (int64_t i = 0; i < values.tensor().numel(); ++i) Set(to, i, Get(values, i));
+    };
+    fill(x, 1);
+    fill(cotangent, 3);
+    w.FillNormal(2);
+    GroupedLinearBackwardInput(dx, cotangent, w, offsets, ctx);
+    GroupedLinearBackwardWeight(dw, cotangent, x, offsets, false, ctx);
+    CheckGradients(
+        [&] {
+          GroupedLinearForward(y, x, w, offsets, ctx);
+          return Dot(y.tensor().Slice(0, 0, used), cotangent.tensor().Slice(0, 0, used));
+        },
+        {{"x", x.tensor().Slice(0, 0, used), dx.tensor().Slice(0, 0, used)}, {"w", w, dw}});
+    EXPECT_TRUE(y.PaddingIntact());
+    for (const Buf* out : {&y, &dx}) {
+      for (const double value : Values(out->tensor().Slice(0, used, m - used))) {
+        EXPECT_TRUE(std::isnan(value));
+      }
+    }
+    // The expert without rows: zero when overwriting, as it was when accumulating.
+    for (int64_t i = 0; i < outputs * inputs; ++i) EXPECT_EQ(Get(dw, outputs * inputs + i), 0);
+    const std::vector<double> once = Values(dw);
+    GroupedLinearBackwardWeight(dw, cotangent, x, offsets, true, ctx);
+    for (size_t i = 0; i < once.size(); ++i) EXPECT_NEAR(Values(dw)[i], 2 * once[i], 1e-14);
+    for (int64_t e = 0; e < experts; ++e) {
+      for (int64_t row = begin[static_cast<size_t>(e)]; row < begin[static_cast<size_t>(e + 1)];
+           ++row) {
+        for (int64_t o = 0; o < outputs; ++o) {
+          double sum = 0;
+          for (int64_t i = 0; i < inputs; ++i) {
+            sum += Get(x, row * inputs + i) * Get(w, (e * outputs + o) * inputs + i);
+          }
+          EXPECT_NEAR(Get(y, row * outputs + o), sum, 1e-14);
         }
-        EXPECT_NEAR(Get(y, row * outputs + o), sum, 1e-14);
       }
     }
   }
@@ -192,13 +282,21 @@ TEST(GroupedLinear, EqualsOneProductPerExpertAndAllowsEmptyExperts) {
 
 TEST(GroupedLinear, NoRowsAtAll) {
   const TestContext ctx;
-  const std::vector<int64_t> offsets = {0, 0, 0};
+  const Buf offsets = Offsets({0, 0, 0});
   Buf x(kF64, {0, 3}), y(kF64, {0, 5}), w(kF64, {2, 5, 3}), dw(kF64, {2, 5, 3});
   dw.Fill(2);
-  GroupedLinearForward(y, x, w, offsets.data(), ctx);
-  GroupedLinearBackwardInput(x, y, w, offsets.data(), ctx);
-  GroupedLinearBackwardWeight(dw, y, x, offsets.data(), ctx);
-  EXPECT_EQ(Get(dw, 0), 2);
+  GroupedLinearForward(y, x, w, offsets, ctx);
+  GroupedLinearBackwardInput(x, y, w, offsets, ctx);
+  GroupedLinearBackwardWeight(dw, y, x, offsets, true, ctx);
+  EXPECT_EQ(Values(dw), std::vector<double>(30, 2));
+  dw.Fill(std::nan(""));
+  GroupedLinearBackwardWeight(dw, y, x, offsets, false, ctx);
+  EXPECT_EQ(Values(dw), std::vector<double>(30, 0));
+}
+
+TEST(GroupedLinear, RowAlignment) {
+  EXPECT_EQ(ExpertRowAlignment(Device::kCpu), 1);
+  EXPECT_EQ(ExpertRowAlignment(Device::kCuda), 128);
 }
 
 // CBLAS cuts sums differently for different numbers of threads, but the same for the same number.
@@ -226,7 +324,7 @@ TEST(MatMul, PlanningTouchesNothing) {
   const Tensor t(nullptr, DType::kF32, Device::kCpu, {4, 4});
   MatMul(t, t, false, t, false, false, ctx);
   LinearForward(t, t, t, Tensor(), ctx);
-  LinearBackwardWeight(t, t, t, ctx);
+  LinearBackwardWeight(t, t, t, false, ctx);
 }
 
 }  // namespace

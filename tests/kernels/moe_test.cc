@@ -11,6 +11,8 @@
 #include <utility>
 #include <vector>
 
+#include "kernels/gemm.h"
+#include "kernels/swiglu.h"
 #include "support/gradcheck.h"
 
 namespace krait {
@@ -150,14 +152,14 @@ TEST(MoeRoute, GradientsInDouble) {
                      std::to_string(losses));
         Routing r(kF64, shape);
         r.FillWithGaps();
-        Buf d_weight(kF64, {shape.tokens, shape.top_k}), d_prob_mean(kF64, {shape.experts});
+        Buf d_weight(kF64, {shape.tokens, shape.top_k}), d_prob(kF64, {shape.experts});
         d_weight.FillNormal(2);
-        d_prob_mean.FillNormal(3);
+        d_prob.FillNormal(3);
         const bool aux = (losses & 1) != 0;
         const double z_scale = (losses & 2) != 0 ? 0.3 : 0;
         r.Forward(renormalize, ctx);
-        MoeRouteBackward(r.d_logits, d_weight, aux ? d_prob_mean.tensor() : Tensor(), z_scale,
-                         r.probs, r.choice, r.weight, r.logits, renormalize, ctx);
+        MoeRouteBackward(r.d_logits, d_weight, aux ? d_prob.tensor() : Tensor(), z_scale, r.probs,
+                         r.choice, r.weight, r.logits, renormalize, ctx);
         testing::GradientCheckOptions options;
         options.max_elements = 60;
         CheckGradients(
@@ -168,7 +170,7 @@ TEST(MoeRoute, GradientsInDouble) {
                 double sum = 0;
                 for (int64_t e = 0; e < shape.experts; ++e) {
                   const int64_t at = t * shape.experts + e;
-                  if (aux) loss += Get(r.probs, at) * Get(d_prob_mean, e);
+                  if (aux) loss += Get(r.probs, at) * Get(d_prob, e);
                   sum += std::exp(Get(r.logits, at));
                 }
                 loss += z_scale * std::log(sum) * std::log(sum);
@@ -217,144 +219,226 @@ TEST(MoeStatistics, AddsSumsOverTokens) {
   }
 }
 
+// The choices of `choice` sorted by expert, into buffers with `spare` rows more than are in use.
 struct Sorted {
-  Buf row_of, source;
-  std::vector<int64_t> offsets;
+  Buf row_of, source, offsets;
 
-  Sorted(const Buf& choice, int64_t experts, const Context& ctx)
+  Sorted(const Buf& choice, int64_t experts, int64_t spare, const Context& ctx)
       : row_of(kI32, {choice.tensor().dim(0), choice.tensor().dim(1)}),
-        source(kI32, {choice.tensor().numel()}),
-        offsets(static_cast<size_t>(experts) + 1, -1) {
-    MoeSort(row_of, source, offsets.data(), choice, experts, ctx);
+        source(kI32, {choice.tensor().numel() + spare}),
+        offsets(DType::kI64, {experts + 1}) {
+    for (Buf* out : {&row_of, &source, &offsets}) out->Fill(-7);
+    MoeSort(row_of, source, offsets, choice, ctx);
   }
 };
 
-void ExpectSorted(const Buf& choice, int64_t experts) {
+void ExpectSorted(const Buf& choice, int64_t experts, int64_t spare) {
   const TestContext ctx;
-  const Sorted s(choice, experts, ctx);
+  const Sorted s(choice, experts, spare, ctx);
   const std::vector<double> expert = Values(choice);
   std::vector<double> order(expert.size());
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(), [&](double a, double b) {
     return expert[static_cast<size_t>(a)] < expert[static_cast<size_t>(b)];
   });
-  EXPECT_EQ(Values(s.source), order);
   for (size_t row = 0; row < order.size(); ++row) {
     EXPECT_EQ(Get(s.row_of, static_cast<int64_t>(order[row])), static_cast<double>(row));
   }
+  order.resize(order.size() + static_cast<size_t>(spare), -1);  // rows that nobody uses
+  EXPECT_EQ(Values(s.source), order);
   for (int64_t e = 0; e <= experts; ++e) {
     const auto below = std::count_if(expert.begin(), expert.end(), [e](double chosen) {
       return chosen < static_cast<double>(e);
     });
-    EXPECT_EQ(s.offsets[static_cast<size_t>(e)], below);
+    EXPECT_EQ(Get(s.offsets, e), static_cast<double>(below));
   }
 }
 
 TEST(MoeSort, IsAStableSortByExpert) {
-  for (const Shape shape : Shapes()) {
-    const TestContext ctx;
-    Routing r(kF32, shape);
-    r.Forward(false, ctx);
-    ExpectSorted(r.choice, shape.experts);
+  for (const int64_t spare : {0, 5}) {
+    for (const Shape shape : Shapes()) {
+      const TestContext ctx;
+      Routing r(kF32, shape);
+      r.Forward(false, ctx);
+      ExpectSorted(r.choice, shape.experts, spare);
+    }
+    Buf one_expert(kI32, {50, 1}), some_empty(kI32, {20, 2}), none(kI32, {0, 2});
+    one_expert.Fill(3);
+    ExpectSorted(one_expert, 5, spare);
+    for (int64_t i = 0; i < 40; ++i) testing::Set(some_empty, i, i % 2 == 0 ? 1 : 6);
+    ExpectSorted(some_empty, 8, spare);
+    ExpectSorted(none, 4, spare);
   }
-  Buf one_expert(kI32, {50, 1}), some_empty(kI32, {20, 2}), none(kI32, {0, 2});
-  one_expert.Fill(3);
-  ExpectSorted(one_expert, 5);
-  for (int64_t i = 0; i < 40; ++i) testing::Set(some_empty, i, i % 2 == 0 ? 1 : 6);
-  ExpectSorted(some_empty, 8);
-  ExpectSorted(none, 4);
 }
 
-// y = combine(scale(permute(x))), the path of a token through experts that scale by a number each.
+TEST(MoeSort, RowsOfMemoryHoldTheAlignmentOfEachExpert) {
+  EXPECT_EQ(ExpertRows(40, 2, 16, Device::kCpu), 80);
+  EXPECT_EQ(ExpertRows(40, 2, 16, Device::kCuda), 80 + 127 * 16);
+}
+
+TEST(MoeSortDeathTest, ChoicesOutsideAreFatal) {
+  const TestContext ctx;
+  Buf choice(kI32, {2, 1});
+  choice.Assign({0, 3});
+  EXPECT_DEATH(Sorted(choice, 3, 0, ctx), "check failed");
+  choice.Assign({-1, 0});
+  EXPECT_DEATH(Sorted(choice, 3, 0, ctx), "check failed");
+}
+
+// The path of tokens through experts that are feed-forwards: permute, two products with SwiGLU
+// between, combine; and back.
 struct Path {
   Shape s;
-  Buf x, rows, y, weight, dy, dx, d_rows, d_weight;
+  int64_t d, f, rows;
+  Buf x, w, w_down, weight, dy;
+  Buf permuted, gate_up, product, outputs, y;
+  Buf dx, dw, dw_down, d_weight, d_rows, d_outputs, d_gate_up, weighted;
   Sorted sorted;
 
-  Path(DType type, Shape shape, int64_t width, const Buf& choice, const Context& ctx)
+  Path(DType type, Shape shape, int64_t width, int64_t spare, const Buf& choice, const Context& ctx)
       : s(shape),
-        x(type, {s.tokens, width}, 2),
-        rows(type, {s.tokens * s.top_k, width}, 3),
-        y(type, {s.tokens, width}, 1),
-        weight(type, {s.tokens, s.top_k}),
-        dy(type, {s.tokens, width}, 4),
-        dx(type, {s.tokens, width}, 5),
-        d_rows(type, {s.tokens * s.top_k, width}),
-        d_weight(type, {s.tokens, s.top_k}),
-        sorted(choice, s.experts, ctx) {
+        d(width),
+        f(width / 2 + 1),
+        rows(s.tokens * s.top_k + spare),
+        x(type, {s.tokens, d}, 2),
+        w(type, {s.experts, 2 * f, d}),
+        w_down(type, {s.experts, d, f}),
+        weight(Wide(type), {s.tokens, s.top_k}),
+        dy(type, {s.tokens, d}, 4),
+        permuted(type, {rows, d}, 3),
+        gate_up(type, {rows, 2 * f}, 2),
+        product(type, {rows, f}, 1),
+        outputs(type, {rows, d}, 2),
+        y(type, {s.tokens, d}, 1),
+        dx(type, {s.tokens, d}, 5),
+        dw(Wide(type), {s.experts, 2 * f, d}),
+        dw_down(Wide(type), {s.experts, d, f}),
+        d_weight(Wide(type), {s.tokens, s.top_k}),
+        d_rows(type, {rows, d}, 1),
+        d_outputs(type, {rows, d}, 2),
+        d_gate_up(type, {rows, 2 * f}, 3),
+        weighted(type, {rows, f}, 4),
+        sorted(choice, s.experts, spare, ctx) {
     x.FillNormal(1);
     weight.FillNormal(2);
     dy.FillNormal(3);
-  }
-  void Scale(const Buf& target) const {
-    for (int64_t e = 0; e < s.experts; ++e) {
-      for (int64_t r = sorted.offsets[static_cast<size_t>(e)];
-           r < sorted.offsets[static_cast<size_t>(e) + 1]; ++r) {
-        const Tensor row = target.tensor().Slice(0, r, 1);
-        for (int64_t i = 0; i < row.numel(); ++i) {
-          testing::Set(row, i, Get(row, i) * (1.5 + static_cast<double>(e)));
-        }
-      }
+    w.FillNormal(4, 1 / std::sqrt(static_cast<double>(d)));
+    w_down.FillNormal(5, 1 / std::sqrt(static_cast<double>(f)));
+    // Outputs are overwritten where rows are in use.
+    for (Buf* out : {&permuted, &gate_up, &product, &outputs, &y, &dx, &dw, &dw_down, &d_rows,
+                     &d_outputs, &d_gate_up, &weighted}) {
+      out->Fill(std::numeric_limits<double>::quiet_NaN());
     }
   }
   void Forward(const Context& ctx) {
-    MoePermute(rows, x, sorted.source, s.top_k, ctx);
-    Scale(rows);
-    MoeCombine(y, rows, weight, sorted.row_of, ctx);
+    MoePermute(permuted, x, sorted.source, s.top_k, ctx);
+    GroupedLinearSwiGluForward(product, gate_up, permuted, w, sorted.offsets, ctx);
+    GroupedLinearForward(outputs, product, w_down, sorted.offsets, ctx);
+    MoeCombine(y, outputs, weight, sorted.row_of, ctx);
   }
   void Backward(bool accumulate, const Context& ctx) {
-    MoeCombineBackward(d_rows, d_weight, dy, rows, weight, sorted.row_of, ctx);
-    Scale(d_rows);
+    MoePermute(d_outputs, dy, sorted.source, s.top_k, ctx);
+    GroupedSwiGluLinearBackward(d_gate_up, weighted, {weight, d_weight, sorted.source}, d_outputs,
+                                w_down, gate_up, sorted.offsets, ctx);
+    GroupedLinearBackwardWeight(dw_down, d_outputs, weighted, sorted.offsets, accumulate, ctx);
+    GroupedLinearBackwardWeight(dw, d_gate_up, permuted, sorted.offsets, accumulate, ctx);
+    GroupedLinearBackwardInput(d_rows, d_gate_up, w, sorted.offsets, ctx);
     MoePermuteBackward(dx, d_rows, sorted.row_of, accumulate, ctx);
   }
+  bool PaddingIntact() const {
+    for (const Buf* out : {&permuted, &gate_up, &product, &outputs, &y, &dx, &d_rows, &d_outputs,
+                           &d_gate_up, &weighted}) {
+      if (!out->PaddingIntact()) return false;
+    }
+    return true;
+  }
 };
+
+// y[t] = sum over the choices of weight * expert(x[t]), from the formulas alone.
+std::vector<double> TextbookExperts(const Path& p, const Buf& choice) {
+  std::vector<double> y;
+  for (int64_t t = 0; t < p.s.tokens; ++t) {
+    std::vector<double> sum(static_cast<size_t>(p.d));
+    for (int64_t j = 0; j < p.s.top_k; ++j) {
+      const int64_t at = t * p.s.top_k + j;
+      const auto e = static_cast<int64_t>(Get(choice, at));
+      for (int64_t k = 0; k < p.f; ++k) {
+        double gate = 0, up = 0;
+        for (int64_t i = 0; i < p.d; ++i) {
+          gate += Get(p.x, t * p.d + i) * Get(p.w, ((e * 2 * p.f) + k) * p.d + i);
+          up += Get(p.x, t * p.d + i) * Get(p.w, ((e * 2 * p.f) + p.f + k) * p.d + i);
+        }
+        const double product = gate / (1 + std::exp(-gate)) * up;
+        for (int64_t i = 0; i < p.d; ++i) {
+          sum[static_cast<size_t>(i)] +=
+              Get(p.weight, at) * product * Get(p.w_down, (e * p.d + i) * p.f + k);
+        }
+      }
+    }
+    y.insert(y.end(), sum.begin(), sum.end());
+  }
+  return y;
+}
 
 TEST(MoePath, OutputAndGradientsInDouble) {
   const TestContext ctx;
   for (const Shape shape : Shapes()) {
-    Routing r(kF64, shape);
-    r.Forward(false, ctx);
-    Path p(kF64, shape, 5, r.choice, ctx);
-    p.Forward(ctx);
-    std::vector<double> want;
-    for (int64_t t = 0; t < shape.tokens; ++t) {
-      for (int64_t i = 0; i < 5; ++i) {
-        double sum = 0;
-        for (int64_t j = 0; j < shape.top_k; ++j) {
-          const int64_t at = t * shape.top_k + j;
-          sum += Get(p.weight, at) * (1.5 + Get(r.choice, at)) * Get(p.x, t * 5 + i);
-        }
-        want.push_back(sum);
-      }
+    for (const int64_t spare : {0, 3}) {
+      Routing r(kF64, shape);
+      r.Forward(false, ctx);
+      Path p(kF64, shape, 5, spare, r.choice, ctx);
+      p.Forward(ctx);
+      EXPECT_LE(RelativeError(Values(p.y), TextbookExperts(p, r.choice)), 2e-15);
+      p.Backward(false, ctx);
+      testing::GradientCheckOptions options;
+      options.max_elements = 40;
+      CheckGradients(
+          [&] {
+            p.Forward(ctx);
+            return Dot(p.y, p.dy);
+          },
+          {{"x", p.x, p.dx},
+           {"w", p.w, p.dw},
+           {"w_down", p.w_down, p.dw_down},
+           {"weight", p.weight, p.d_weight}},
+          options);
+
+      // Without the forward's product, and SwiGLU's gradient over gate_up.
+      Path q(kF64, shape, 5, spare, r.choice, ctx);
+      MoePermute(q.permuted, q.x, q.sorted.source, shape.top_k, ctx);
+      GroupedLinearSwiGluForward(Tensor(), q.gate_up, q.permuted, q.w, q.sorted.offsets, ctx);
+      MoePermute(q.d_outputs, q.dy, q.sorted.source, shape.top_k, ctx);
+      GroupedSwiGluLinearBackward(q.gate_up, q.weighted, {q.weight, q.d_weight, q.sorted.source},
+                                  q.d_outputs, q.w_down, q.gate_up, q.sorted.offsets, ctx);
+      EXPECT_TRUE(SameBits(q.d_weight, p.d_weight));
+      const auto same_rows = [&](Tensor one, Tensor two) {
+        const int64_t used = shape.tokens * shape.top_k;
+        return SameBits(one.Slice(0, 0, used), two.Slice(0, 0, used));
+      };
+      EXPECT_TRUE(same_rows(q.gate_up, p.d_gate_up) && same_rows(q.weighted, p.weighted));
+      q.dx.Fill(1);
+      MoePermuteBackward(q.dx, p.d_rows, q.sorted.row_of, true, ctx);
+      std::vector<double> sum = Values(p.dx);
+      for (double& value : sum) value += 1;
+      // Added before the others instead of after: another order of at most k + 1 terms.
+      EXPECT_LE(RelativeError(Values(q.dx), sum), 1e-15);
+      EXPECT_TRUE(p.PaddingIntact() && q.PaddingIntact());
     }
-    EXPECT_LE(RelativeError(Values(p.y), want), 1e-15);
-
-    p.Backward(false, ctx);
-    testing::GradientCheckOptions options;
-    options.max_elements = 60;
-    CheckGradients(
-        [&] {
-          p.Forward(ctx);
-          return Dot(p.y, p.dy);
-        },
-        {{"x", p.x, p.dx}, {"weight", p.weight, p.d_weight}}, options);
-
-    // In place and added to.
-    Path q(kF64, shape, 5, r.choice, ctx);
-    q.Forward(ctx);
-    MoeCombineBackward(q.rows, q.d_weight, q.dy, q.rows, q.weight, q.sorted.row_of, ctx);
-    EXPECT_TRUE(SameBits(q.d_weight, p.d_weight));
-    q.Scale(q.rows);
-    EXPECT_TRUE(SameBits(q.rows, p.d_rows));
-    q.dx.Fill(1);
-    MoePermuteBackward(q.dx, q.rows, q.sorted.row_of, true, ctx);
-    std::vector<double> sum = Values(p.dx);
-    for (double& value : sum) value += 1;
-    // Added before the others instead of after: another order of at most k + 1 terms.
-    EXPECT_LE(RelativeError(Values(q.dx), sum), 1e-15);
-    EXPECT_TRUE(p.y.PaddingIntact() && p.rows.PaddingIntact() && p.dx.PaddingIntact() &&
-                q.rows.PaddingIntact());
   }
+}
+
+// Rows with source -1 are written as zeros by the ops that fill rows, so that padding between
+// experts takes no part in any sum.
+TEST(MoePath, RowsOfPaddingAreZero) {
+  const TestContext ctx;
+  Buf source(kI32, {4}), x(kF64, {2, 3}), rows(kF64, {4, 3}, 1);
+  source.Assign({1, -1, 0, -1});
+  x.FillNormal(1);
+  rows.Fill(std::numeric_limits<double>::quiet_NaN());
+  MoePermute(rows, x, source, 1, ctx);
+  const std::vector<double> got = Values(rows);
+  EXPECT_EQ(got, (std::vector<double>{Get(x, 3), Get(x, 4), Get(x, 5), 0, 0, 0, Get(x, 0),
+                                      Get(x, 1), Get(x, 2), 0, 0, 0}));
 }
 
 TEST(MoePath, FloatAgreesWithDouble) {
@@ -362,18 +446,25 @@ TEST(MoePath, FloatAgreesWithDouble) {
   const Shape shape{40, 16, 2};
   Routing r(kF64, shape);
   r.Forward(false, ctx);
-  Path a(kF32, shape, 1000, r.choice, ctx), b(kF64, shape, 1000, r.choice, ctx);
+  Path a(kF32, shape, 300, 0, r.choice, ctx), b(kF64, shape, 300, 0, r.choice, ctx);
   for (auto [from, to] :
-       {std::pair(&a.x, &b.x), std::pair(&a.weight, &b.weight), std::pair(&a.dy, &b.dy)}) {
+       {std::pair(&a.x, &b.x), std::pair(&a.weight, &b.weight), std::pair(&a.dy, &b.dy),
+        std::pair(&a.w, &b.w), std::pair(&a.w_down, &b.w_down)}) {
     to->Assign(Values(*from));
   }
   for (Path* p : {&a, &b}) p->Forward(ctx), p->Backward(false, ctx);
-  for (auto [got, want] :
-       {std::pair(&a.y, &b.y), std::pair(&a.dx, &b.dx), std::pair(&a.d_rows, &b.d_rows)}) {
-    EXPECT_LE(RelativeError(*got, *want), 3 * 0x1p-24);  // three products and a sum
+  // Two products in a row over 300 and 151 terms, each off by a few roundings of its result
+  // (sums in at least 8 lanes: half the root of 40), and SwiGLU between; backward as many again.
+  for (auto [got, want] : {std::pair(&a.y, &b.y), std::pair(&a.dx, &b.dx),
+                           std::pair(&a.d_rows, &b.d_rows), std::pair(&a.d_weight, &b.d_weight),
+                           std::pair(&a.dw, &b.dw), std::pair(&a.dw_down, &b.dw_down)}) {
+    EXPECT_LE(RelativeError(*got, *want), 16 * 0x1p-24);
   }
-  // Dot products of 1000 values in at least 4 lanes: half the root of 250 roundings.
-  EXPECT_LE(RelativeError(a.d_weight, b.d_weight), 8 * 0x1p-24);
+  // Moving rows is exact: two products and a sum.
+  Buf outputs(kF64, {a.rows, a.d}), y(kF64, {shape.tokens, a.d});
+  outputs.Assign(Values(a.outputs));
+  MoeCombine(y, outputs, b.weight, b.sorted.row_of, ctx);
+  EXPECT_LE(RelativeError(a.y, y), 3 * 0x1p-24);
 }
 
 TEST(Moe, ThreadsDoNotChangeABit) {
@@ -383,15 +474,20 @@ TEST(Moe, ThreadsDoNotChangeABit) {
     WithThreads(threads, [&] {
       Routing r(kF32, shape);
       r.Forward(true, ctx);
-      Path p(kF32, shape, 130, r.choice, ctx);
-      p.Forward(ctx);
-      p.Backward(false, ctx);
+      Path p(kF32, shape, 130, 0, r.choice, ctx);
+      // The products of experts are CBLAS's, whose bits may depend on the number of threads.
+      p.product.FillNormal(6), p.gate_up.FillNormal(7), p.outputs.FillNormal(8);
+      MoePermute(p.permuted, p.x, p.sorted.source, shape.top_k, ctx);
+      MoeCombine(p.y, p.outputs, p.weight, p.sorted.row_of, ctx);
+      WeightedSwiGluBackward(p.d_gate_up, p.weighted, {p.weight, p.d_weight, p.sorted.source},
+                             p.product, p.gate_up, ctx);
+      MoePermuteBackward(p.dx, p.outputs, p.sorted.row_of, false, ctx);
       Buf prob_sum(kF32, {shape.experts}), count(DType::kI64, {shape.experts}), z_sum(kF32, {1});
       MoeStatistics(prob_sum, count, z_sum, r.probs, r.choice, r.logits, ctx);
       MoeRouteBackward(r.d_logits, p.d_weight, prob_sum, 0.1, r.probs, r.choice, r.weight, r.logits,
                        true, ctx);
-      for (Buf* buf :
-           {&r.probs, &r.weight, &r.d_logits, &p.y, &p.dx, &p.d_weight, &prob_sum, &z_sum}) {
+      for (Buf* buf : {&r.probs, &r.weight, &r.d_logits, &p.y, &p.dx, &p.d_weight, &p.d_gate_up,
+                       &p.weighted, &p.permuted, &prob_sum, &z_sum}) {
         out->push_back(std::move(*buf));
       }
     });
@@ -415,9 +511,17 @@ TEST(Moe, PlanningTakesTheSameScratchAndTouchesNothing) {
   MoeStatistics(prob_sum, count, z_sum, r.probs, r.choice, r.logits, plan);
   EXPECT_EQ(Get(r.probs, 0), 7);
   EXPECT_EQ(Get(z_sum, 0), 0);
+  const TestContext real;
+  r.Forward(false, real);
+  Path p(kF32, shape, 10, 0, r.choice, real);
+  p.Forward(plan);
+  p.Backward(false, plan);
+  EXPECT_TRUE(std::isnan(Get(p.y, 0)) && std::isnan(Get(p.dx, 0)));
   TestContext ctx(measured.high_water());
   r.Forward(false, ctx);
   MoeStatistics(prob_sum, count, z_sum, r.probs, r.choice, r.logits, ctx);
+  p.Forward(ctx);
+  p.Backward(false, ctx);
   EXPECT_EQ(ctx.scratch()->high_water(), measured.high_water());
 }
 

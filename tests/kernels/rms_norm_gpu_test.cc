@@ -234,7 +234,7 @@ TEST_P(RmsNormGpu, ResidualForwardAndBackward) {
       OnGpu grstd(rstd), gw(w), gdh(dh, s.shift), gdy(dy, s.shift), gdw(dw);
       OnGpu& out = in_place ? gres : gh;
       ResidualRmsNormForward(out, gy, grstd, gres, gdelta, gw, kEps, gpu_->ctx);
-      ResidualRmsNormBackward(gdh, gdw, gdy, out, grstd, gw, gpu_->ctx);
+      ResidualRmsNormBackward(gdh, gdw, gdy, gdh, out, grstd, gw, gpu_->ctx);
       const Tensor h_out = in_place ? residual.tensor() : h.tensor();
 
       Buf rres(ref(), {s.rows, s.cols}), rdelta(ref(), {s.rows, s.cols});
@@ -243,7 +243,7 @@ TEST_P(RmsNormGpu, ResidualForwardAndBackward) {
       Buf rdw(ref_stat(), {s.cols});
       Copy(rres, residual), Copy(rdelta, delta), Copy(rw, w), Copy(rdh, dh), Copy(rdy, dy);
       ResidualRmsNormForward(rh, ry, rrstd, rres, rdelta, rw, kEps, *cpu_);
-      ResidualRmsNormBackward(rdh, rdw, rdy, rh, rrstd, rw, *cpu_);
+      ResidualRmsNormBackward(rdh, rdw, rdy, rdh, rh, rrstd, rw, *cpu_);
 
       out.Download(), gy.Download(), grstd.Download(), gdh.Download(), gdw.Download();
       const double term = MaxAbs(rrstd) * MaxAbs(rdy) * MaxAbs(rw) + 4;

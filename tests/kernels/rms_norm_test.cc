@@ -90,9 +90,17 @@ TEST(ResidualRmsNorm, GradientsInDouble) {
   };
   loss();
   dh.Assign(Values(from_h));  // arrives with the gradient of h from the layers above
-  ResidualRmsNormBackward(dh, dw, from_y, h, rstd, w, ctx);
+  ResidualRmsNormBackward(dh, dw, from_y, dh, h, rstd, w, ctx);
   CheckGradients(loss, {{"residual", residual, dh}, {"delta", delta, dh}, {"w", w, dw}});
   EXPECT_TRUE(dh.PaddingIntact());
+
+  // Into other memory than that of the arriving gradient, which stays as it was.
+  Buf elsewhere(kF64, {m, d}, 2), dw_again(kF64, {d});
+  elsewhere.Fill(std::nan(""));
+  const std::vector<double> arrived = Values(from_h);
+  ResidualRmsNormBackward(elsewhere, dw_again, from_y, from_h, h, rstd, w, ctx);
+  EXPECT_TRUE(SameBits(elsewhere, dh) && SameBits(dw_again, dw) && elsewhere.PaddingIntact());
+  EXPECT_EQ(Values(from_h), arrived);
 
   // In place, and without an addition.
   const std::vector<double> expected_h = Values(h), expected_y = Values(y);
@@ -128,8 +136,8 @@ TEST(RmsNorm, FloatAndBFloat16AgreeWithDouble) {
     // Sums of 323 squares in at least four lanes: well under 16 roundings of float, and for
     // bfloat16 the rounding of h averages out.
     EXPECT_LE(RelativeError(rstd, rstd64), dtype == kBF16 ? u : 16 * u);
-    ResidualRmsNormBackward(dh, dw, dy, h, rstd, w, ctx);
-    ResidualRmsNormBackward(dh64, dw64, dy64, h64, rstd64, w64, ctx);
+    ResidualRmsNormBackward(dh, dw, dy, dh, h, rstd, w, ctx);
+    ResidualRmsNormBackward(dh64, dw64, dy64, dh64, h64, rstd64, w64, ctx);
     EXPECT_LE(RelativeError(dh, dh64), 4 * u);
     EXPECT_LE(RelativeError(dw, dw64), 4 * u);
   }

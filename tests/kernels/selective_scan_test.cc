@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "support/gradcheck.h"
@@ -28,12 +29,16 @@ struct Shape {
   int64_t batch, time, channels, states;
 };
 
+// Tokens of a call begin here in their sequences.
+constexpr int64_t kFirst = 40;
+
 // All operands of the scan, filled with values a trained model could have: time steps around
 // softplus(-1), decays from exp(-dt/2) down. Rows of the data tensors are padded (strided).
 struct Scan {
   Shape s;
+  Documents documents{Tensor(), kFirst};
   Buf x, dt_raw, b, c, z, a_log, d, dt_bias, initial_state, doc_start;
-  Buf y, final_state, chunk_states;
+  Buf y, final_state, kept_states;
   Buf dx, d_dt_raw, db, dc, dz, d_a_log, dd, d_dt_bias, d_initial_state;
   Buf dy, d_final_state;  // cotangents
 
@@ -51,7 +56,7 @@ struct Scan {
         doc_start(DType::kI32, {s.batch, s.time}),
         y(type, {s.batch, s.time, s.channels}, 2),
         final_state(type, {s.batch, s.channels, s.states}),
-        chunk_states(type, {s.batch, ScanChunks(s.time), s.channels, s.states}),
+        kept_states(type, {s.batch, ScanStates(Device::kCpu, s.time), s.channels, s.states}),
         dx(type, {s.batch, s.time, s.channels}, 1),
         d_dt_raw(type, {s.batch, s.time, s.channels}, 2),
         db(type, {s.batch, s.time, s.states}, 3),
@@ -75,41 +80,34 @@ struct Scan {
     dy.FillNormal(10);
     d_final_state.FillNormal(11);
   }
-  // Documents begin at these positions of every row (and at 0); a row's last one is one later in
-  // odd rows, so that rows differ.
+  // Documents begin at these tokens of every row; a row's last one is one later in odd rows, so
+  // that rows differ. That of the tokens before the first began before the call.
   void SetDocuments(const std::vector<int64_t>& starts) {
+    documents.doc_start = doc_start;
     for (int64_t r = 0; r < s.batch; ++r) {
-      int64_t start = 0;
+      int64_t start = -1;
       for (int64_t t = 0; t < s.time; ++t) {
         for (size_t k = 0; k < starts.size(); ++k) {
           if (t == starts[k] + (k + 1 == starts.size() ? r % 2 : 0)) start = t;
         }
-        testing::Set(doc_start, r * s.time + t, static_cast<double>(start));
+        testing::Set(doc_start, r * s.time + t,
+                     static_cast<double>(documents.first_position + start));
       }
     }
   }
-  SelectiveScanInputs Inputs(bool with_state = true, bool with_documents = true) const {
-    return {x,
-            dt_raw,
-            b,
-            c,
-            z,
-            a_log,
-            d,
-            dt_bias,
-            with_state ? initial_state.tensor() : Tensor(),
-            with_documents ? doc_start.tensor() : Tensor()};
+  SelectiveScanInputs Inputs() const {
+    return {x, dt_raw, b, c, z, a_log, d, dt_bias, initial_state, documents};
   }
   SelectiveScanGradients Gradients() const {
-    return {dx, d_dt_raw, db, dc, dz, d_a_log, dd, d_dt_bias, d_initial_state};
+    return {dx, d_dt_raw, dz, db, dc, d_a_log, dd, d_dt_bias, d_initial_state};
   }
   void Forward(const Context& ctx) {
-    SelectiveScanForward(y, final_state, chunk_states, Inputs(), ctx);
+    SelectiveScanForward(y, final_state, kept_states, Inputs(), ctx);
   }
   // From zeroed parameter gradients.
   void Backward(const Context& ctx) {
     for (Buf* buf : {&d_a_log, &dd, &d_dt_bias}) buf->Fill(0);
-    SelectiveScanBackward(Gradients(), Tensor(), dy, d_final_state, chunk_states, Inputs(), ctx);
+    SelectiveScanBackward(Gradients(), Tensor(), dy, d_final_state, kept_states, Inputs(), ctx);
   }
   std::vector<const Buf*> Outputs() const {
     return {&y,       &final_state, &dx,        &d_dt_raw,       &db, &dc, &dz,
@@ -143,7 +141,11 @@ void Textbook(const Scan& p, std::vector<double>* y, std::vector<double>* state)
         double sum = Get(p.d, i) * x;
         for (int64_t n = 0; n < s.states; ++n) {
           double& h = (*state)[static_cast<size_t>((r * s.channels + i) * s.states + n)];
-          if (t > 0 && Get(p.doc_start, r * s.time + t) == static_cast<double>(t)) h = 0;
+          if (p.documents.doc_start.defined() &&
+              Get(p.doc_start, r * s.time + t) ==
+                  static_cast<double>(p.documents.first_position + t)) {
+            h = 0;
+          }
           const double a = -std::exp(Get(p.a_log, i * s.states + n));
           const int64_t bc = (r * s.time + t) * s.states + n;
           h = std::exp(dt * a) * h + dt * Get(p.b, bc) * x;
@@ -160,21 +162,27 @@ TEST(SelectiveScan, AgreesWithTheTextbook) {
   for (const Shape shape : {Shape{2, 70, 5, 3}, Shape{1, 1, 130, 1}, Shape{3, 64, 64, 5},
                             Shape{1, 129, 65, 16}, Shape{1, 2, 3, 64}}) {
     Scan p(kF64, shape);
-    p.SetDocuments({3, 4, 64, 66});
-    p.Forward(ctx);
     std::vector<double> y, state;
-    Textbook(p, &y, &state);
-    // Both in double, sums of at most 64 + 1 terms of order one and decays from two exponentials:
-    // a few hundred roundings of 1.1e-16 at worst.
-    EXPECT_LE(RelativeError(Values(p.y), y), 1e-14);
-    EXPECT_LE(RelativeError(Values(p.final_state), state), 1e-14);
-    EXPECT_TRUE(p.y.PaddingIntact());
+    // The third list begins a document at the first token: what came before is cut off.
+    for (const std::vector<int64_t>& starts :
+         std::vector<std::vector<int64_t>>{{}, {3, 4, 64, 66}, {0, 64, 69}}) {
+      if (!starts.empty()) p.SetDocuments(starts);
+      p.Forward(ctx);
+      Textbook(p, &y, &state);
+      // Both in double, sums of at most 64 + 1 terms of order one and decays from two exponentials:
+      // a few hundred roundings of 1.1e-16 at worst.
+      EXPECT_LE(RelativeError(Values(p.y), y), 1e-14);
+      EXPECT_LE(RelativeError(Values(p.final_state), state), 1e-14);
+      EXPECT_TRUE(p.y.PaddingIntact());
+    }
 
     // Without the optional operands.
     p.initial_state.Fill(0);
-    p.doc_start.Fill(0);
+    p.documents = {};
     Textbook(p, &y, &state);
-    SelectiveScanForward(p.y, Tensor(), Tensor(), p.Inputs(false, false), ctx);
+    SelectiveScanInputs in = p.Inputs();
+    in.initial_state = Tensor();
+    SelectiveScanForward(p.y, Tensor(), Tensor(), in, ctx);
     EXPECT_LE(RelativeError(Values(p.y), y), 1e-14);
   }
 }
@@ -220,13 +228,13 @@ TEST(SelectiveScan, BackwardVariants) {
   const Shape shape{2, 70, 67, 5};
   Scan p(kF64, shape);
   p.d_final_state.Fill(0);
-  SelectiveScanForward(p.y, Tensor(), p.chunk_states, p.Inputs(), ctx);
+  SelectiveScanForward(p.y, Tensor(), p.kept_states, p.Inputs(), ctx);
   p.Backward(ctx);
 
   Scan q(kF64, shape);
   for (Buf* buf : {&q.d_a_log, &q.dd, &q.d_dt_bias}) buf->Fill(1);
-  SelectiveScanBackward({q.x, q.dt_raw, q.db, q.dc, q.z, q.d_a_log, q.dd, q.d_dt_bias, Tensor()},
-                        q.dy, q.dy, Tensor(), p.chunk_states, q.Inputs(), ctx);
+  SelectiveScanBackward({q.x, q.dt_raw, q.z, q.db, q.dc, q.d_a_log, q.dd, q.d_dt_bias, Tensor()},
+                        q.dy, q.dy, Tensor(), p.kept_states, q.Inputs(), ctx);
   EXPECT_TRUE(SameBits(q.x, p.dx));
   EXPECT_TRUE(SameBits(q.dt_raw, p.d_dt_raw));
   EXPECT_TRUE(SameBits(q.z, p.dz));
@@ -285,6 +293,11 @@ void CopySteps(Tensor to, int64_t to_begin, Tensor from, int64_t from_begin, int
 // Runs the steps [begin, begin + time) of `whole` as a problem of their own.
 Scan Part(const Scan& whole, int64_t begin, int64_t time) {
   Scan part(kF32, {whole.s.batch, time, whole.s.channels, whole.s.states});
+  part.documents.first_position += begin;
+  if (whole.documents.doc_start.defined()) {
+    CopySteps(part.doc_start, 0, whole.doc_start, begin, time);
+    part.documents.doc_start = part.doc_start;
+  }
   for (auto [to, from] : {std::pair(&part.x, &whole.x), std::pair(&part.dt_raw, &whole.dt_raw),
                           std::pair(&part.b, &whole.b), std::pair(&part.c, &whole.c),
                           std::pair(&part.z, &whole.z), std::pair(&part.dy, &whole.dy)}) {
@@ -349,8 +362,14 @@ TEST(SelectiveScan, PackedDocumentsEqualSeparateOnes) {
 
 TEST(SelectiveScan, SequenceCutInTwoEqualsTheWhole) {
   const TestContext ctx;
-  for (const int64_t cut : {1, 64, 100}) {
+  for (const auto& [cut, starts] : {std::pair<int64_t, std::vector<int64_t>>{1, {}},
+                                    {64, {}},
+                                    {100, {}},
+                                    {64, {60, 90}},
+                                    {100, {100, 120}},
+                                    {1, {0, 149}}}) {
     Scan whole(kF32, {2, 150, 70, 16});
+    if (!starts.empty()) whole.SetDocuments(starts);
     whole.Forward(ctx);
     whole.Backward(ctx);
     Scan first = Part(whole, 0, cut), second = Part(whole, cut, 150 - cut);
@@ -364,6 +383,19 @@ TEST(SelectiveScan, SequenceCutInTwoEqualsTheWhole) {
     first.Backward(ctx);
     ExpectSame(whole, {&first, &second});
   }
+}
+
+TEST(SelectiveScan, ADocumentAtTheFirstTokenIgnoresTheState) {
+  const TestContext ctx;
+  const Shape shape{1, 70, 5, 3};
+  Scan p(kF64, shape), zero(kF64, shape);
+  p.SetDocuments({0});
+  zero.initial_state.Fill(0);
+  for (Scan* scan : {&p, &zero}) scan->Forward(ctx), scan->Backward(ctx);
+  for (size_t k = 0; k + 1 < p.Outputs().size(); ++k) {
+    EXPECT_LE(RelativeError(*p.Outputs()[k], *zero.Outputs()[k]), 1e-14) << kOutputNames[k];
+  }
+  EXPECT_EQ(Values(p.d_initial_state), std::vector<double>(15, 0));
 }
 
 // The scratch memory that the plan measures is what a run takes.

@@ -59,6 +59,34 @@ TEST(TensorDeathTest, BrokenInvariantsAreFatal) {
   EXPECT_DEATH(t.View({5}), "check failed");
 }
 
+TEST(TensorDeathTest, HostReadsOfDeviceMemoryAreFatal) {
+  float value = 0;
+  const Tensor on_cuda(&value, DType::kF32, Device::kCuda, {1});
+  const Tensor on_cpu(&value, DType::kF32, Device::kCpu, {1});
+  EXPECT_DEATH(on_cuda.data<float>(), "check failed");
+  EXPECT_DEATH(on_cpu.device_data<float>(), "check failed");
+  EXPECT_DEATH(on_cuda.device_data<double>(), "check failed");
+  EXPECT_EQ(on_cuda.device_data<float>(), &value);
+  EXPECT_EQ(on_cuda.Slice(0, 0, 1).device(), Device::kCuda);
+}
+
+// kDTypeOf is the value of DTypeOfType, which has no default: a type that no dtype stores does not
+// compile.
+template <typename T>
+concept HasDType = requires {
+  DTypeOfType<T>::value;
+};
+static_assert(HasDType<float> && HasDType<double> && HasDType<BF16> && HasDType<int32_t> &&
+              HasDType<int64_t> && HasDType<uint8_t>);
+static_assert(!HasDType<char> && !HasDType<bool> && !HasDType<long double> && !HasDType<int16_t> &&
+              !HasDType<const float> && !HasDType<float*>);
+
+TEST(DType, Wide) {
+  EXPECT_EQ(Wide(DType::kF64), DType::kF64);
+  EXPECT_EQ(Wide(DType::kF32), DType::kF32);
+  EXPECT_EQ(Wide(DType::kBF16), DType::kF32);
+}
+
 TEST(TestSupport, RelativeErrorTreatsNanAndInfinityAsFailure) {
   constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
   constexpr double kInfinity = std::numeric_limits<double>::infinity();
