@@ -10,6 +10,7 @@
 #include "kernels/base/file.h"
 #include "kernels/transfer.h"
 #include "model/hf.h"
+#include "model/names.h"
 #include "trainer/tools/inference.h"
 #include "trainer/train/optimizer_state.h"
 
@@ -75,7 +76,7 @@ absl::Status LoadHfWeights(const SafetensorsReader& reader, const ModelSpec& spe
   }
   for (const auto& [name, entry] : entries) {
     // A tied head is sometimes stored a second time.
-    if (!used.contains(name) && !(spec.tie_embeddings && name == "lm_head.weight")) {
+    if (!used.contains(name) && !(spec.tie_embeddings && name == kHeadName)) {
       unknown.push_back(name);
     }
   }
