@@ -59,6 +59,17 @@ TEST(TensorDeathTest, BrokenInvariantsAreFatal) {
   EXPECT_DEATH(t.View({5}), "check failed");
 }
 
+TEST(TensorDeathTest, DeviceMemoryIsNotReadOnTheHost) {
+  float value = 1;
+  const Tensor host(&value, DType::kF32, Device::kCpu, {1});
+  const Tensor device(&value, DType::kF32, Device::kCuda, {1});
+  EXPECT_EQ(*host.data<float>(), 1);
+  EXPECT_EQ(device.device_data<float>(), &value);
+  EXPECT_DEATH(device.data<float>(), "check failed");
+  EXPECT_DEATH(device.Slice(0, 0, 1).data<float>(), "check failed");
+  EXPECT_DEATH(host.device_data<float>(), "check failed");
+}
+
 TEST(TestSupport, RelativeErrorTreatsNanAndInfinityAsFailure) {
   constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
   constexpr double kInfinity = std::numeric_limits<double>::infinity();
