@@ -39,6 +39,7 @@ enum class Recompute : uint8_t {
 
 // The sublayers [begin, end) of the spec that a model runs. The first range has the embedding as
 // well, the last one the final norm and the LM head; between ranges the residual stream travels.
+// Auxiliary losses are those of the range's own MoE sublayers, pooled or averaged over them alone.
 struct SublayerRange {
   size_t begin = 0, end = 0;
 };

@@ -1,6 +1,7 @@
 #!/bin/bash
 # The rules of the source tree that a compiler does not hold: who may include whom, where
-# third-party headers may be used, file length, no absolute paths of somebody's machine.
+# third-party headers may be used, where tensors are read on the host, file length, no absolute paths
+# of somebody's machine.
 #
 #   tests/build/source_rules.sh [ROOT]     prints each breach as FILE: sentence; exit 1 if any
 set -u
@@ -79,6 +80,12 @@ for file in "${sources[@]}"; do
         breach "$file" "includes $header, which belongs to ${edges[i + 1]}"
     done
   done
+  # A tensor may be in device memory: outside the ops it is read and written by kernels/transfer.h.
+  if [[ $file != kernels/* && $file != tests/* ]]; then
+    while IFS=: read -r line text; do
+      breach "$file:$line" "reads a tensor on the host: $text"
+    done < <(grep -nE '[.>](device_)?data<' "$file")
+  fi
   case "$file" in *.cu | *.cuh) plain_only "$file" "$file" ;; esac
   lines=$(wc -l < "$file")
   [ "$lines" -le 650 ] || breach "$file" "has $lines lines; 600 is the aim, 650 the end"

@@ -180,7 +180,8 @@ TEST(HybridModel, DecodingEqualsOnePass) {
     // Memory that was used before: a state starts from zeros all the same.
     Fill(arena.Alloc(DType::kF64, {1 << 18}), 123, model.ctx());
     arena.Release(0);
-    auto state = model.model().NewDecodeState(kBatch, kTokens, &arena, model.ctx());
+    auto state =
+        model.model().NewSequence(kBatch, kTokens, /*with_grad=*/false, &arena, model.ctx());
     int64_t begin = 0;
     for (const int64_t t : pieces) {
       Buf tokens(DType::kI32, {kBatch, t});
@@ -210,9 +211,8 @@ TEST(HybridModel, EvaluateGivesTheLossesOfForward) {
   testing::RandomiseWeights(model.weights(), 11, 2);
   PassSums forward;
   model.Step(batch, true, nullptr, &forward);
-  const PassSums evaluated = model.model().Evaluate(batch, model.ctx());
+  const PassSums evaluated = model.Evaluate(batch);
   EXPECT_EQ(evaluated.cross_entropy, forward.cross_entropy);
-  EXPECT_EQ(evaluated.targets, forward.targets);
   EXPECT_EQ(evaluated.aux_loss, forward.aux_loss);
   EXPECT_EQ(evaluated.z_loss, forward.z_loss);
   EXPECT_EQ(evaluated.imbalance, forward.imbalance);
@@ -250,7 +250,6 @@ TEST(HybridModel, LossesFollowTheirFormulas) {
       cross_entropy += std::log(sum) - row[target];
     }
     EXPECT_NEAR(sums.cross_entropy, cross_entropy, 1e-12 * cross_entropy);
-    EXPECT_EQ(sums.targets, 16);
 
     // Means over the tokens of both layers together, or of each.
     std::vector<double> prob(static_cast<size_t>(2 * experts)), share(prob.size());
@@ -349,7 +348,7 @@ TEST(HybridModel, PlannedMemoryIsEnoughAndTight) {
     const ModelSpec spec = WiderSpec("m aE mE");
     const ParamTable table(spec);
     Arena values("weights"), grads("gradients"), activations("activations"), scratch("scratch");
-    const Weights weights(&table, DType::kF32, Device::kCpu, true, &values, &grads);
+    const Weights weights(&table, Placement(), true, &values, &grads);
     HybridModel model(spec, &weights, mode);
     Context ctx;
     ctx.scratch = &scratch;
@@ -359,8 +358,10 @@ TEST(HybridModel, PlannedMemoryIsEnoughAndTight) {
     Arena batches("batches");
     planned.tokens = batches.Alloc(DType::kI32, {2, 100});
     planned.targets = batches.Alloc(DType::kI32, {2, 100});
+    const Tensor loss_scale = batches.Alloc(DType::kF64, {1});
+    const Tensor sums = batches.Alloc(DType::kF64, {model.SumsSize()});
     const auto set = model.NewActivations(planned.shape, &activations);
-    model.Forward(planned, 1, set.get(), ctx);
+    model.Forward(planned, loss_scale, sums, set.get(), ctx);
     model.Backward(planned, 1, set.get(), ctx);
     EXPECT_EQ(scratch.mark(), 0);
 
@@ -369,13 +370,15 @@ TEST(HybridModel, PlannedMemoryIsEnoughAndTight) {
     Arena real_grads("gradients", Device::kCpu, grads.high_water());
     Arena real_activations("activations", Device::kCpu, activations.high_water());
     Arena real_scratch("scratch", Device::kCpu, scratch.high_water());
-    const Weights real_weights(&table, DType::kF32, Device::kCpu, true, &real_values, &real_grads);
+    Weights real_weights(&table, Placement(), true, &real_values, &real_grads);
     testing::RandomiseWeights(real_weights, 11, 2);
     HybridModel real_model(spec, &real_weights, mode);
     Context real;
     real.scratch = &real_scratch;
     const auto real_set = real_model.NewActivations(batch.value().shape, &real_activations);
-    real_model.Forward(batch, 1, real_set.get(), real);
+    Buf real_scale(DType::kF64, {1}), real_sums(DType::kF64, {real_model.SumsSize()});
+    real_weights.BeginPass(real, /*first=*/true, /*last=*/true);
+    real_model.Forward(batch, real_scale, real_sums, real_set.get(), real);
     real_model.Backward(batch, 1, real_set.get(), real);
     EXPECT_EQ(real_activations.high_water(), activations.high_water());
     EXPECT_EQ(real_scratch.high_water(), scratch.high_water());
@@ -394,7 +397,7 @@ TEST(HybridModel, PlansEvaluationAndDecodingOfLargeModels) {
   spec.moe.experts = 16;
   const ParamTable table(spec);
   Arena values("weights"), grads("gradients"), scratch("scratch"), states("states");
-  const Weights weights(&table, DType::kF32, Device::kCpu, false, &values, &grads);
+  const Weights weights(&table, Placement(), false, &values, &grads);
   HybridModel model(spec, &weights, Recompute::kNone);
   Context ctx;
   ctx.scratch = &scratch;
@@ -404,9 +407,9 @@ TEST(HybridModel, PlansEvaluationAndDecodingOfLargeModels) {
   batch.shape = {1, 4096};
   batch.tokens = batches.Alloc(DType::kI32, {1, 4096});
   batch.targets = batches.Alloc(DType::kI32, {1, 4096});
-  model.Evaluate(batch, ctx);
+  model.Evaluate(batch, batches.Alloc(DType::kF64, {model.SumsSize()}), ctx);
   EXPECT_GT(scratch.high_water(), 4 * 4096 * 2 * 2 * 24576);
-  const auto state = model.NewDecodeState(1, 262'144, &states, ctx);
+  const auto state = model.NewSequence(1, 262'144, /*with_grad=*/false, &states, ctx);
   model.Decode(batches.Alloc(DType::kF32, {1, 65536}), batch.tokens, state.get(), ctx);
   // 9 attention layers, keys and values of 8 heads of 128.
   EXPECT_GE(states.high_water(), int64_t{9} * 2 * 8 * 128 * 262'144 * 4);

@@ -27,8 +27,9 @@ class SublayerCheck {
         weight_arena_("weights", Device::kCpu, 1 << 24),
         grad_arena_("gradients", Device::kCpu, 1 << 24),
         keep_("activations", Device::kCpu, 1 << 24),
-        weights_(&table_, DType::kF64, Device::kCpu, true, &weight_arena_, &grad_arena_),
-        module_(MakeSublayer(spec, table_, index, 0)),
+        weights_(&table_, {.device = Device::kCpu, .compute = DType::kF64}, true, &weight_arena_,
+                 &grad_arena_),
+        module_(MakeSublayer(spec, LocalSizesOf(spec, Mesh()), table_, index, 0)),
         saved_(module_->NewSaved()),
         index_(index),
         x_(DType::kF64, {shape.tokens(), spec.d_model}),
@@ -51,7 +52,7 @@ class SublayerCheck {
           Set(doc_start_, b * shape.seq_len + t, static_cast<double>(t >= start ? start : 0));
         }
       }
-      pass_.doc_start = doc_start_;
+      pass_.documents.doc_start = doc_start_;
     }
     router_.prob_sum = prob_sum_;
     router_.choice_count = choice_count_;
@@ -60,7 +61,6 @@ class SublayerCheck {
     router_.z_scale = 0.01;
     pass_.shape = shape;
     pass_.router = &router_;
-    pass_.add_router_stats = true;
     pass_.router_logits = &router_logits_;
     pass_.ctx = ctx_.get();
   }
@@ -70,7 +70,7 @@ class SublayerCheck {
     choice_count_.Fill(0);
     z_sum_.Fill(0);
     keep_.Release(0);
-    module_->Forward(y_, x_, weights_, &keep_, saved_.get(), pass_);
+    module_->Forward(y_, x_, weights_, &keep_, saved_.get(), /*state=*/nullptr, pass_);
     double loss = testing::Dot(y_, cotangent_);
     if (router_logits_.defined()) {
       loss += testing::Dot(prob_sum_, d_prob_) + router_.z_scale * Get(z_sum_, 0);
@@ -80,7 +80,7 @@ class SublayerCheck {
 
   void Run(bool keep_norms = true) {
     pass_.keep_norms = keep_norms;
-    weights_.ZeroGrad();
+    weights_.BeginPass(ctx_, /*first=*/true, /*last=*/true);
     Loss();
     if (router_logits_.defined()) {
       // Perturbing a weight by 2e-3 moves a logit by less than 2e-3 * |x| < 0.02.
@@ -88,7 +88,7 @@ class SublayerCheck {
                                        spec_.moe.top_k),
                 0.025);
     }
-    module_->Backward(dx_, cotangent_, x_, weights_, saved_.get(), pass_);
+    module_->Backward(dx_, cotangent_, x_, weights_, saved_.get(), /*state=*/nullptr, pass_);
     std::vector<GradientPair> pairs = {{"x", x_, dx_}};
     for (size_t p = 0; p < table_.params().size(); ++p) {
       const Param& param = table_.params()[p];

@@ -20,8 +20,11 @@ class WeightsTest : public ::testing::Test {
   std::vector<std::vector<float>> Init(uint64_t seed) {
     Arena values("weights", Device::kCpu, 64 << 20);
     Arena grads("gradients", Device::kCpu, 64 << 20);
-    Weights weights(&table_, DType::kF32, Device::kCpu, true, &values, &grads);
-    weights.Init(spec_, seed);
+    Weights weights(&table_, Placement(), true, &values, &grads);
+    Arena scratch("scratch", Device::kCpu, 1 << 20);
+    Context ctx;
+    ctx.scratch = &scratch;
+    weights.Init(spec_, seed, ctx);
     std::vector<std::vector<float>> all;
     for (size_t p = 0; p < table_.params().size(); ++p) {
       const Tensor t = weights.Param(static_cast<int>(p));
@@ -129,7 +132,7 @@ TEST_F(WeightsTest, MeasuringArenasTakeTheTableSize) {
   const ParamTable table(large);
   Arena values("weights");
   Arena grads("gradients");
-  const Weights weights(&table, DType::kF32, Device::kCpu, true, &values, &grads);
+  const Weights weights(&table, Placement(), true, &values, &grads);
   EXPECT_GE(values.high_water(), 4 * table.total());
   EXPECT_LE(values.high_water(),
             4 * (table.total() +
@@ -137,14 +140,29 @@ TEST_F(WeightsTest, MeasuringArenasTakeTheTableSize) {
   EXPECT_EQ(values.high_water(), grads.high_water());
 }
 
-TEST_F(WeightsTest, ZeroGrad) {
+// A gradient is zeroed at the start of a step, or its first write overwrites it; in later passes
+// both are added to.
+TEST_F(WeightsTest, FirstPassOfAStepClearsGradients) {
   Arena values("weights", Device::kCpu, 64 << 20);
   Arena grads("gradients", Device::kCpu, 64 << 20);
-  Weights weights(&table_, DType::kF64, Device::kCpu, true, &values, &grads);
-  const int p = table_.Find("lm_head.weight");
-  weights.ParamGrad(p).data<double>()[17] = 3;
-  weights.ZeroGrad();
-  EXPECT_EQ(weights.ParamGrad(p).data<double>()[17], 0);
+  Weights weights(&table_, {.device = Device::kCpu, .compute = DType::kF64}, true, &values, &grads);
+  const Context ctx;
+  const int overwritten = table_.Find("lm_head.weight");
+  const int zeroed = table_.Find("model.embed_tokens.weight");
+  const auto storage = [&](int p) { return table_.params()[static_cast<size_t>(p)].storage; };
+  for (int step = 0; step < 2; ++step) {
+    for (const int p : {overwritten, zeroed}) weights.ParamGrad(p).data<double>()[17] = 3;
+    weights.BeginPass(ctx, /*first=*/true, /*last=*/false);
+    EXPECT_EQ(weights.ParamGrad(zeroed).data<double>()[17], 0);
+    EXPECT_TRUE(weights.Accumulate(storage(zeroed)));
+    EXPECT_FALSE(weights.Accumulate(storage(overwritten)));
+    EXPECT_TRUE(weights.Accumulate(storage(overwritten)));
+    for (const int p : {overwritten, zeroed}) weights.ParamGrad(p).data<double>()[17] = 3;
+    weights.BeginPass(ctx, /*first=*/false, /*last=*/true);
+    EXPECT_EQ(weights.ParamGrad(zeroed).data<double>()[17], 3);
+    EXPECT_TRUE(weights.Accumulate(storage(zeroed)));
+    EXPECT_TRUE(weights.Accumulate(storage(overwritten)));
+  }
 }
 
 }  // namespace

@@ -10,6 +10,7 @@
 #include "kernels/base/parallel_for.h"
 #include "kernels/base/random.h"
 #include "kernels/gemm.h"
+#include "kernels/random_fill.h"
 #include "nlohmann/json.hpp"
 #include "trainer/report/environment.h"
 #include "trainer/train/trainer.h"
@@ -43,13 +44,9 @@ TokenBatch SyntheticBatch(const RunConfig& config, uint64_t step) {
 }  // namespace
 
 void FillNormal(Tensor x, uint64_t stream) {
-  const RandomStream random(1, RandomPurpose::kSynthetic, stream);
-  float* values = x.data<float>();
-  ParallelFor(x.numel(), 1 << 14, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      values[i] = static_cast<float>(random.Normal(static_cast<uint64_t>(i)));
-    }
-  });
+  const int64_t n = x.numel();
+  FillNormal(x.View({1, n}), RandomStream(1, RandomPurpose::kSynthetic, stream), /*first=*/0,
+             /*row_step=*/n, /*scale=*/1, Context());
 }
 
 double Median(std::vector<double> values) {

@@ -16,6 +16,7 @@
 #include "kernels/rms_norm.h"
 #include "kernels/selective_scan.h"
 #include "kernels/swiglu.h"
+#include "kernels/transfer.h"
 #include "nlohmann/json.hpp"
 #include "trainer/tools/bench.h"
 
@@ -49,8 +50,11 @@ class Operands {
   // Ids that run through [0, limit) in a scattered order.
   Tensor Ids(std::initializer_list<int64_t> shape, int64_t limit) {
     const Tensor x = arena_->Alloc(DType::kI32, shape);
-    int32_t* ids = x.data<int32_t>();
-    for (int64_t i = 0; i < x.numel(); ++i) ids[i] = static_cast<int32_t>(i * 7919 % limit);
+    std::vector<int32_t> ids(static_cast<size_t>(x.numel()));
+    for (size_t i = 0; i < ids.size(); ++i) {
+      ids[i] = static_cast<int32_t>(static_cast<int64_t>(i) * 7919 % limit);
+    }
+    Upload(x, ids.data(), Context());
     bytes_ += x.bytes();
     return x;
   }
@@ -61,7 +65,7 @@ class Operands {
   }
   Tensor I64(std::initializer_list<int64_t> values) {
     const Tensor x = arena_->Alloc(DType::kI64, {static_cast<int64_t>(values.size())});
-    std::copy(values.begin(), values.end(), x.data<int64_t>());
+    Upload(x, std::data(values), Context());
     return x;
   }
   Tensor F64(std::initializer_list<int64_t> shape) {
@@ -349,9 +353,10 @@ void AddOptimizer(std::vector<Case>* cases) {
                       auto w = o->Normal({kParams}), m = o->Out({kParams}), v = o->Out({kParams}),
                            grad = o->Normal({kParams});
                       auto control = o->F64({kAdamWControlSize});
-                      double* c = control.data<double>();
+                      double c[kAdamWControlSize] = {};
                       c[kAdamWApplied] = c[kAdamWGradScale] = c[kAdamWRootScale] = 1;
                       c[kAdamWStepSize] = 1e-3;
+                      Upload(control, c, Context());
                       auto decay = o->I64({0, kParams}).View({1, 2});
                       const AdamWSettings settings = {.lr = 1e-3, .weight_decay = 0.1};
                       return [=](const Context& ctx) {

@@ -93,7 +93,7 @@ class TestBatch {
     value_.shape = {batch, seq_len};
     value_.tokens = tokens_;
     value_.targets = targets_;
-    if (!documents.empty()) value_.doc_start = doc_start_;
+    if (!documents.empty()) value_.documents.doc_start = doc_start_;
   }
   const Batch& value() const { return value_; }
   operator const Batch&() const { return value_; }  // NOLINT
@@ -106,31 +106,54 @@ class TestBatch {
 class TinyModel {
  public:
   explicit TinyModel(const ModelSpec& spec, DType dtype, Recompute recompute = Recompute::kNone,
-                     int64_t activation_bytes = int64_t{256} << 20)
+                     SublayerRange range = {})
       : spec_(spec),
         table_(spec),
         weight_arena_("weights", Device::kCpu, int64_t{64} << 20),
         grad_arena_("gradients", Device::kCpu, int64_t{64} << 20),
-        activation_arena_("activations", Device::kCpu, activation_bytes),
-        weights_(&table_, dtype, Device::kCpu, true, &weight_arena_, &grad_arena_),
-        model_(spec_, &weights_, recompute) {}
+        activation_arena_("activations", Device::kCpu, kActivationBytes),
+        weights_(&table_, {.device = Device::kCpu, .compute = dtype}, true, &weight_arena_,
+                 &grad_arena_),
+        model_(spec_, &weights_, recompute, range),
+        loss_scale_(DType::kF64, {1}),
+        sums_(DType::kF64, {model_.SumsSize()}) {}
 
   // Loss (as HybridModel's comment defines it) and, with `backward`, fresh gradients.
   double Step(const Batch& batch, bool backward, const ProbeSink* probe = nullptr,
               PassSums* sums_out = nullptr) {
+    BeginStep(batch);
+    weights_.BeginPass(ctx_, /*first=*/true, /*last=*/true);
+    Pass(batch, /*passes=*/1, backward, probe);
+    return Loss(sums_out);
+  }
+
+  // The parts of a step, for tests that take it apart: sums zeroed and the loss scale set for the
+  // targets of `batch`; one pass of `passes`; the loss of what was added up.
+  void BeginStep(const Batch& batch) {
+    int64_t targets = 0;
+    for (int64_t i = 0; i < batch.targets.numel(); ++i) targets += Get(batch.targets, i) >= 0;
+    Set(loss_scale_, 0, 1 / static_cast<double>(targets));
+    sums_.Fill(0);
+  }
+  void Pass(const Batch& batch, int passes, bool backward, const ProbeSink* probe = nullptr) {
     if (activations_ == nullptr) {
       activations_ = model_.NewActivations(batch.shape, &activation_arena_);
     }
-    weights_.ZeroGrad();
-    int64_t targets = 0;
-    for (int64_t i = 0; i < batch.targets.numel(); ++i) targets += Get(batch.targets, i) >= 0;
-    const double scale = 1 / static_cast<double>(targets);
-    const PassSums sums = model_.Forward(batch, scale, activations_.get(), ctx_, probe);
-    EXPECT_EQ(sums.targets, targets);
-    if (backward) model_.Backward(batch, 1, activations_.get(), ctx_);
+    model_.Forward(batch, loss_scale_, sums_, activations_.get(), ctx_, probe);
+    if (backward) model_.Backward(batch, 1.0 / passes, activations_.get(), ctx_);
+  }
+  double Loss(PassSums* sums_out = nullptr, int passes = 1) const {
+    const PassSums sums = PassSumsOf(Values(sums_));
     if (sums_out != nullptr) *sums_out = sums;
-    return sums.cross_entropy * scale + spec_.moe.aux_loss * sums.aux_loss +
-           spec_.moe.z_loss * sums.z_loss;
+    return sums.cross_entropy * Get(loss_scale_, 0) +
+           (spec_.moe.aux_loss * sums.aux_loss + spec_.moe.z_loss * sums.z_loss) / passes;
+  }
+
+  // The losses of Evaluate.
+  PassSums Evaluate(const Batch& batch) {
+    sums_.Fill(0);
+    model_.Evaluate(batch, sums_, ctx_);
+    return PassSumsOf(Values(sums_));
   }
 
   // One (value, gradient) per published tensor.
@@ -154,14 +177,19 @@ class TinyModel {
   HybridModel& model() { return model_; }
   TestContext& ctx() { return ctx_; }
   Arena* activation_arena() { return &activation_arena_; }
+  Tensor loss_scale() { return loss_scale_; }
+  Tensor sums() { return sums_; }
 
  private:
+  static constexpr int64_t kActivationBytes = int64_t{256} << 20;
+
   ModelSpec spec_;
   ParamTable table_;
   Arena weight_arena_, grad_arena_, activation_arena_;
   TestContext ctx_;
   Weights weights_;
   HybridModel model_;
+  Buf loss_scale_, sums_;
   std::unique_ptr<ActivationSet> activations_;
 };
 

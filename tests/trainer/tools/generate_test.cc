@@ -41,7 +41,7 @@ class GenerateTest : public testing::Test {
   }
   // The logits after `ids`, fed in pieces of the given sizes.
   std::vector<float> Logits(const std::vector<int32_t>& ids, const std::vector<int64_t>& pieces) {
-    std::unique_ptr<DecodeState> state;
+    std::unique_ptr<SequenceState> state;
     const auto total = static_cast<int64_t>(ids.size());
     const int64_t longest = *std::max_element(pieces.begin(), pieces.end());
     const Context ctx = model_->ForDecode({.batch = 1, .seq_len = longest}, total, &state);

@@ -5,10 +5,14 @@
 #include <gtest/gtest.h>
 #include <omp.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
 
+#include "kernels/activation.h"
+#include "kernels/optimizer.h"
+#include "kernels/transfer.h"
 #include "support/tiny_run.h"
 #include "trainer/train/evaluate.h"
 #include "trainer/train/resume.h"
@@ -104,14 +108,16 @@ TEST_F(TrainerTest, LossIsTheMeanOverAllTargetsOfTheStep) {
   do {
     batch = BatchAt(config, trainer.state().sequences += 4);
   } while (batch.target_count == batch.sequences * (batch.seq_len - 1));
-  double sum = 0;
-  int64_t targets = 0;
-  for (int64_t row = 0; row < batch.sequences; ++row) {
-    const PassSums sums = trainer.model().Evaluate(PassOf(batch, row, 1), trainer.ctx());
-    sum += sums.cross_entropy;
-    targets += sums.targets;
-  }
+  const auto targets = std::count_if(batch.targets.begin(), batch.targets.end(),
+                                     [](int32_t target) { return target >= 0; });
   EXPECT_EQ(targets, batch.target_count);
+  const Evaluator evaluator = trainer.evaluator();
+  Fill(evaluator.sums, 0, evaluator.ctx);
+  for (int64_t row = 0; row < batch.sequences; ++row) {
+    trainer.model().Evaluate(evaluator.batch.Of(batch, row, 1, evaluator.ctx), evaluator.sums,
+                             evaluator.ctx);
+  }
+  const double sum = PassSumsOf(DownloadDoubles(evaluator.sums, evaluator.ctx)).cross_entropy;
   // fp32 losses, summed in double.
   EXPECT_NEAR(trainer.Gradients(batch).loss, sum / static_cast<double>(targets), 1e-5);
 }
@@ -152,9 +158,20 @@ TEST_F(TrainerTest, NonFiniteStepChangesNothingButScheduleAndData) {
 }
 
 TEST_F(TrainerTest, ClipFactor) {
-  EXPECT_EQ(ClipFactor(0, 100), 1);
-  EXPECT_EQ(ClipFactor(1, 0.5), 1);
-  EXPECT_DOUBLE_EQ(ClipFactor(1, 4), 1 / (4 + 1e-6));
+  const Context ctx;
+  const auto factor = [&](double clip, double norm) {
+    double control[kAdamWControlSize] = {}, squared = norm * norm, loss = 1;
+    const auto view = [](double* data, int64_t n) {
+      return Tensor(data, DType::kF64, Device::kCpu, {n});
+    };
+    AdamWPrepare(view(control, kAdamWControlSize), view(&squared, 1), view(&loss, 1),
+                 {.lr = 1e-3, .clip = clip}, ctx);
+    EXPECT_DOUBLE_EQ(control[kAdamWNorm], norm);
+    return control[kAdamWGradScale];
+  };
+  EXPECT_EQ(factor(0, 100), 1);
+  EXPECT_EQ(factor(1, 0.5), 1);
+  EXPECT_DOUBLE_EQ(factor(1, 4), 1 / (4 + 1e-6));
 }
 
 TEST_F(TrainerTest, DecayLeavesNormsBiasesAndScanParametersAlone) {
@@ -192,13 +209,13 @@ TEST_F(TrainerTest, EvaluateStoredWeighsTargetsAndNotPasses) {
   Trainer trainer(config);
   trainer.Init();
   const auto data = Data(config);
-  const auto five = EvaluateStored(&trainer.model(), *data, 5, 2, trainer.ctx());
-  const auto single = EvaluateStored(&trainer.model(), *data, 5, 1, trainer.ctx());
+  const auto five = EvaluateStored(trainer.evaluator(), *data, 5, 2);
+  const auto single = EvaluateStored(trainer.evaluator(), *data, 5, 1);
   ASSERT_TRUE(five.ok() && single.ok());
   EXPECT_EQ(five->sequences, 5);
   EXPECT_EQ(five->targets, single->targets);
   EXPECT_NEAR(five->loss, single->loss, 1e-6);
-  const auto all = EvaluateStored(&trainer.model(), *data, 1 << 20, 2, trainer.ctx());
+  const auto all = EvaluateStored(trainer.evaluator(), *data, 1 << 20, 2);
   ASSERT_TRUE(all.ok());
   EXPECT_EQ(all->sequences, data->sequences());
   EXPECT_NEAR(*BitsPerByte(all->loss, "bytes"), all->loss / std::log(2.0), 1e-12);
