@@ -14,10 +14,12 @@
 
 #include "kernels/base/dtype.h"
 #include "kernels/base/status.h"
+#include "kernels/context.h"
+#include "kernels/tensor.h"
 
 namespace krait {
 
-// A box of a published tensor in one slot, and its bytes in host memory (contiguous, row-major).
+// A box of a published tensor in one slot, and its bytes on `device` (contiguous, row-major).
 struct CheckpointBox {
   std::string slot;  // "weight", "exp_avg", "exp_avg_sq"
   std::string name;  // published
@@ -26,7 +28,9 @@ struct CheckpointBox {
   std::vector<int64_t> offset;  // of the box
   std::vector<int64_t> extent;
   void* data = nullptr;  // read when saving, written when loading
+  Device device = Device::kCpu;
   int64_t bytes() const;
+  Tensor values() const;  // flat
 };
 
 // What a checkpoint carries besides tensors.
@@ -63,7 +67,8 @@ struct SaveOptions {
 // they go to `warnings`, and the next save tries again. SIGXFSZ is ignored from the first call on,
 // so that a file size limit is an error and not a death.
 //
-// One save at a time per folder (RunLock). Blocks until all is on disk.
+// The boxes are in host memory (AsyncSaver copies those of a device there first). One save at a
+// time per folder (RunLock). Blocks until all is on disk.
 absl::Status SaveCheckpoint(const SaveOptions& options, const CheckpointMeta& meta,
                             const std::vector<CheckpointBox>& boxes,
                             std::vector<std::string>* warnings = nullptr);
@@ -103,10 +108,11 @@ absl::Status VerifyCheckpoint(const Checkpoint& checkpoint);
 
 // Fills the wanted boxes from those stored (any tiling), checking the CRC of every stored box that
 // is touched while reading it, and the bytes outside boxes of the files touched. A box is read
-// once, in pieces below 1 MiB. Dtypes must agree, except that an f32 target may be filled from
-// bf16. kNoCheckpoint for damage and for tensors that the checkpoint lacks or has in another shape;
-// after an error the targets hold garbage.
-absl::Status LoadBoxes(const Checkpoint& checkpoint, const std::vector<CheckpointBox>& wanted);
+// once, in pieces below 1 MiB; pieces for device memory are uploaded one by one on ctx.stream,
+// behind earlier work, and have arrived when the call returns. After an error the targets hold
+// garbage.
+absl::Status LoadBoxes(const Checkpoint& checkpoint, const std::vector<CheckpointBox>& wanted,
+                       const Context& ctx = Context());
 
 // Folders of `dir` named as checkpoints, newest step first, whole or not (a step-N without a
 // manifest is a damaged one). A missing `dir` has none.

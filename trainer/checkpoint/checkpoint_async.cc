@@ -1,11 +1,10 @@
 #include "trainer/checkpoint/checkpoint_async.h"
 
-#include <cstring>
 #include <system_error>
 #include <utility>
 
 #include "kernels/base/check.h"
-#include "kernels/base/parallel_for.h"
+#include "kernels/transfer.h"
 
 namespace krait {
 
@@ -21,17 +20,15 @@ int64_t AsyncSaver::StagingBytes(const std::vector<CheckpointBox>& boxes) {
 
 absl::Status AsyncSaver::Start(const SaveOptions& options, const CheckpointMeta& meta,
                                const std::vector<CheckpointBox>& boxes, void* staging,
-                               int64_t staging_bytes) {
+                               int64_t staging_bytes, const Context& ctx) {
   KRAIT_RETURN_IF_ERROR(Wait());
   KRAIT_CHECK(StagingBytes(boxes) <= staging_bytes);
   std::vector<CheckpointBox> copies = boxes;
   char* to = static_cast<char*>(staging);
   for (CheckpointBox& box : copies) {
-    const auto* from = static_cast<const char*>(box.data);
-    ParallelFor(box.bytes(), int64_t{1} << 20, [&](int64_t begin, int64_t end) {
-      std::memcpy(to + begin, from + begin, static_cast<size_t>(end - begin));
-    });
+    Download(to, box.values(), ctx);
     box.data = to;
+    box.device = Device::kCpu;
     to += box.bytes();
   }
   finished_ = false;

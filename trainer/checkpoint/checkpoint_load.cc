@@ -9,9 +9,11 @@
 
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
+#include "kernels/activation.h"
 #include "kernels/base/check.h"
 #include "kernels/base/crc32c.h"
 #include "kernels/base/file.h"
+#include "kernels/transfer.h"
 #include "trainer/checkpoint/checkpoint.h"
 #include "trainer/checkpoint/checkpoint_manifest.h"
 
@@ -53,7 +55,7 @@ absl::Status ReadInto(const File& file, int64_t begin, int64_t end, char* out, u
 
 // Passes bytes [begin, end) of a file through `take(data, offset from begin, size)` in order and
 // continues `crc` over them.
-using Take = std::function<void(const char*, int64_t, int64_t)>;
+using Take = std::function<void(char*, int64_t, int64_t)>;
 absl::Status Stream(const File& file, int64_t begin, int64_t end, std::vector<char>* buffer,
                     uint32_t* crc, const Take& take) {
   buffer->resize(std::max(buffer->size(), static_cast<size_t>(std::min(kPiece, end - begin))));
@@ -99,7 +101,10 @@ absl::Status CheckOutsideBoxes(const Checkpoint& checkpoint, const File& file, s
 class Scatter {
  public:
   Scatter(const ManifestBox& stored, const CheckpointBox& wanted)
-      : target_(static_cast<char*>(wanted.data)), from_(stored.dtype), to_(wanted.dtype) {
+      : target_(static_cast<char*>(wanted.data)),
+        device_(wanted.device),
+        from_(stored.dtype),
+        to_(wanted.dtype) {
     const size_t rank = stored.shape.size();
     std::vector<int64_t> from_stride(rank, 1), to_stride(rank, 1);
     extent_.resize(rank);
@@ -133,19 +138,21 @@ class Scatter {
 
   bool empty() const { return run_length_ == 0; }
 
-  // Where the stored box goes as it is, byte for byte and in one run; null when it does not.
+  // Where in host memory the stored box goes as it is, byte for byte and in one run; null when it
+  // does not.
   char* direct(const ManifestBox& stored) const {
-    const bool whole = from_ == to_ && run_length_ * SizeOf(from_) == stored.bytes();
+    const bool whole =
+        device_ == Device::kCpu && from_ == to_ && run_length_ * SizeOf(from_) == stored.bytes();
     return whole ? target_ + to_start_ * SizeOf(to_) : nullptr;
   }
 
   // Elements [begin, begin + count) of the stored box, each call behind the previous one.
-  void Take(const char* data, int64_t begin, int64_t count) {
+  void Take(char* data, int64_t begin, int64_t count, const Context& ctx) {
     while (!done_) {
       const int64_t at = from_start_ + run_done_;
       const int64_t n = std::min(run_length_ - run_done_, begin + count - at);
       if (n <= 0) return;
-      Copy(data + (at - begin) * SizeOf(from_), to_start_ + run_done_, n);
+      Put(data + (at - begin) * SizeOf(from_), to_start_ + run_done_, n, ctx);
       run_done_ += n;
       if (run_done_ == run_length_) NextRun();
     }
@@ -165,26 +172,30 @@ class Scatter {
     done_ = true;
   }
 
-  void Copy(const char* data, int64_t element, int64_t count) {
+  void Put(char* data, int64_t element, int64_t count, const Context& ctx) {
     char* out = target_ + element * SizeOf(to_);
-    if (from_ == to_) {
+    if (device_ == Device::kCpu && from_ == to_) {
       std::memcpy(out, data, static_cast<size_t>(count * SizeOf(to_)));
       return;
     }
-    for (int64_t i = 0; i < count; ++i) {  // bf16 is the upper half of an f32
-      uint16_t half;
-      std::memcpy(&half, data + 2 * i, 2);
-      const uint32_t bits = static_cast<uint32_t>(half) << 16;
-      std::memcpy(out + 4 * i, &bits, 4);
+    if (from_ != to_) {
+      if (device_ != Device::kCpu) converted_.resize(static_cast<size_t>(count * SizeOf(to_)));
+      char* host = device_ == Device::kCpu ? out : converted_.data();
+      Copy(Tensor(host, to_, Device::kCpu, {count}), Tensor(data, from_, Device::kCpu, {count}),
+           Context());
+      data = host;
     }
+    if (device_ != Device::kCpu) Upload(Tensor(out, to_, device_, {count}), data, ctx);
   }
 
   char* target_;
+  Device device_;
   DType from_, to_;
   int64_t from_start_ = 0, to_start_ = 0;  // of the current run, in elements
   int64_t run_length_ = 0, run_done_ = 0;
   size_t outer_ = 0;  // dimensions before the run
   std::vector<int64_t> extent_, index_, from_stride_, to_stride_;
+  std::vector<char> converted_;  // of a piece for device memory
   bool done_ = false;
 };
 
@@ -273,7 +284,8 @@ absl::Status VerifyCheckpoint(const Checkpoint& checkpoint) {
   return errors.ToStatus();
 }
 
-absl::Status LoadBoxes(const Checkpoint& checkpoint, const std::vector<CheckpointBox>& wanted) {
+absl::Status LoadBoxes(const Checkpoint& checkpoint, const std::vector<CheckpointBox>& wanted,
+                       const Context& ctx) {
   KRAIT_ASSIGN_OR_RETURN(auto plan, PlanScatter(checkpoint, wanted));
   std::map<int64_t, std::vector<size_t>> of_file;
   for (const auto& entry : plan) of_file[checkpoint.boxes[entry.first].file].push_back(entry.first);
@@ -293,8 +305,8 @@ absl::Status LoadBoxes(const Checkpoint& checkpoint, const std::vector<Checkpoin
       const ManifestBox& box = checkpoint.boxes[i];
       const int64_t width = SizeOf(box.dtype);
       std::vector<Scatter>& scatters = plan.at(i);
-      const auto take = [&](const char* data, int64_t at, int64_t size) {
-        for (Scatter& scatter : scatters) scatter.Take(data, at / width, size / width);
+      const auto take = [&](char* data, int64_t at, int64_t size) {
+        for (Scatter& scatter : scatters) scatter.Take(data, at / width, size / width, ctx);
       };
       char* direct = scatters.size() == 1 ? scatters[0].direct(box) : nullptr;
       KRAIT_RETURN_IF_ERROR(ReadBox(checkpoint, file, box, direct, &buffer, take));

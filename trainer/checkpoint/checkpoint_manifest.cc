@@ -265,6 +265,7 @@ absl::Status CheckBoxes(const std::string& path, const Checkpoint& checkpoint) {
 }  // namespace
 
 int64_t CheckpointBox::bytes() const { return BytesOf(extent, dtype); }
+Tensor CheckpointBox::values() const { return {data, dtype, device, {bytes() / SizeOf(dtype)}}; }
 int64_t ManifestBox::bytes() const { return BytesOf(extent, dtype); }
 
 std::string StepFolderName(int64_t step) { return absl::StrFormat("step-%08d", step); }

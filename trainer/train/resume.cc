@@ -43,7 +43,7 @@ absl::Status Restore(const ResumeOptions& options, const std::string& fingerprin
                      " was trained on; give back the old ones, or add --allow-change data");
   }
   const std::vector<CheckpointBox> boxes = trainer->Boxes();
-  KRAIT_RETURN_IF_ERROR(LoadBoxes(checkpoint, boxes));
+  KRAIT_RETURN_IF_ERROR(LoadBoxes(checkpoint, boxes, trainer->ctx()));
   trainer->Loaded();
   trainer->state() = checkpoint.meta;
   return absl::OkStatus();
@@ -62,7 +62,7 @@ absl::Status RestoreWeights(const Checkpoint& checkpoint, Trainer* trainer, cons
   }
   std::vector<CheckpointBox> boxes = trainer->Boxes();
   std::erase_if(boxes, [](const CheckpointBox& box) { return box.slot != "weight"; });
-  KRAIT_RETURN_IF_ERROR(LoadBoxes(checkpoint, boxes));
+  KRAIT_RETURN_IF_ERROR(LoadBoxes(checkpoint, boxes, trainer->ctx()));
   trainer->Loaded();
   return absl::OkStatus();
 }

@@ -219,8 +219,9 @@ absl::Status Run::Save(bool wait) {
   options.keep = config_.checkpoint.keep;
   saving_step_ = state().step;
   const std::vector<CheckpointBox> boxes = trainer_->Boxes();
-  if (wait || !config_.checkpoint.async) {
-    console_.Status("saving ...");
+  const bool now = wait || !config_.checkpoint.async;
+  if (now) console_.Status("saving ...");
+  if (now && trainer_->ctx().device == Device::kCpu) {
     std::vector<std::string> warnings;
     const absl::Status saved = SaveCheckpoint(options, state(), boxes, &warnings);
     return SaveEnded(saved, warnings);
@@ -230,7 +231,9 @@ absl::Status Run::Save(bool wait) {
   }
   const Tensor copy = staging_->Alloc(DType::kU8, {staging_->capacity()});
   staging_->Release(0);
-  return saver_.Start(options, state(), boxes, copy.raw(), copy.bytes());
+  KRAIT_RETURN_IF_ERROR(
+      saver_.Start(options, state(), boxes, copy.raw(), copy.bytes(), trainer_->ctx()));
+  return now ? SaveEnded(saver_.Wait(), saver_.warnings()) : absl::OkStatus();
 }
 
 absl::Status Run::SaveEnded(const absl::Status& result, const std::vector<std::string>& warnings) {
