@@ -109,8 +109,10 @@ absl::Status VerifyCheckpoint(const Checkpoint& checkpoint);
 // Fills the wanted boxes from those stored (any tiling), checking the CRC of every stored box that
 // is touched while reading it, and the bytes outside boxes of the files touched. A box is read
 // once, in pieces below 1 MiB; pieces for device memory are uploaded one by one on ctx.stream,
-// behind earlier work, and have arrived when the call returns. After an error the targets hold
-// garbage.
+// behind earlier work, and have arrived when the call returns. f32 and bf16 are converted into each
+// other, rounded to nearest even. kNoCheckpoint for damage; kConfig for what does not fit: tensors
+// that the checkpoint lacks, has in another shape, or in a dtype that cannot be converted. After an
+// error the targets hold garbage.
 absl::Status LoadBoxes(const Checkpoint& checkpoint, const std::vector<CheckpointBox>& wanted,
                        const Context& ctx = Context());
 
@@ -128,7 +130,7 @@ struct PassedOver {
   std::string path, reason;
 };
 // Takes a checkpoint's contents, by LoadBoxes. kNoCheckpoint: damaged, try the next; any other
-// error ends the search (a model that does not fit).
+// error ends the search (kConfig: a model that does not fit).
 using CheckpointLoader = std::function<absl::Status(const Checkpoint&)>;
 
 // Tries `folders` (newest first, from ListCheckpoints or FindCheckpoints) until one loads. Whole

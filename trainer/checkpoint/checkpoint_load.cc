@@ -20,7 +20,8 @@
 namespace krait {
 namespace {
 
-constexpr ExitCode kCode = ExitCode::kNoCheckpoint;
+constexpr ExitCode kCode = ExitCode::kNoCheckpoint;  // damage
+constexpr ExitCode kMisfit = ExitCode::kConfig;
 // Bytes, a multiple of every element size; read, CRC and copy of a piece share the cache.
 constexpr int64_t kPiece = int64_t{256} << 10;
 
@@ -199,6 +200,9 @@ class Scatter {
   bool done_ = false;
 };
 
+// Between these a load converts.
+bool Converts(DType dtype) { return dtype == DType::kF32 || dtype == DType::kBF16; }
+
 // Which stored boxes each wanted box needs; all that is missing or does not fit is reported.
 absl::StatusOr<std::map<size_t, std::vector<Scatter>>> PlanScatter(
     const Checkpoint& checkpoint, const std::vector<CheckpointBox>& wanted) {
@@ -210,18 +214,18 @@ absl::StatusOr<std::map<size_t, std::vector<Scatter>>> PlanScatter(
     const std::string tensor = checkpoint.path + ": tensor '" + want.name + "' (" + want.slot + ")";
     const auto found = index.find({want.slot, want.name});
     if (found == index.end()) {
-      errors.Add(kCode, tensor + " is not in the checkpoint");
+      errors.Add(kMisfit, tensor + " is not in the checkpoint");
       continue;
     }
     const ManifestBox& first = checkpoint.boxes[found->second[0]];
     if (first.shape != want.shape) {
-      errors.Add(kCode, tensor + " has shape [" + absl::StrJoin(first.shape, ", ") + "]; [" +
-                            absl::StrJoin(want.shape, ", ") + "] is needed");
+      errors.Add(kMisfit, tensor + " has shape [" + absl::StrJoin(first.shape, ", ") + "]; [" +
+                              absl::StrJoin(want.shape, ", ") + "] is needed");
       continue;
     }
-    if (first.dtype != want.dtype && !(first.dtype == DType::kBF16 && want.dtype == DType::kF32)) {
-      errors.Add(kCode, tensor + " has dtype " + Name(first.dtype) + "; " + Name(want.dtype) +
-                            " is needed");
+    if (first.dtype != want.dtype && !(Converts(first.dtype) && Converts(want.dtype))) {
+      errors.Add(kMisfit, tensor + " has dtype " + Name(first.dtype) + "; " + Name(want.dtype) +
+                              " is needed");
       continue;
     }
     KRAIT_CHECK(want.offset.size() == want.shape.size());

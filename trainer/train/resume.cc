@@ -26,6 +26,12 @@ absl::Status CheckAllowWords(const std::vector<std::string>& words) {
   return absl::OkStatus();
 }
 
+// A checkpoint that does not fit, with what would: `status` of LoadBoxes, other errors unchanged.
+absl::Status Misfit(const absl::Status& status, const std::string& cure) {
+  if (ExitCodeOf(status) != ExitCode::kConfig) return status;
+  return Error(ExitCode::kConfig, MessageOf(status) + "\n" + cure);
+}
+
 // Restores everything from `checkpoint`, after its config has been compared with the run's.
 absl::Status Restore(const ResumeOptions& options, const std::string& fingerprint,
                      const Checkpoint& checkpoint, Trainer* trainer, const Notice& notice) {
@@ -43,7 +49,10 @@ absl::Status Restore(const ResumeOptions& options, const std::string& fingerprin
                      " was trained on; give back the old ones, or add --allow-change data");
   }
   const std::vector<CheckpointBox> boxes = trainer->Boxes();
-  KRAIT_RETURN_IF_ERROR(LoadBoxes(checkpoint, boxes, trainer->ctx()));
+  KRAIT_RETURN_IF_ERROR(
+      Misfit(LoadBoxes(checkpoint, boxes, trainer->ctx()),
+             checkpoint.path + " does not hold the weights and moments that this run goes on with; "
+                               "--init starts another run_dir from weights alone"));
   trainer->Loaded();
   trainer->state() = checkpoint.meta;
   return absl::OkStatus();
@@ -62,7 +71,10 @@ absl::Status RestoreWeights(const Checkpoint& checkpoint, Trainer* trainer, cons
   }
   std::vector<CheckpointBox> boxes = trainer->Boxes();
   std::erase_if(boxes, [](const CheckpointBox& box) { return box.slot != "weight"; });
-  KRAIT_RETURN_IF_ERROR(LoadBoxes(checkpoint, boxes, trainer->ctx()));
+  KRAIT_RETURN_IF_ERROR(Misfit(LoadBoxes(checkpoint, boxes, trainer->ctx()),
+                               "--init " + checkpoint.path +
+                                   " does not fit this run's model; give the run the "
+                                   "model of the checkpoint, or take another one"));
   trainer->Loaded();
   return absl::OkStatus();
 }
