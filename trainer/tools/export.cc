@@ -1,12 +1,12 @@
 // Export to a Hugging Face folder (interop.h).
 #include <unistd.h>
 
-#include <bit>
 #include <cstdio>
 #include <memory>
 #include <vector>
 
 #include "absl/strings/str_format.h"
+#include "kernels/activation.h"
 #include "kernels/base/file.h"
 #include "model/hf.h"
 #include "nlohmann/json.hpp"
@@ -17,13 +17,6 @@ namespace krait {
 namespace {
 
 constexpr char kTokenizerKey[] = "krait.tokenizer";
-
-// Round to nearest, ties to even; NaN stays NaN.
-uint16_t ToBF16(float x) {
-  const auto bits = std::bit_cast<uint32_t>(x);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>(bits >> 16 | 0x40);
-  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
 
 struct Shard {
   std::string file;
@@ -60,16 +53,15 @@ absl::Status WriteShard(const std::string& folder, const Shard& shard, const Wei
   }
   auto writer = SafetensorsWriter::Create(folder + "/" + shard.file, items, metadata);
   if (!writer.ok()) return writer.status();
-  std::vector<uint16_t> rounded;
+  std::vector<BF16> rounded;
   for (int p : shard.params) {
-    const Tensor values = weights.Param(p);
+    const Tensor values = weights.Param(p);  // f32, of the host
     if (dtype == DType::kF32) {
       KRAIT_RETURN_IF_ERROR(writer->Write(values.raw(), values.bytes()));
       continue;
     }
-    const float* from = values.data<float>();
     rounded.resize(static_cast<size_t>(values.numel()));
-    for (size_t i = 0; i < rounded.size(); ++i) rounded[i] = ToBF16(from[i]);
+    Copy(Tensor(rounded.data(), dtype, Device::kCpu, {values.numel()}), values, Context());
     KRAIT_RETURN_IF_ERROR(writer->Write(rounded.data(), values.numel() * SizeOf(dtype)));
   }
   return writer->Finish();
@@ -124,11 +116,13 @@ absl::StatusOr<ExportReport> ExportHf(const ExportOptions& options) {
                    "--hf " + options.hf + " exists and is not empty: name another folder");
     }
   }
+  // The values as stored, whatever the run computed in.
   std::unique_ptr<InferenceModel> model;
-  KRAIT_ASSIGN_OR_RETURN(model,
-                         InferenceModel::Load(options.checkpoint, [](const std::string& line) {
-                           std::fprintf(stderr, "krait: %s\n", line.c_str());
-                         }));
+  KRAIT_ASSIGN_OR_RETURN(
+      model, InferenceModel::Load(
+                 options.checkpoint,
+                 [](const std::string& line) { std::fprintf(stderr, "krait: %s\n", line.c_str()); },
+                 Placement()));
   std::string config_json;
   KRAIT_ASSIGN_OR_RETURN(config_json, HfConfigFromSpec(model->config().model));
 
