@@ -146,15 +146,17 @@ using Notice = std::function<void(const std::string& line)>;
 // Loads the newest whole checkpoint of `folders` (FindCheckpoints, ListCheckpoints), with one
 // notice for each that is passed over.
 absl::StatusOr<Checkpoint> LoadNewest(const std::vector<std::string>& folders,
-                                      const CheckpointLoader& load, const Notice& notice);
+                                      const CheckpointLoader& load, const Notice& notice,
+                                      std::vector<PassedOver>* passed_over = nullptr);
 
 // What is wrong with `dir`/latest, which is only a hint that loading does not rely on; "" when it
 // names the newest checkpoint, or when there is neither. `damaged` tells whether it is more than
 // what a kill just before its update leaves: a missing file, or one that names an older checkpoint.
 std::string CheckLatest(const std::string& dir, bool* damaged = nullptr);
 
-// Exclusive use of a run folder: RUN_DIR/lock with host, pid and start time, held with flock. The
-// kernel lets go of it when the process ends, however that happens.
+// Exclusive use of a folder, a run's or that of its checkpoints: FOLDER/FILE with host, pid and
+// start time, held with flock. The kernel lets go of it when the process ends, however that
+// happens.
 class RunLock {
  public:
   RunLock() = default;
@@ -163,7 +165,8 @@ class RunLock {
   ~RunLock();
   // Creates the folder. kConfig when another live process holds it, naming it; kCannotSave when the
   // file cannot be written.
-  static absl::StatusOr<RunLock> Acquire(const std::string& run_dir);
+  static absl::StatusOr<RunLock> Acquire(const std::string& folder,
+                                         const std::string& file = "lock");
 
  private:
   int fd_ = -1;

@@ -376,12 +376,14 @@ absl::StatusOr<Checkpoint> LoadNewestWhole(const std::vector<std::string>& folde
 }
 
 absl::StatusOr<Checkpoint> LoadNewest(const std::vector<std::string>& folders,
-                                      const CheckpointLoader& load, const Notice& notice) {
-  std::vector<PassedOver> passed_over;
-  auto loaded = LoadNewestWhole(folders, load, &passed_over);
+                                      const CheckpointLoader& load, const Notice& notice,
+                                      std::vector<PassedOver>* passed_over) {
+  std::vector<PassedOver> own;
+  if (passed_over == nullptr) passed_over = &own;
+  auto loaded = LoadNewestWhole(folders, load, passed_over);
   // An error names all reasons itself.
-  for (size_t i = 0; loaded.ok() && i < passed_over.size(); ++i) {
-    notice("passed over " + passed_over[i].path + ": " + passed_over[i].reason);
+  for (size_t i = 0; loaded.ok() && i < passed_over->size(); ++i) {
+    notice("passed over " + (*passed_over)[i].path + ": " + (*passed_over)[i].reason);
   }
   return loaded;
 }

@@ -1,9 +1,12 @@
 #include "trainer/train/resume.h"
 
 #include <algorithm>
+#include <filesystem>
+#include <optional>
 
 #include "absl/strings/str_format.h"
 #include "kernels/base/file.h"
+#include "trainer/checkpoint/run_record.h"
 
 namespace krait {
 namespace {
@@ -95,13 +98,25 @@ absl::Status SetNewerAside(const std::string& dir, int64_t step, const Notice& n
   return absl::OkStatus();
 }
 
+// Damaged checkpoints newer than the one that was loaded go under another name (they are never
+// deleted): retention does not count them, and no later start tries them again.
+absl::Status SetDamagedAside(const std::vector<PassedOver>& passed_over, const Notice& notice) {
+  for (const PassedOver& damaged : passed_over) {
+    const std::string stem =
+        ParentFolder(damaged.path) + "/damaged-" + damaged.path.substr(damaged.path.rfind('/') + 1);
+    std::string aside = stem;
+    for (int n = 2; Exists(aside); ++n) aside = absl::StrFormat("%s-%d", stem, n);
+    KRAIT_RETURN_IF_ERROR(Rename(damaged.path, aside, ExitCode::kCannotSave));
+    notice(damaged.path + " was moved to " + aside);
+  }
+  return absl::OkStatus();
+}
+
 // --resume never beside checkpoints: the old ones are kept under another name, so that neither
 // keep-k nor a later --resume auto mixes the two runs.
 absl::Status SetAllAside(const std::string& dir, const Notice& notice) {
   std::vector<std::string> folders;
-  if (Exists(dir)) {
-    KRAIT_ASSIGN_OR_RETURN(folders, ListCheckpoints(dir));
-  }
+  KRAIT_ASSIGN_OR_RETURN(folders, ListCheckpoints(dir));
   if (folders.empty()) return absl::OkStatus();
   int n = 1;
   while (Exists(absl::StrFormat("%s.before-%d", dir, n))) ++n;
@@ -112,6 +127,14 @@ absl::Status SetAllAside(const std::string& dir, const Notice& notice) {
       "(run_dir=NAME) keeps runs apart",
       folders.size(), aside));
   return absl::OkStatus();
+}
+
+// How the record names the PATH of a --resume; "auto" and "never" are none.
+std::string FollowedPath(const std::string& resume) {
+  if (resume == "auto" || resume == "never") return "none";
+  std::error_code error;
+  const auto path = std::filesystem::weakly_canonical(resume, error);
+  return error ? resume : path.string();
 }
 
 }  // namespace
@@ -139,10 +162,22 @@ absl::Status CheckChanges(const RunConfig& saved, const RunConfig& now,
   return errors.ToStatus();
 }
 
-absl::Status StartRun(const ResumeOptions& options, const std::string& fingerprint,
-                      Trainer* trainer, const Notice& notice) {
-  KRAIT_RETURN_IF_ERROR(CheckAllowWords(options.allow_change));
+absl::Status StartRun(const ResumeOptions& asked, const std::string& fingerprint, Trainer* trainer,
+                      const Notice& notice) {
+  KRAIT_RETURN_IF_ERROR(CheckAllowWords(asked.allow_change));
   const std::string& dir = trainer->config().checkpoint.dir;
+  const std::string& run_dir = trainer->config().run_dir;
+  std::optional<RunRecord> record;
+  KRAIT_ASSIGN_OR_RETURN(record, ReadRunRecord(run_dir));
+  ResumeOptions options = asked;
+  if (record.has_value() && record->followed == FollowedPath(options.resume) &&
+      record->step > record->followed_step) {
+    notice(absl::StrFormat(
+        "--resume %s was followed before, to step %d: this run's own checkpoints since then go "
+        "first (to go back once more, remove %s)",
+        options.resume, record->followed_step, RunRecordPath(run_dir)));
+    options.resume = "auto";
+  }
   const auto restore = [&](const Checkpoint& checkpoint) {
     return Restore(options, fingerprint, checkpoint, trainer, notice);
   };
@@ -150,14 +185,17 @@ absl::Status StartRun(const ResumeOptions& options, const std::string& fingerpri
   std::vector<std::string> candidates;
   if (options.resume == "never") {
     KRAIT_RETURN_IF_ERROR(SetAllAside(dir, notice));
+    KRAIT_RETURN_IF_ERROR(RemoveFile(RunRecordPath(run_dir), ExitCode::kCannotSave));
   } else if (options.resume != "auto") {
     KRAIT_ASSIGN_OR_RETURN(candidates, FindCheckpoints(options.resume));
-  } else if (Exists(dir)) {
+  } else {
     KRAIT_ASSIGN_OR_RETURN(candidates, ListCheckpoints(dir));
+    if (record.has_value()) KRAIT_RETURN_IF_ERROR(CheckRecorded(*record, dir, candidates));
   }
   if (!candidates.empty()) {
     Checkpoint checkpoint;
-    auto loaded = LoadNewest(candidates, restore, notice);
+    std::vector<PassedOver> passed_over;
+    auto loaded = LoadNewest(candidates, restore, notice, &passed_over);
     if (!loaded.ok() && ExitCodeOf(loaded.status()) == ExitCode::kNoCheckpoint) {
       return Error(ExitCode::kNoCheckpoint,
                    MessageOf(loaded.status()) +
@@ -169,10 +207,19 @@ absl::Status StartRun(const ResumeOptions& options, const std::string& fingerpri
       notice(absl::StrFormat("resuming at step %d from %s", checkpoint.meta.step, checkpoint.path));
     }
     if (!options.init.empty()) notice("--init is ignored: this run has a checkpoint of its own");
-    if (options.resume != "auto" && Exists(dir)) {
-      return SetNewerAside(dir, checkpoint.meta.step, notice);
+    RunRecord now = record.value_or(RunRecord());
+    now.path = checkpoint.path;
+    now.save_id = checkpoint.save_id;
+    now.step = checkpoint.meta.step;
+    if (options.resume != "auto") {
+      // Before the record: a start that is cut off here is told that a checkpoint is missing, and
+      // does not jump back to the newer ones.
+      KRAIT_RETURN_IF_ERROR(SetNewerAside(dir, checkpoint.meta.step, notice));
+      now.followed = FollowedPath(options.resume);
+      now.followed_step = checkpoint.meta.step;
     }
-    return absl::OkStatus();
+    if (now != record) KRAIT_RETURN_IF_ERROR(WriteRunRecord(run_dir, now));
+    return options.resume == "auto" ? SetDamagedAside(passed_over, notice) : absl::OkStatus();
   }
 
   if (!options.init.empty()) {

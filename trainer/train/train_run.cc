@@ -11,6 +11,7 @@
 #include "kernels/base/number.h"
 #include "trainer/checkpoint/checkpoint.h"
 #include "trainer/checkpoint/checkpoint_async.h"
+#include "trainer/checkpoint/run_record.h"
 #include "trainer/report/environment.h"
 #include "trainer/report/metrics.h"
 #include "trainer/train/evaluate.h"
@@ -33,6 +34,7 @@ class Run {
   absl::StatusOr<ExitCode> Loop();
 
  private:
+  absl::Status LockCheckpoints();
   absl::Status WriteRunFolder();
   absl::Status Describe();
   absl::Status Report(StepReport report, double seconds);
@@ -45,8 +47,8 @@ class Run {
 
   const RunConfig& config_;
   const TrainOptions& options_;
-  const Mesh mesh_;  // a single rank
-  RunLock lock_;     // rank 0's
+  const Mesh mesh_;                 // a single rank
+  RunLock lock_, checkpoint_lock_;  // rank 0's
   StopSignals signals_;
   Console console_;
   std::optional<MetricsLog> metrics_;
@@ -80,6 +82,7 @@ absl::Status Run::Open() {
   if (mesh_.rank == 0) {
     KRAIT_ASSIGN_OR_RETURN(lock_, RunLock::Acquire(config_.run_dir));
   }
+  if (Exists(config_.checkpoint.dir)) KRAIT_RETURN_IF_ERROR(LockCheckpoints());
   KRAIT_ASSIGN_OR_RETURN(console_, Console::Open(config_.run_dir + "/train.log"));
   trainer_ = std::make_unique<Trainer>(config_);
   absl::Status said;
@@ -92,12 +95,23 @@ absl::Status Run::Open() {
   for (const CheckpointBox& box : trainer_->Boxes()) bytes += box.bytes();
   if (state().step < config_.train.steps) {
     KRAIT_RETURN_IF_ERROR(CheckCanSave(config_.checkpoint.dir, bytes));
+    // Once more: the folder may be there only by now, or have been moved away with its lock.
+    KRAIT_RETURN_IF_ERROR(LockCheckpoints());
   }
   state().data_fingerprint = train_data_->Fingerprint();
   state().config_yaml = config_.ToYaml();
   state().tokenizer = train_data_->files().front()->tokenizer();
   first_step_ = state().step;
   first_tokens_ = state().tokens;
+  return absl::OkStatus();
+}
+
+absl::Status Run::LockCheckpoints() {
+  if (mesh_.rank != 0) return absl::OkStatus();
+  checkpoint_lock_ = RunLock();
+  // Not the name of a run folder's lock: the two may be one folder.
+  KRAIT_ASSIGN_OR_RETURN(checkpoint_lock_,
+                         RunLock::Acquire(config_.checkpoint.dir, "checkpoints.lock"));
   return absl::OkStatus();
 }
 
@@ -239,7 +253,17 @@ absl::Status Run::Save(bool wait) {
 absl::Status Run::SaveEnded(const absl::Status& result, const std::vector<std::string>& warnings) {
   KRAIT_RETURN_IF_ERROR(result);
   for (const std::string& warning : warnings) KRAIT_RETURN_IF_ERROR(Say(warning));
-  return Say(absl::StrFormat("saved %s/step-%08d", config_.checkpoint.dir, saving_step_));
+  const std::string path = absl::StrFormat("%s/step-%08d", config_.checkpoint.dir, saving_step_);
+  const auto saved = OpenCheckpoint(path);
+  if (!saved.ok()) return Error(ExitCode::kCannotSave, MessageOf(saved.status()));
+  std::optional<RunRecord> record;
+  KRAIT_ASSIGN_OR_RETURN(record, ReadRunRecord(config_.run_dir));
+  if (!record.has_value()) record.emplace();
+  record->path = path;
+  record->save_id = saved->save_id;
+  record->step = saving_step_;
+  KRAIT_RETURN_IF_ERROR(WriteRunRecord(config_.run_dir, *record));
+  return Say("saved " + path);
 }
 
 absl::Status Run::PrintSummary() {
@@ -258,7 +282,7 @@ absl::Status Run::PrintSummary() {
   summary.val_bpb = LastRecorded(config_.run_dir, "val/bpb");
   if (Exists(checkpoint)) summary.checkpoint = checkpoint;
   if (!summary.finished) {
-    summary.next_commands = {options_.command_line};
+    summary.next_commands = {options_.continue_line};
   } else if (!summary.checkpoint.empty()) {
     summary.next_commands = {options_.program + " generate " + checkpoint + " --prompt \"...\""};
     if (validation_ != nullptr) {

@@ -14,6 +14,7 @@ struct TrainOptions {
   ResumeOptions resume;
   std::string program = "krait";  // as typed, for the commands named in the summary
   std::string command_line;       // as typed, for command.txt
+  std::string continue_line;      // the same without --resume: what goes on from the newest save
 };
 
 // Trains to the last step (kOk), or to the step at which SIGUSR1, SIGTERM or SIGINT arrived, which
