@@ -1,5 +1,7 @@
 #include "trainer/checkpoint/checkpoint_async.h"
 
+#include <exception>
+#include <new>
 #include <system_error>
 #include <utility>
 
@@ -7,6 +9,24 @@
 #include "kernels/transfer.h"
 
 namespace krait {
+
+namespace {
+
+// An exception must not leave the thread: it would end the process, unsaved.
+absl::Status SaveCatching(const SaveOptions& options, const CheckpointMeta& meta,
+                          const std::vector<CheckpointBox>& boxes,
+                          std::vector<std::string>* warnings) {
+  const std::string what = "cannot save step " + std::to_string(meta.step) + " in " + options.dir;
+  try {
+    return SaveCheckpoint(options, meta, boxes, warnings);
+  } catch (const std::bad_alloc&) {
+    return Error(ExitCode::kOutOfMemory, what + ": out of memory");
+  } catch (const std::exception& error) {
+    return Error(ExitCode::kCannotSave, what + ": " + error.what());
+  }
+}
+
+}  // namespace
 
 AsyncSaver::~AsyncSaver() {
   if (thread_.joinable()) thread_.join();
@@ -35,7 +55,7 @@ absl::Status AsyncSaver::Start(const SaveOptions& options, const CheckpointMeta&
   warnings_.clear();
   try {
     thread_ = std::thread([this, options, meta, boxes = std::move(copies)] {
-      result_ = SaveCheckpoint(options, meta, boxes, &warnings_);
+      result_ = SaveCatching(options, meta, boxes, &warnings_);
       finished_ = true;
     });
   } catch (const std::system_error& error) {
