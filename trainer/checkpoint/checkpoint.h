@@ -94,6 +94,7 @@ struct ManifestFile {
 };
 struct Checkpoint {
   std::string path;  // of the folder
+  int64_t format_version = 0;
   std::string save_id;
   CheckpointMeta meta;
   std::vector<ManifestFile> files;
