@@ -100,7 +100,9 @@ struct Checkpoint {
   std::vector<ManifestFile> files;
   std::vector<ManifestBox> boxes;
 };
-// Reads and checks `folder`/manifest.json and the files' sizes. kNoCheckpoint with the reason.
+// Reads and checks `folder`/manifest.json and the files' sizes. kNoCheckpoint with the reason; what
+// the system refuses to read (any errno but that of a missing file) is no damage: a load that meets
+// it ends there.
 // Nothing is followed out of the folder: file names have no separators, symbolic links are refused.
 absl::StatusOr<Checkpoint> OpenCheckpoint(const std::string& folder);
 
@@ -131,7 +133,7 @@ struct PassedOver {
   std::string path, reason;
 };
 // Takes a checkpoint's contents, by LoadBoxes. kNoCheckpoint: damaged, try the next; any other
-// error ends the search (kConfig: a model that does not fit).
+// error ends the search (kConfig: a model that does not fit), and so does what cannot be read.
 using CheckpointLoader = std::function<absl::Status(const Checkpoint&)>;
 
 // Tries `folders` (newest first, from ListCheckpoints or FindCheckpoints) until one loads. Whole

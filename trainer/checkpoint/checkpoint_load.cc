@@ -1,12 +1,16 @@
 // Opening, verifying and loading: the manifest first, then only bytes at the places it names.
+#include <fcntl.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <functional>
 #include <set>
+#include <system_error>
 
+#include "absl/strings/cord.h"
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
 #include "kernels/activation.h"
@@ -30,12 +34,40 @@ std::string WithoutSlashes(std::string path) {
   return path;
 }
 
-// A regular file, not a link to one.
-absl::Status CheckRegular(const std::string& path) {
+// What the system refuses says nothing about the bytes: not damage, which a load passes over, but
+// an error that ends it (IsUnreadable).
+constexpr char kUnreadable[] = "krait/unreadable";
+absl::Status Unreadable(const std::string& message) {
+  absl::Status status = Error(kCode, message);
+  status.SetPayload(kUnreadable, absl::Cord());
+  return status;
+}
+absl::Status Unreadable(const std::string& path, int error) {
+  return Unreadable("cannot read " + path + ": " + std::generic_category().message(error));
+}
+bool IsUnreadable(const absl::Status& status) { return status.GetPayload(kUnreadable).has_value(); }
+
+bool NotThere(int error) { return error == ENOENT || error == ENOTDIR; }
+
+// Whether there is anything of that name; what keeps this from being known is an error.
+absl::StatusOr<bool> IsThere(const std::string& path) {
   struct stat info;
-  if (lstat(path.c_str(), &info) != 0) return Error(kCode, path + " is missing");
+  if (lstat(path.c_str(), &info) == 0) return true;
+  if (NotThere(errno)) return false;
+  return Unreadable(path, errno);
+}
+
+// A regular file that can be opened, not a link to one.
+absl::Status CheckRegular(const std::string& path) {
+  KRAIT_ASSIGN_OR_RETURN(const bool there, IsThere(path));
+  if (!there) return Error(kCode, path + " is missing");
+  struct stat info;
+  if (lstat(path.c_str(), &info) != 0) return Unreadable(path, errno);
   if (S_ISLNK(info.st_mode)) return Error(kCode, path + " is a symbolic link; not followed");
   if (!S_ISREG(info.st_mode)) return Error(kCode, path + " is not a regular file");
+  const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+  if (fd < 0) return Unreadable(path, errno);
+  close(fd);
   return absl::OkStatus();
 }
 
@@ -48,7 +80,12 @@ std::string Place(const Checkpoint& checkpoint, const ManifestBox& box) {
 absl::Status ReadInto(const File& file, int64_t begin, int64_t end, char* out, uint32_t* crc) {
   for (int64_t at = begin; at < end; at += kPiece, out += kPiece) {
     const auto n = static_cast<size_t>(std::min(kPiece, end - at));
-    KRAIT_RETURN_IF_ERROR(file.ReadAt(out, n, at));
+    if (const absl::Status status = file.ReadAt(out, n, at); !status.ok()) {
+      // A file that is too short is damaged; one that is long enough was refused by the system.
+      const auto size = file.Size();
+      const bool cut_off = size.ok() && *size < at + static_cast<int64_t>(n);
+      return cut_off ? status : Unreadable(MessageOf(status));
+    }
     *crc = Crc32c(out, n, *crc);
   }
   return absl::OkStatus();
@@ -322,8 +359,8 @@ absl::Status LoadBoxes(const Checkpoint& checkpoint, const std::vector<Checkpoin
 absl::StatusOr<std::vector<std::string>> ListCheckpoints(const std::string& dir) {
   // Only a folder that is known not to be there holds none: any other failure must not look like a
   // run without checkpoints.
-  struct stat info;
-  if (lstat(dir.c_str(), &info) != 0 && errno == ENOENT) return std::vector<std::string>();
+  KRAIT_ASSIGN_OR_RETURN(const bool there, IsThere(dir));
+  if (!there) return std::vector<std::string>();
   KRAIT_ASSIGN_OR_RETURN(const std::vector<std::string> names, ListDirectory(dir, kCode));
   const std::set<std::string> present(names.begin(), names.end());
   std::vector<std::pair<int64_t, std::string>> found;
@@ -345,6 +382,7 @@ absl::StatusOr<std::vector<std::string>> ListCheckpoints(const std::string& dir)
 
 absl::StatusOr<std::vector<std::string>> FindCheckpoints(const std::string& given) {
   std::string path = WithoutSlashes(given);
+  KRAIT_RETURN_IF_ERROR(IsThere(path).status());
   if (path.ends_with("/latest") && !IsDirectory(path)) path = ParentFolder(path);
   if (!IsDirectory(path)) return Error(kCode, path + " is not a folder; a checkpoint is one");
   if (Exists(path + "/" + kManifestName) ||
@@ -367,6 +405,11 @@ absl::StatusOr<Checkpoint> LoadNewestWhole(const std::vector<std::string>& folde
     absl::StatusOr<Checkpoint> checkpoint = OpenCheckpoint(folder);
     const absl::Status status = checkpoint.ok() ? load(*checkpoint) : checkpoint.status();
     if (status.ok()) return checkpoint;
+    if (IsUnreadable(status)) {
+      return Error(kCode, MessageOf(status) +
+                              "\nwhat cannot be read may be whole: it is not passed "
+                              "over; make it readable, or move it away");
+    }
     if (ExitCodeOf(status) != kCode) return status;
     errors.Add(status);
     passed_over->push_back({folder, MessageOf(status)});
