@@ -43,6 +43,14 @@ absl::Status Restore(const ResumeOptions& options, const std::string& fingerprin
       saved, ParseConfig(checkpoint.meta.config_yaml, checkpoint.path + "/manifest.json: config",
                          {}, ConfigUse::kTrain, 1));
   KRAIT_RETURN_IF_ERROR(CheckChanges(saved, trainer->config(), options.allow_change, notice));
+  if (trainer->config().model.Has(SublayerKind::kMoe) &&
+      saved.train.micro_batch != trainer->config().train.micro_batch) {
+    notice(
+        absl::StrFormat("train.micro_batch: %d in the checkpoint, %d now; the router's "
+                        "statistics are those of a pass, so the weights come out otherwise than "
+                        "without the change",
+                        saved.train.micro_batch, trainer->config().train.micro_batch));
+  }
   const bool data_allowed =
       std::any_of(options.allow_change.begin(), options.allow_change.end(),
                   [](const auto& word) { return AllowsChange(word, "data.train"); });
@@ -129,9 +137,8 @@ absl::Status SetAllAside(const std::string& dir, const Notice& notice) {
   return absl::OkStatus();
 }
 
-// How the record names the PATH of a --resume; "auto" and "never" are none.
+// How the record names the PATH of a --resume.
 std::string FollowedPath(const std::string& resume) {
-  if (resume == "auto" || resume == "never") return "none";
   std::error_code error;
   const auto path = std::filesystem::weakly_canonical(resume, error);
   return error ? resume : path.string();
@@ -170,8 +177,8 @@ absl::Status StartRun(const ResumeOptions& asked, const std::string& fingerprint
   std::optional<RunRecord> record;
   KRAIT_ASSIGN_OR_RETURN(record, ReadRunRecord(run_dir));
   ResumeOptions options = asked;
-  if (record.has_value() && record->followed == FollowedPath(options.resume) &&
-      record->step > record->followed_step) {
+  if (options.resume != "auto" && options.resume != "never" && record.has_value() &&
+      record->followed == FollowedPath(options.resume) && record->step > record->followed_step) {
     notice(absl::StrFormat(
         "--resume %s was followed before, to step %d: this run's own checkpoints since then go "
         "first (to go back once more, remove %s)",

@@ -40,6 +40,7 @@ class Run {
   absl::Status Report(StepReport report, double seconds);
   absl::Status Evaluate(int64_t step);
   absl::Status Save(bool wait);
+  absl::Status Diverged(const std::string& what);
   absl::Status SaveEnded(const absl::Status& result, const std::vector<std::string>& warnings);
   absl::Status PrintSummary();
   absl::Status Say(const std::string& line) { return console_.Line(line); }
@@ -82,7 +83,7 @@ absl::Status Run::Open() {
   if (mesh_.rank == 0) {
     KRAIT_ASSIGN_OR_RETURN(lock_, RunLock::Acquire(config_.run_dir));
   }
-  if (Exists(config_.checkpoint.dir)) KRAIT_RETURN_IF_ERROR(LockCheckpoints());
+  if (IsDirectory(config_.checkpoint.dir)) KRAIT_RETURN_IF_ERROR(LockCheckpoints());
   KRAIT_ASSIGN_OR_RETURN(console_, Console::Open(config_.run_dir + "/train.log"));
   trainer_ = std::make_unique<Trainer>(config_);
   absl::Status said;
@@ -155,8 +156,8 @@ absl::StatusOr<ExitCode> Run::Loop() {
   // This rank's rows of each pass.
   const int64_t rows = config_.train.micro_batch, pass_rows = rows * mesh_.data;
   TokenBatch batch;
-  bool stop = false;
-  while (state().step < steps && !stop) {
+  bool stop = false, save = false;
+  while (state().step < steps && !(stop && !save)) {
     const double begin = MonotonicSeconds();
     KRAIT_RETURN_IF_ERROR(train_data_->ReadTraining(state().sequences + mesh_.data_index() * rows,
                                                     config_.accumulation(mesh_.data), pass_rows,
@@ -164,21 +165,30 @@ absl::StatusOr<ExitCode> Run::Loop() {
     const StepReport report = trainer_->Step(batch);
     KRAIT_RETURN_IF_ERROR(Report(report, MonotonicSeconds() - begin));
     if (report.skipped_in_row >= kMaxSkippedInRow) {
-      return Error(ExitCode::kNumerics,
-                   absl::StrFormat("%d steps in a row without a finite loss and gradient (the "
-                                   "last is %d): lower optimizer.lr, or look at the data",
-                                   report.skipped_in_row, report.step));
+      return Diverged(
+          absl::StrFormat("%d steps in a row without a finite loss and gradient (the "
+                          "last is %d)",
+                          report.skipped_in_row, report.step));
     }
     const bool last = state().step == steps;
     if (validation_ != nullptr && (Due(config_.evaluation.every, state().step) || last)) {
       KRAIT_RETURN_IF_ERROR(Evaluate(state().step));
     }
-    stop = signals_.received() != 0;
+    if (!stop && signals_.received() != 0) {
+      stop = true;
+      if (report.was_skipped && !last) {
+        KRAIT_RETURN_IF_ERROR(Say("the last step was skipped: stopping after one that is not"));
+      }
+    }
     if (const auto ended = saver_.Poll(); ended.has_value()) {
       KRAIT_RETURN_IF_ERROR(SaveEnded(*ended, saver_.warnings()));
     }
-    if (Due(config_.checkpoint.every, state().step) || last || stop) {
+    // Skipped steps may be the end of good weights: until one is not skipped, no checkpoint of them
+    // takes the place of an older one.
+    save = save || Due(config_.checkpoint.every, state().step) || last || stop;
+    if (save && (!report.was_skipped || last)) {
       KRAIT_RETURN_IF_ERROR(Save(/*wait=*/last || stop));
+      save = false;
     }
   }
   KRAIT_RETURN_IF_ERROR(PrintSummary());
@@ -224,10 +234,27 @@ absl::Status Run::Evaluate(int64_t step) {
                                 {"tokens", state().tokens}});
 }
 
+// The end of a run whose numbers are of no use any more.
+absl::Status Run::Diverged(const std::string& what) {
+  if (saver_.busy()) KRAIT_RETURN_IF_ERROR(SaveEnded(saver_.Wait(), saver_.warnings()));
+  std::optional<RunRecord> record;
+  KRAIT_ASSIGN_OR_RETURN(record, ReadRunRecord(config_.run_dir));
+  std::string message = what + ": lower optimizer.lr, or look at the data. ";
+  message += record.has_value()
+                 ? absl::StrFormat("The last good step is %d, in %s; to resume there: %s",
+                                   record->step, record->path, options_.continue_line)
+                 : "No step was saved before";
+  return Error(ExitCode::kNumerics, message);
+}
+
 // Saves the state at this step boundary; in the background unless `wait`.
 absl::Status Run::Save(bool wait) {
   if (saver_.busy()) KRAIT_RETURN_IF_ERROR(SaveEnded(saver_.Wait(), saver_.warnings()));
   KRAIT_RETURN_IF_ERROR(metrics_->Sync());
+  if (!trainer_->WeightsFinite()) {
+    return Diverged(
+        absl::StrFormat("after step %d there are weights that are not finite", state().step));
+  }
   SaveOptions options;
   options.dir = config_.checkpoint.dir;
   options.keep = config_.checkpoint.keep;

@@ -19,7 +19,9 @@ struct TrainOptions {
 
 // Trains to the last step (kOk), or to the step at which SIGUSR1, SIGTERM or SIGINT arrived, which
 // is saved (kStopped). A finished run says so and is left alone. Errors: kConfig, kData,
-// kNoCheckpoint, kCannotSave, and kNumerics after ten steps in a row without a finite gradient.
+// kNoCheckpoint, kCannotSave, and kNumerics after ten steps in a row without a finite gradient or
+// when weights to be saved are not finite. Nothing is saved while the last step was skipped, but
+// for the last step of all.
 absl::StatusOr<ExitCode> RunTraining(const RunConfig& config, const TrainOptions& options);
 
 }  // namespace krait
