@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "kernels/base/check.h"
+#include "kernels/base/parallel_for.h"
 #include "kernels/cpu/bf16.h"
 #include "kernels/cpu/dispatch.h"
 #include "kernels/cuda/runtime.h"
@@ -25,6 +26,14 @@ void ForEachSpan(Tensor t, const Fn& fn) {
   }
 }
 
+// Within the host, by several threads.
+void CopyHost(void* to, const void* from, int64_t bytes) {
+  ParallelFor(bytes, int64_t{1} << 20, [&](int64_t begin, int64_t end) {
+    std::memcpy(static_cast<char*>(to) + begin, static_cast<const char*>(from) + begin,
+                static_cast<size_t>(end - begin));
+  });
+}
+
 }  // namespace
 
 void Download(void* to, Tensor from, const Context& ctx) {
@@ -35,7 +44,7 @@ void Download(void* to, Tensor from, const Context& ctx) {
     if (cuda) {
       cuda::CopyToHost(out, span, bytes);
     } else {
-      std::memcpy(out, span, static_cast<size_t>(bytes));
+      CopyHost(out, span, bytes);
     }
   });
 }
@@ -48,7 +57,7 @@ void Upload(Tensor to, const void* from, const Context& ctx) {
     if (cuda) {
       cuda::CopyToDevice(span, in, bytes);
     } else {
-      std::memcpy(span, in, static_cast<size_t>(bytes));
+      CopyHost(span, in, bytes);
     }
   });
 }

@@ -14,10 +14,12 @@
 
 #include "kernels/base/dtype.h"
 #include "kernels/base/status.h"
+#include "kernels/context.h"
+#include "kernels/tensor.h"
 
 namespace krait {
 
-// A box of a published tensor in one slot, and its bytes in host memory (contiguous, row-major).
+// A box of a published tensor in one slot, and its bytes on `device` (contiguous, row-major).
 struct CheckpointBox {
   std::string slot;  // "weight", "exp_avg", "exp_avg_sq"
   std::string name;  // published
@@ -26,7 +28,9 @@ struct CheckpointBox {
   std::vector<int64_t> offset;  // of the box
   std::vector<int64_t> extent;
   void* data = nullptr;  // read when saving, written when loading
+  Device device = Device::kCpu;
   int64_t bytes() const;
+  Tensor values() const;  // flat
 };
 
 // What a checkpoint carries besides tensors.
@@ -63,7 +67,8 @@ struct SaveOptions {
 // they go to `warnings`, and the next save tries again. SIGXFSZ is ignored from the first call on,
 // so that a file size limit is an error and not a death.
 //
-// One save at a time per folder (RunLock). Blocks until all is on disk.
+// The boxes are in host memory (AsyncSaver copies those of a device there first). One save at a
+// time per folder (RunLock). Blocks until all is on disk.
 absl::Status SaveCheckpoint(const SaveOptions& options, const CheckpointMeta& meta,
                             const std::vector<CheckpointBox>& boxes,
                             std::vector<std::string>* warnings = nullptr);
@@ -89,12 +94,15 @@ struct ManifestFile {
 };
 struct Checkpoint {
   std::string path;  // of the folder
+  int64_t format_version = 0;
   std::string save_id;
   CheckpointMeta meta;
   std::vector<ManifestFile> files;
   std::vector<ManifestBox> boxes;
 };
-// Reads and checks `folder`/manifest.json and the files' sizes. kNoCheckpoint with the reason.
+// Reads and checks `folder`/manifest.json and the files' sizes. kNoCheckpoint with the reason; what
+// the system refuses to read (any errno but that of a missing file) is no damage: a load that meets
+// it ends there.
 // Nothing is followed out of the folder: file names have no separators, symbolic links are refused.
 absl::StatusOr<Checkpoint> OpenCheckpoint(const std::string& folder);
 
@@ -103,10 +111,13 @@ absl::Status VerifyCheckpoint(const Checkpoint& checkpoint);
 
 // Fills the wanted boxes from those stored (any tiling), checking the CRC of every stored box that
 // is touched while reading it, and the bytes outside boxes of the files touched. A box is read
-// once, in pieces below 1 MiB. Dtypes must agree, except that an f32 target may be filled from
-// bf16. kNoCheckpoint for damage and for tensors that the checkpoint lacks or has in another shape;
-// after an error the targets hold garbage.
-absl::Status LoadBoxes(const Checkpoint& checkpoint, const std::vector<CheckpointBox>& wanted);
+// once, in pieces below 1 MiB; pieces for device memory are uploaded one by one on ctx.stream,
+// behind earlier work, and have arrived when the call returns. f32 and bf16 are converted into each
+// other, rounded to nearest even. kNoCheckpoint for damage; kConfig for what does not fit: tensors
+// that the checkpoint lacks, has in another shape, or in a dtype that cannot be converted. After an
+// error the targets hold garbage.
+absl::Status LoadBoxes(const Checkpoint& checkpoint, const std::vector<CheckpointBox>& wanted,
+                       const Context& ctx = Context());
 
 // Folders of `dir` named as checkpoints, newest step first, whole or not (a step-N without a
 // manifest is a damaged one). A missing `dir` has none.
@@ -122,7 +133,7 @@ struct PassedOver {
   std::string path, reason;
 };
 // Takes a checkpoint's contents, by LoadBoxes. kNoCheckpoint: damaged, try the next; any other
-// error ends the search (a model that does not fit).
+// error ends the search (kConfig: a model that does not fit), and so does what cannot be read.
 using CheckpointLoader = std::function<absl::Status(const Checkpoint&)>;
 
 // Tries `folders` (newest first, from ListCheckpoints or FindCheckpoints) until one loads. Whole
@@ -138,15 +149,17 @@ using Notice = std::function<void(const std::string& line)>;
 // Loads the newest whole checkpoint of `folders` (FindCheckpoints, ListCheckpoints), with one
 // notice for each that is passed over.
 absl::StatusOr<Checkpoint> LoadNewest(const std::vector<std::string>& folders,
-                                      const CheckpointLoader& load, const Notice& notice);
+                                      const CheckpointLoader& load, const Notice& notice,
+                                      std::vector<PassedOver>* passed_over = nullptr);
 
 // What is wrong with `dir`/latest, which is only a hint that loading does not rely on; "" when it
 // names the newest checkpoint, or when there is neither. `damaged` tells whether it is more than
 // what a kill just before its update leaves: a missing file, or one that names an older checkpoint.
 std::string CheckLatest(const std::string& dir, bool* damaged = nullptr);
 
-// Exclusive use of a run folder: RUN_DIR/lock with host, pid and start time, held with flock. The
-// kernel lets go of it when the process ends, however that happens.
+// Exclusive use of a folder, a run's or that of its checkpoints: FOLDER/FILE with host, pid and
+// start time, held with flock. The kernel lets go of it when the process ends, however that
+// happens.
 class RunLock {
  public:
   RunLock() = default;
@@ -155,7 +168,8 @@ class RunLock {
   ~RunLock();
   // Creates the folder. kConfig when another live process holds it, naming it; kCannotSave when the
   // file cannot be written.
-  static absl::StatusOr<RunLock> Acquire(const std::string& run_dir);
+  static absl::StatusOr<RunLock> Acquire(const std::string& folder,
+                                         const std::string& file = "lock");
 
  private:
   int fd_ = -1;

@@ -26,11 +26,14 @@ class AsyncSaver {
   // Bytes that Start needs as staging for these boxes.
   static int64_t StagingBytes(const std::vector<CheckpointBox>& boxes);
 
-  // Copies the boxes' bytes into `staging` and returns; a thread then runs SaveCheckpoint on the
-  // copy, which must stay untouched until the save is over. When a save is still under way, waits
-  // for it first; if that one failed, returns its error and starts nothing.
+  // Copies the boxes' bytes into `staging`, host memory, and returns; boxes of a device behind the
+  // earlier work of ctx.stream. A thread then runs SaveCheckpoint on the copy, which must stay
+  // untouched until the save is over. When a save is still under way, waits
+  // for it first; if that one failed, returns its error and starts nothing. The save's error is
+  // SaveCheckpoint's, or kOutOfMemory.
   absl::Status Start(const SaveOptions& options, const CheckpointMeta& meta,
-                     const std::vector<CheckpointBox>& boxes, void* staging, int64_t staging_bytes);
+                     const std::vector<CheckpointBox>& boxes, void* staging, int64_t staging_bytes,
+                     const Context& ctx = Context());
 
   bool busy() const { return thread_.joinable(); }
   // The result of a save that has ended since the last call; nothing while it runs, or when none

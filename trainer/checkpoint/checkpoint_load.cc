@@ -1,24 +1,31 @@
 // Opening, verifying and loading: the manifest first, then only bytes at the places it names.
+#include <fcntl.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <functional>
 #include <set>
+#include <system_error>
 
+#include "absl/strings/cord.h"
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
+#include "kernels/activation.h"
 #include "kernels/base/check.h"
 #include "kernels/base/crc32c.h"
 #include "kernels/base/file.h"
+#include "kernels/transfer.h"
 #include "trainer/checkpoint/checkpoint.h"
 #include "trainer/checkpoint/checkpoint_manifest.h"
 
 namespace krait {
 namespace {
 
-constexpr ExitCode kCode = ExitCode::kNoCheckpoint;
+constexpr ExitCode kCode = ExitCode::kNoCheckpoint;  // damage
+constexpr ExitCode kMisfit = ExitCode::kConfig;
 // Bytes, a multiple of every element size; read, CRC and copy of a piece share the cache.
 constexpr int64_t kPiece = int64_t{256} << 10;
 
@@ -27,12 +34,40 @@ std::string WithoutSlashes(std::string path) {
   return path;
 }
 
-// A regular file, not a link to one.
-absl::Status CheckRegular(const std::string& path) {
+// What the system refuses says nothing about the bytes: not damage, which a load passes over, but
+// an error that ends it (IsUnreadable).
+constexpr char kUnreadable[] = "krait/unreadable";
+absl::Status Unreadable(const std::string& message) {
+  absl::Status status = Error(kCode, message);
+  status.SetPayload(kUnreadable, absl::Cord());
+  return status;
+}
+absl::Status Unreadable(const std::string& path, int error) {
+  return Unreadable("cannot read " + path + ": " + std::generic_category().message(error));
+}
+bool IsUnreadable(const absl::Status& status) { return status.GetPayload(kUnreadable).has_value(); }
+
+bool NotThere(int error) { return error == ENOENT || error == ENOTDIR; }
+
+// Whether there is anything of that name; what keeps this from being known is an error.
+absl::StatusOr<bool> IsThere(const std::string& path) {
   struct stat info;
-  if (lstat(path.c_str(), &info) != 0) return Error(kCode, path + " is missing");
+  if (lstat(path.c_str(), &info) == 0) return true;
+  if (NotThere(errno)) return false;
+  return Unreadable(path, errno);
+}
+
+// A regular file that can be opened, not a link to one.
+absl::Status CheckRegular(const std::string& path) {
+  KRAIT_ASSIGN_OR_RETURN(const bool there, IsThere(path));
+  if (!there) return Error(kCode, path + " is missing");
+  struct stat info;
+  if (lstat(path.c_str(), &info) != 0) return Unreadable(path, errno);
   if (S_ISLNK(info.st_mode)) return Error(kCode, path + " is a symbolic link; not followed");
   if (!S_ISREG(info.st_mode)) return Error(kCode, path + " is not a regular file");
+  const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+  if (fd < 0) return Unreadable(path, errno);
+  close(fd);
   return absl::OkStatus();
 }
 
@@ -45,7 +80,12 @@ std::string Place(const Checkpoint& checkpoint, const ManifestBox& box) {
 absl::Status ReadInto(const File& file, int64_t begin, int64_t end, char* out, uint32_t* crc) {
   for (int64_t at = begin; at < end; at += kPiece, out += kPiece) {
     const auto n = static_cast<size_t>(std::min(kPiece, end - at));
-    KRAIT_RETURN_IF_ERROR(file.ReadAt(out, n, at));
+    if (const absl::Status status = file.ReadAt(out, n, at); !status.ok()) {
+      // A file that is too short is damaged; one that is long enough was refused by the system.
+      const auto size = file.Size();
+      const bool cut_off = size.ok() && *size < at + static_cast<int64_t>(n);
+      return cut_off ? status : Unreadable(MessageOf(status));
+    }
     *crc = Crc32c(out, n, *crc);
   }
   return absl::OkStatus();
@@ -53,7 +93,7 @@ absl::Status ReadInto(const File& file, int64_t begin, int64_t end, char* out, u
 
 // Passes bytes [begin, end) of a file through `take(data, offset from begin, size)` in order and
 // continues `crc` over them.
-using Take = std::function<void(const char*, int64_t, int64_t)>;
+using Take = std::function<void(char*, int64_t, int64_t)>;
 absl::Status Stream(const File& file, int64_t begin, int64_t end, std::vector<char>* buffer,
                     uint32_t* crc, const Take& take) {
   buffer->resize(std::max(buffer->size(), static_cast<size_t>(std::min(kPiece, end - begin))));
@@ -99,7 +139,10 @@ absl::Status CheckOutsideBoxes(const Checkpoint& checkpoint, const File& file, s
 class Scatter {
  public:
   Scatter(const ManifestBox& stored, const CheckpointBox& wanted)
-      : target_(static_cast<char*>(wanted.data)), from_(stored.dtype), to_(wanted.dtype) {
+      : target_(static_cast<char*>(wanted.data)),
+        device_(wanted.device),
+        from_(stored.dtype),
+        to_(wanted.dtype) {
     const size_t rank = stored.shape.size();
     std::vector<int64_t> from_stride(rank, 1), to_stride(rank, 1);
     extent_.resize(rank);
@@ -133,19 +176,21 @@ class Scatter {
 
   bool empty() const { return run_length_ == 0; }
 
-  // Where the stored box goes as it is, byte for byte and in one run; null when it does not.
+  // Where in host memory the stored box goes as it is, byte for byte and in one run; null when it
+  // does not.
   char* direct(const ManifestBox& stored) const {
-    const bool whole = from_ == to_ && run_length_ * SizeOf(from_) == stored.bytes();
+    const bool whole =
+        device_ == Device::kCpu && from_ == to_ && run_length_ * SizeOf(from_) == stored.bytes();
     return whole ? target_ + to_start_ * SizeOf(to_) : nullptr;
   }
 
   // Elements [begin, begin + count) of the stored box, each call behind the previous one.
-  void Take(const char* data, int64_t begin, int64_t count) {
+  void Take(char* data, int64_t begin, int64_t count, const Context& ctx) {
     while (!done_) {
       const int64_t at = from_start_ + run_done_;
       const int64_t n = std::min(run_length_ - run_done_, begin + count - at);
       if (n <= 0) return;
-      Copy(data + (at - begin) * SizeOf(from_), to_start_ + run_done_, n);
+      Put(data + (at - begin) * SizeOf(from_), to_start_ + run_done_, n, ctx);
       run_done_ += n;
       if (run_done_ == run_length_) NextRun();
     }
@@ -165,28 +210,35 @@ class Scatter {
     done_ = true;
   }
 
-  void Copy(const char* data, int64_t element, int64_t count) {
+  void Put(char* data, int64_t element, int64_t count, const Context& ctx) {
     char* out = target_ + element * SizeOf(to_);
-    if (from_ == to_) {
+    if (device_ == Device::kCpu && from_ == to_) {
       std::memcpy(out, data, static_cast<size_t>(count * SizeOf(to_)));
       return;
     }
-    for (int64_t i = 0; i < count; ++i) {  // bf16 is the upper half of an f32
-      uint16_t half;
-      std::memcpy(&half, data + 2 * i, 2);
-      const uint32_t bits = static_cast<uint32_t>(half) << 16;
-      std::memcpy(out + 4 * i, &bits, 4);
+    if (from_ != to_) {
+      if (device_ != Device::kCpu) converted_.resize(static_cast<size_t>(count * SizeOf(to_)));
+      char* host = device_ == Device::kCpu ? out : converted_.data();
+      Copy(Tensor(host, to_, Device::kCpu, {count}), Tensor(data, from_, Device::kCpu, {count}),
+           Context());
+      data = host;
     }
+    if (device_ != Device::kCpu) Upload(Tensor(out, to_, device_, {count}), data, ctx);
   }
 
   char* target_;
+  Device device_;
   DType from_, to_;
   int64_t from_start_ = 0, to_start_ = 0;  // of the current run, in elements
   int64_t run_length_ = 0, run_done_ = 0;
   size_t outer_ = 0;  // dimensions before the run
   std::vector<int64_t> extent_, index_, from_stride_, to_stride_;
+  std::vector<char> converted_;  // of a piece for device memory
   bool done_ = false;
 };
+
+// Between these a load converts.
+bool Converts(DType dtype) { return dtype == DType::kF32 || dtype == DType::kBF16; }
 
 // Which stored boxes each wanted box needs; all that is missing or does not fit is reported.
 absl::StatusOr<std::map<size_t, std::vector<Scatter>>> PlanScatter(
@@ -199,18 +251,18 @@ absl::StatusOr<std::map<size_t, std::vector<Scatter>>> PlanScatter(
     const std::string tensor = checkpoint.path + ": tensor '" + want.name + "' (" + want.slot + ")";
     const auto found = index.find({want.slot, want.name});
     if (found == index.end()) {
-      errors.Add(kCode, tensor + " is not in the checkpoint");
+      errors.Add(kMisfit, tensor + " is not in the checkpoint");
       continue;
     }
     const ManifestBox& first = checkpoint.boxes[found->second[0]];
     if (first.shape != want.shape) {
-      errors.Add(kCode, tensor + " has shape [" + absl::StrJoin(first.shape, ", ") + "]; [" +
-                            absl::StrJoin(want.shape, ", ") + "] is needed");
+      errors.Add(kMisfit, tensor + " has shape [" + absl::StrJoin(first.shape, ", ") + "]; [" +
+                              absl::StrJoin(want.shape, ", ") + "] is needed");
       continue;
     }
-    if (first.dtype != want.dtype && !(first.dtype == DType::kBF16 && want.dtype == DType::kF32)) {
-      errors.Add(kCode, tensor + " has dtype " + Name(first.dtype) + "; " + Name(want.dtype) +
-                            " is needed");
+    if (first.dtype != want.dtype && !(Converts(first.dtype) && Converts(want.dtype))) {
+      errors.Add(kMisfit, tensor + " has dtype " + Name(first.dtype) + "; " + Name(want.dtype) +
+                              " is needed");
       continue;
     }
     KRAIT_CHECK(want.offset.size() == want.shape.size());
@@ -273,7 +325,8 @@ absl::Status VerifyCheckpoint(const Checkpoint& checkpoint) {
   return errors.ToStatus();
 }
 
-absl::Status LoadBoxes(const Checkpoint& checkpoint, const std::vector<CheckpointBox>& wanted) {
+absl::Status LoadBoxes(const Checkpoint& checkpoint, const std::vector<CheckpointBox>& wanted,
+                       const Context& ctx) {
   KRAIT_ASSIGN_OR_RETURN(auto plan, PlanScatter(checkpoint, wanted));
   std::map<int64_t, std::vector<size_t>> of_file;
   for (const auto& entry : plan) of_file[checkpoint.boxes[entry.first].file].push_back(entry.first);
@@ -293,8 +346,8 @@ absl::Status LoadBoxes(const Checkpoint& checkpoint, const std::vector<Checkpoin
       const ManifestBox& box = checkpoint.boxes[i];
       const int64_t width = SizeOf(box.dtype);
       std::vector<Scatter>& scatters = plan.at(i);
-      const auto take = [&](const char* data, int64_t at, int64_t size) {
-        for (Scatter& scatter : scatters) scatter.Take(data, at / width, size / width);
+      const auto take = [&](char* data, int64_t at, int64_t size) {
+        for (Scatter& scatter : scatters) scatter.Take(data, at / width, size / width, ctx);
       };
       char* direct = scatters.size() == 1 ? scatters[0].direct(box) : nullptr;
       KRAIT_RETURN_IF_ERROR(ReadBox(checkpoint, file, box, direct, &buffer, take));
@@ -306,8 +359,8 @@ absl::Status LoadBoxes(const Checkpoint& checkpoint, const std::vector<Checkpoin
 absl::StatusOr<std::vector<std::string>> ListCheckpoints(const std::string& dir) {
   // Only a folder that is known not to be there holds none: any other failure must not look like a
   // run without checkpoints.
-  struct stat info;
-  if (lstat(dir.c_str(), &info) != 0 && errno == ENOENT) return std::vector<std::string>();
+  KRAIT_ASSIGN_OR_RETURN(const bool there, IsThere(dir));
+  if (!there) return std::vector<std::string>();
   KRAIT_ASSIGN_OR_RETURN(const std::vector<std::string> names, ListDirectory(dir, kCode));
   const std::set<std::string> present(names.begin(), names.end());
   std::vector<std::pair<int64_t, std::string>> found;
@@ -329,6 +382,7 @@ absl::StatusOr<std::vector<std::string>> ListCheckpoints(const std::string& dir)
 
 absl::StatusOr<std::vector<std::string>> FindCheckpoints(const std::string& given) {
   std::string path = WithoutSlashes(given);
+  KRAIT_RETURN_IF_ERROR(IsThere(path).status());
   if (path.ends_with("/latest") && !IsDirectory(path)) path = ParentFolder(path);
   if (!IsDirectory(path)) return Error(kCode, path + " is not a folder; a checkpoint is one");
   if (Exists(path + "/" + kManifestName) ||
@@ -351,6 +405,11 @@ absl::StatusOr<Checkpoint> LoadNewestWhole(const std::vector<std::string>& folde
     absl::StatusOr<Checkpoint> checkpoint = OpenCheckpoint(folder);
     const absl::Status status = checkpoint.ok() ? load(*checkpoint) : checkpoint.status();
     if (status.ok()) return checkpoint;
+    if (IsUnreadable(status)) {
+      return Error(kCode, MessageOf(status) +
+                              "\nwhat cannot be read may be whole: it is not passed "
+                              "over; make it readable, or move it away");
+    }
     if (ExitCodeOf(status) != kCode) return status;
     errors.Add(status);
     passed_over->push_back({folder, MessageOf(status)});
@@ -360,12 +419,14 @@ absl::StatusOr<Checkpoint> LoadNewestWhole(const std::vector<std::string>& folde
 }
 
 absl::StatusOr<Checkpoint> LoadNewest(const std::vector<std::string>& folders,
-                                      const CheckpointLoader& load, const Notice& notice) {
-  std::vector<PassedOver> passed_over;
-  auto loaded = LoadNewestWhole(folders, load, &passed_over);
+                                      const CheckpointLoader& load, const Notice& notice,
+                                      std::vector<PassedOver>* passed_over) {
+  std::vector<PassedOver> own;
+  if (passed_over == nullptr) passed_over = &own;
+  auto loaded = LoadNewestWhole(folders, load, passed_over);
   // An error names all reasons itself.
-  for (size_t i = 0; loaded.ok() && i < passed_over.size(); ++i) {
-    notice("passed over " + passed_over[i].path + ": " + passed_over[i].reason);
+  for (size_t i = 0; loaded.ok() && i < passed_over->size(); ++i) {
+    notice("passed over " + (*passed_over)[i].path + ": " + (*passed_over)[i].reason);
   }
   return loaded;
 }

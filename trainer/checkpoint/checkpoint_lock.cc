@@ -53,9 +53,9 @@ RunLock::~RunLock() {
   if (fd_ >= 0) close(fd_);
 }
 
-absl::StatusOr<RunLock> RunLock::Acquire(const std::string& run_dir) {
-  KRAIT_RETURN_IF_ERROR(MakeDirectories(run_dir, ExitCode::kCannotSave));
-  const std::string path = run_dir + "/lock";
+absl::StatusOr<RunLock> RunLock::Acquire(const std::string& folder, const std::string& file) {
+  KRAIT_RETURN_IF_ERROR(MakeDirectories(folder, ExitCode::kCannotSave));
+  const std::string path = folder + "/" + file;
   RunLock lock;
   lock.fd_ = open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0644);
   const auto failed = [&](const char* operation) {
@@ -66,9 +66,10 @@ absl::StatusOr<RunLock> RunLock::Acquire(const std::string& run_dir) {
   while (flock(lock.fd_, LOCK_EX | LOCK_NB) != 0) {
     if (errno == EINTR) continue;
     if (errno != EWOULDBLOCK) return failed("lock");
-    return Error(ExitCode::kConfig, "the run folder " + run_dir + " is in use by another krait (" +
+    return Error(ExitCode::kConfig, "the folder " + folder + " is in use by another krait (" +
                                         ReadHolder(lock.fd_) +
-                                        "); stop that one, or choose another run_dir");
+                                        "); stop that one, or choose another run_dir or "
+                                        "checkpoint.dir");
   }
   const std::string text = HolderText();
   if (ftruncate(lock.fd_, 0) != 0 ||

@@ -26,23 +26,29 @@ constexpr DType kDTypes[] = {DType::kF32, DType::kBF16, DType::kF64, DType::kI32
 // The end of a manifest whose text before it has this CRC.
 std::string Tail(uint32_t crc) { return absl::StrFormat("\"crc32c\":\"%08x\"}\n", crc); }
 
+enum Need { kRequired, kOptional };  // optional: 0 or "" where it is missing
 struct MetaInt {
   const char* key;
   int64_t CheckpointMeta::*field;
+  Need need;
 };
 constexpr MetaInt kMetaInts[] = {
-    {"step", &CheckpointMeta::step},           {"adam_steps", &CheckpointMeta::adam_steps},
-    {"skipped", &CheckpointMeta::skipped},     {"skipped_in_row", &CheckpointMeta::skipped_in_row},
-    {"sequences", &CheckpointMeta::sequences}, {"tokens", &CheckpointMeta::tokens},
+    {"step", &CheckpointMeta::step, kRequired},
+    {"adam_steps", &CheckpointMeta::adam_steps, kRequired},
+    {"skipped", &CheckpointMeta::skipped, kOptional},
+    {"skipped_in_row", &CheckpointMeta::skipped_in_row, kOptional},
+    {"sequences", &CheckpointMeta::sequences, kRequired},
+    {"tokens", &CheckpointMeta::tokens, kRequired},
 };
 struct MetaText {
   const char* key;
   std::string CheckpointMeta::*field;
+  Need need;
 };
 constexpr MetaText kMetaTexts[] = {
-    {"data_fingerprint", &CheckpointMeta::data_fingerprint},
-    {"tokenizer", &CheckpointMeta::tokenizer},
-    {"config", &CheckpointMeta::config_yaml},
+    {"data_fingerprint", &CheckpointMeta::data_fingerprint, kRequired},
+    {"tokenizer", &CheckpointMeta::tokenizer, kOptional},
+    {"config", &CheckpointMeta::config_yaml, kRequired},
 };
 
 json BoxJson(const ManifestBox& box) {
@@ -106,23 +112,18 @@ class Members {
       Wrong(std::string("'") + key + "' is missing");
       return nullptr;
     }
-    ++used_;
     return &*found;
   }
   void Wrong(const std::string& what) {
     if (problem_.empty()) problem_ = place_ + ": " + what;
   }
   bool good() const { return problem_.empty(); }
-  // After all members were read: unknown ones are refused.
-  absl::Status Done() {
-    if (object_.is_object() && used_ < object_.size()) Wrong("has unknown members");
-    return problem_.empty() ? absl::OkStatus() : Error(kCode, problem_);
-  }
+  bool Has(const char* key) const { return object_.is_object() && object_.contains(key); }
+  absl::Status Done() const { return problem_.empty() ? absl::OkStatus() : Error(kCode, problem_); }
 
  private:
   const json& object_;
   std::string place_, problem_;
-  size_t used_ = 0;
 };
 
 // Bytes of a box or tensor, or -1 on overflow or where an extent is 0.
@@ -265,6 +266,7 @@ absl::Status CheckBoxes(const std::string& path, const Checkpoint& checkpoint) {
 }  // namespace
 
 int64_t CheckpointBox::bytes() const { return BytesOf(extent, dtype); }
+Tensor CheckpointBox::values() const { return {data, dtype, device, {bytes() / SizeOf(dtype)}}; }
 int64_t ManifestBox::bytes() const { return BytesOf(extent, dtype); }
 
 std::string StepFolderName(int64_t step) { return absl::StrFormat("step-%08d", step); }
@@ -357,17 +359,22 @@ absl::StatusOr<Checkpoint> ParseManifest(std::string_view text, const std::strin
 
   Members members(root, path);
   const int64_t version = members.Count("format_version");
-  if (members.good() && version != kCheckpointFormat) {
+  if (members.good() && (version < 1 || version > kCheckpointFormat)) {
     return Error(kCode, path + " has format version " + std::to_string(version) +
-                            "; this Krait reads version " + std::to_string(kCheckpointFormat));
+                            "; this Krait reads versions 1 to " +
+                            std::to_string(kCheckpointFormat));
   }
   Checkpoint out;
   out.path = ParentFolder(path);
+  out.format_version = version;
   out.save_id = members.Text("save_id");
   if (!IsSaveId(out.save_id)) members.Wrong("'save_id' is not 32 hexadecimal digits");
-  for (const MetaInt& m : kMetaInts) out.meta.*m.field = members.Count(m.key);
-  for (const MetaText& m : kMetaTexts) out.meta.*m.field = members.Text(m.key);
-  (void)members.Text("crc32c");  // checked above
+  for (const MetaInt& m : kMetaInts) {
+    if (m.need == kRequired || members.Has(m.key)) out.meta.*m.field = members.Count(m.key);
+  }
+  for (const MetaText& m : kMetaTexts) {
+    if (m.need == kRequired || members.Has(m.key)) out.meta.*m.field = members.Text(m.key);
+  }
   const json* files = members.Find("files");
   const json* boxes = members.Find("boxes");
   if (files != nullptr && !files->is_array()) members.Wrong("'files' is not a list");

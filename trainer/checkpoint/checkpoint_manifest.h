@@ -22,8 +22,11 @@ inline constexpr char kManifestName[] = "manifest.json";
 absl::StatusOr<std::string> ManifestText(const Checkpoint& checkpoint);
 
 // `path` (of the manifest) is for messages and, without its last part, Checkpoint::path. Errors are
-// kNoCheckpoint. Beyond syntax and the CRC: known members only, names of a fixed alphabet, no
-// overflow, boxes inside their files without overlap, every tensor of a slot tiled exactly once.
+// kNoCheckpoint. Beyond syntax and the CRC: a format version up to this one, names of a fixed
+// alphabet, no overflow, boxes inside their files without overlap, every tensor of a slot tiled
+// exactly once. Members that are not known are ignored, so that one may be added without a new
+// version: a new version is for what an older reader would misunderstand. Of the members known here
+// those without which a checkpoint still has its meaning may be missing (kMetaInts, kMetaTexts).
 absl::StatusOr<Checkpoint> ParseManifest(std::string_view text, const std::string& path);
 
 // Indices of the boxes of each (slot, published name), in the manifest's order.

@@ -56,7 +56,7 @@ std::string ShapeText(const std::vector<int64_t>& shape) {
 json InspectJson(const Checkpoint& checkpoint, const TensorIndex& index) {
   const CheckpointMeta& meta = checkpoint.meta;
   json out = {{"path", checkpoint.path},
-              {"format_version", kCheckpointFormat},
+              {"format_version", checkpoint.format_version},
               {"save_id", checkpoint.save_id},
               {"step", meta.step},
               {"adam_steps", meta.adam_steps},
@@ -97,7 +97,7 @@ std::string InspectText(const Checkpoint& checkpoint, const TensorIndex& index) 
                           meta.skipped);
   text += absl::StrFormat("  %d sequences, %d tokens seen; tokenizer %s\n", meta.sequences,
                           meta.tokens, meta.tokenizer.empty() ? "-" : meta.tokenizer);
-  text += absl::StrFormat("  format %d, save %s\n", kCheckpointFormat, checkpoint.save_id);
+  text += absl::StrFormat("  format %d, save %s\n", checkpoint.format_version, checkpoint.save_id);
   for (const ManifestFile& file : checkpoint.files) {
     text += absl::StrFormat("  file %s: %d bytes\n", file.name, file.size);
   }

@@ -300,6 +300,7 @@ absl::Status SaveCheckpoint(const SaveOptions& options, const CheckpointMeta& me
                             const std::vector<CheckpointBox>& boxes,
                             std::vector<std::string>* warnings) {
   KRAIT_CHECK(options.keep >= 2 || !options.name.empty());
+  for (const CheckpointBox& box : boxes) KRAIT_CHECK(box.device == Device::kCpu);
   IgnoreFileSizeSignal();
   SaveNames names{options.dir, options.name.empty() ? StepFolderName(meta.step) : options.name, ""};
   const int64_t needed = BytesNeeded(boxes);

@@ -38,6 +38,7 @@ void AddTrainCommand(CLI::App* app, CommandLine* line) {
                              /*ranks=*/1));
       arguments->options.program = line->program;
       arguments->options.command_line = line->text;
+      arguments->options.continue_line = line->text_without_resume;
       return RunTraining(config, arguments->options);
     };
   });

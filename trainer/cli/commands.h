@@ -14,8 +14,9 @@
 namespace krait {
 
 struct CommandLine {
-  std::string program;  // argv[0]
-  std::string text;     // the whole line, quoted for a shell
+  std::string program;              // argv[0]
+  std::string text;                 // the whole line, quoted for a shell
+  std::string text_without_resume;  // --resume and its value left out
   // Set by the command that was parsed.
   std::function<absl::StatusOr<ExitCode>()> run;
 };

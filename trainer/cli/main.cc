@@ -59,7 +59,15 @@ ExitCode Misuse(const CLI::App& app, const CLI::ParseError& error) {
 
 ExitCode Run(int argc, char** argv) {
   CommandLine line;
-  for (int i = 0; i < argc; ++i) line.text += (i > 0 ? " " : "") + ShellQuoted(argv[i]);
+  for (int i = 0; i < argc; ++i) {
+    const std::string word = (i > 0 ? " " : "") + ShellQuoted(argv[i]);
+    line.text += word;
+    const std::string_view option = argv[i];
+    const bool value = i > 0 && std::string_view(argv[i - 1]) == "--resume";
+    if (option != "--resume" && !option.starts_with("--resume=") && !value) {
+      line.text_without_resume += word;
+    }
+  }
   line.program = argc > 0 ? ShellQuoted(argv[0]) : "krait";
 
   CLI::App app("Krait pretrains hybrid Transformer-Mamba-MoE language models.", "krait");

@@ -116,11 +116,13 @@ absl::StatusOr<ExportReport> ExportHf(const ExportOptions& options) {
                    "--hf " + options.hf + " exists and is not empty: name another folder");
     }
   }
+  // The values as stored, whatever the run computed in.
   std::unique_ptr<InferenceModel> model;
-  KRAIT_ASSIGN_OR_RETURN(model,
-                         InferenceModel::Load(options.checkpoint, [](const std::string& line) {
-                           std::fprintf(stderr, "krait: %s\n", line.c_str());
-                         }));
+  KRAIT_ASSIGN_OR_RETURN(
+      model, InferenceModel::Load(
+                 options.checkpoint,
+                 [](const std::string& line) { std::fprintf(stderr, "krait: %s\n", line.c_str()); },
+                 Placement()));
   std::string config_json;
   KRAIT_ASSIGN_OR_RETURN(config_json, HfConfigFromSpec(model->config().model));
 

@@ -7,6 +7,7 @@
 #include "absl/strings/str_format.h"
 #include "kernels/base/clock.h"
 #include "kernels/base/random.h"
+#include "kernels/transfer.h"
 
 namespace krait {
 namespace {
@@ -64,13 +65,22 @@ absl::StatusOr<GenerateStats> Generate(InferenceModel* model, const std::vector<
   std::unique_ptr<SequenceState> state;
   const Context ctx = model->ForDecode({.batch = 1, .seq_len = std::min(kPromptChunk, prompt_size)},
                                        prompt_size + tokens, &state);
-  std::vector<float> logits(static_cast<size_t>(model->config().model.vocab_size));
-  const Tensor logits_view(logits.data(), DType::kF32, Device::kCpu,
-                           {1, static_cast<int64_t>(logits.size())});
+  // One pass's tokens and logits, where the model computes.
+  Tensor pass_tokens, pass_logits;
+  const auto take = [&](Arena* arena) {
+    pass_tokens = arena->Alloc(DType::kI32, {1, kPromptChunk});
+    pass_logits = arena->Alloc(DType::kF32, {1, model->config().model.vocab_size});
+  };
+  Arena measure("pass", ctx.device);
+  take(&measure);
+  Arena arena("pass", ctx.device, measure.high_water());
+  take(&arena);
+  std::vector<float> logits;
   const auto decode = [&](const int32_t* ids, int64_t count) {
-    // A view is not const; the model does not write to tokens.
-    const Tensor view(const_cast<int32_t*>(ids), DType::kI32, Device::kCpu, {1, count});
-    model->model().Decode(logits_view, view, state.get(), ctx);
+    const Tensor tokens_view = pass_tokens.Slice(1, 0, count);
+    Upload(tokens_view, ids, ctx);
+    model->model().Decode(pass_logits, tokens_view, state.get(), ctx);
+    logits = DownloadFloats(pass_logits, ctx);
   };
 
   GenerateStats stats;

@@ -6,15 +6,16 @@
 
 namespace krait {
 
-std::unique_ptr<Weights> NewWeights(const ParamTable* table, std::unique_ptr<Arena>* arena) {
-  Arena measure("weights");
-  const Weights sizes(table, Placement(), /*with_grad=*/false, &measure, nullptr);
-  *arena = std::make_unique<Arena>("weights", Device::kCpu, measure.high_water());
-  return std::make_unique<Weights>(table, Placement(), /*with_grad=*/false, arena->get(), nullptr);
+std::unique_ptr<Weights> NewWeights(const ParamTable* table, Placement placement,
+                                    std::unique_ptr<Arena>* arena) {
+  Arena measure("weights", placement.device);
+  const Weights sizes(table, placement, /*with_grad=*/false, &measure, nullptr);
+  *arena = std::make_unique<Arena>("weights", placement.device, measure.high_water());
+  return std::make_unique<Weights>(table, placement, /*with_grad=*/false, arena->get(), nullptr);
 }
 
-absl::StatusOr<std::unique_ptr<InferenceModel>> InferenceModel::Load(const std::string& path,
-                                                                     const Notice& notice) {
+absl::StatusOr<std::unique_ptr<InferenceModel>> InferenceModel::Load(
+    const std::string& path, const Notice& notice, std::optional<Placement> placement) {
   std::vector<std::string> candidates;
   KRAIT_ASSIGN_OR_RETURN(candidates, FindCheckpoints(path));
   std::unique_ptr<InferenceModel> loaded(new InferenceModel());
@@ -23,8 +24,11 @@ absl::StatusOr<std::unique_ptr<InferenceModel>> InferenceModel::Load(const std::
                                                         checkpoint.path + "/manifest.json: config",
                                                         {}, ConfigUse::kPlan, /*ranks=*/1));
     loaded->table_ = std::make_unique<ParamTable>(loaded->config_.model);
-    loaded->weights_ = NewWeights(loaded->table_.get(), &loaded->weight_arena_);
-    return LoadBoxes(checkpoint, StateBoxes(*loaded->weights_, nullptr));
+    const Placement place = placement.value_or(PlacementOf(loaded->config_));
+    loaded->weights_ = NewWeights(loaded->table_.get(), place, &loaded->weight_arena_);
+    Context ctx;
+    ctx.device = place.device;
+    return LoadBoxes(checkpoint, StateBoxes(*loaded->weights_, nullptr), ctx);
   };
   KRAIT_ASSIGN_OR_RETURN(loaded->checkpoint_, LoadNewest(candidates, load, notice));
   loaded->model_ = std::make_unique<HybridModel>(loaded->config_.model, loaded->weights_.get(),

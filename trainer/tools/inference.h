@@ -3,6 +3,7 @@
 #define KRAIT_TRAINER_TOOLS_INFERENCE_H_
 
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "model/hybrid_model.h"
@@ -15,9 +16,12 @@ namespace krait {
 class InferenceModel {
  public:
   // `path` is a checkpoint, or a folder of checkpoints or a run, of which the newest whole one is
-  // taken; a notice names each that is passed over. kNoCheckpoint when there is none.
-  static absl::StatusOr<std::unique_ptr<InferenceModel>> Load(const std::string& path,
-                                                              const Notice& notice);
+  // taken; a notice names each that is passed over. The model computes where and in the dtype that
+  // the run did, its weights rounded from the stored masters; or as `placement` says.
+  // kNoCheckpoint when there is no whole one.
+  static absl::StatusOr<std::unique_ptr<InferenceModel>> Load(
+      const std::string& path, const Notice& notice,
+      std::optional<Placement> placement = std::nullopt);
 
   const RunConfig& config() const { return config_; }
   const Checkpoint& checkpoint() const { return checkpoint_; }
@@ -41,7 +45,8 @@ class InferenceModel {
 };
 
 // Weights without gradients in an arena of exactly their size.
-std::unique_ptr<Weights> NewWeights(const ParamTable* table, std::unique_ptr<Arena>* arena);
+std::unique_ptr<Weights> NewWeights(const ParamTable* table, Placement placement,
+                                    std::unique_ptr<Arena>* arena);
 
 }  // namespace krait
 

@@ -110,7 +110,7 @@ absl::Status ImportHf(const ImportOptions& options) {
   if (!reader.ok()) return reader.status();
   const ParamTable table(config.model);
   std::unique_ptr<Arena> arena;
-  const std::unique_ptr<Weights> weights = NewWeights(&table, &arena);
+  const std::unique_ptr<Weights> weights = NewWeights(&table, Placement(), &arena);
   KRAIT_RETURN_IF_ERROR(LoadHfWeights(
       *reader, config.model, table, [&](int p) { return weights->Param(p); }, Context()));
 

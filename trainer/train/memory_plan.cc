@@ -59,7 +59,8 @@ MemoryPlan PlanTraining(const RunConfig& config) {
   plan.scratch = scratch_arena.high_water();
   plan.batches = batch_arena.high_water();
   plan.scalars = scalar_arena.high_water();
-  if (config.checkpoint.async) {
+  // A device's state goes through host memory in every case.
+  if (config.checkpoint.async || placement.device == Device::kCuda) {
     plan.staging = AsyncSaver::StagingBytes(StateBoxes(weights, &optimizer));
   }
   return plan;

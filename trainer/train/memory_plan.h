@@ -19,7 +19,7 @@ struct MemoryPlan {
   int64_t scratch = 0;      // temporaries of ops and sublayers
   int64_t batches = 0;      // token batches of the host, or on CUDA those of a pass
   int64_t scalars = 0;      // losses, norm and other numbers of a step
-  int64_t staging = 0;      // copy of the state for asynchronous checkpoints
+  int64_t staging = 0;      // copy of the state in host memory for checkpoints
   int64_t total() const {
     return weights + gradients + optimizer + activations + scratch + batches + scalars + staging;
   }

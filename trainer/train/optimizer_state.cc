@@ -133,7 +133,8 @@ std::vector<CheckpointBox> StateBoxes(const Weights& weights, const OptimizerSta
                      .shape = param.shape,
                      .offset = part.box.offset,
                      .extent = part.box.extent,
-                     .data = values.Slice(0, part.box.begin - first, part.box.numel()).raw()});
+                     .data = values.Slice(0, part.box.begin - first, part.box.numel()).raw(),
+                     .device = values.device()});
   };
   for (const OwnedBox& part : parts) {
     if (optimizer != nullptr) {

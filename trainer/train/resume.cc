@@ -1,9 +1,12 @@
 #include "trainer/train/resume.h"
 
 #include <algorithm>
+#include <filesystem>
+#include <optional>
 
 #include "absl/strings/str_format.h"
 #include "kernels/base/file.h"
+#include "trainer/checkpoint/run_record.h"
 
 namespace krait {
 namespace {
@@ -26,6 +29,12 @@ absl::Status CheckAllowWords(const std::vector<std::string>& words) {
   return absl::OkStatus();
 }
 
+// A checkpoint that does not fit, with what would: `status` of LoadBoxes, other errors unchanged.
+absl::Status Misfit(const absl::Status& status, const std::string& cure) {
+  if (ExitCodeOf(status) != ExitCode::kConfig) return status;
+  return Error(ExitCode::kConfig, MessageOf(status) + "\n" + cure);
+}
+
 // Restores everything from `checkpoint`, after its config has been compared with the run's.
 absl::Status Restore(const ResumeOptions& options, const std::string& fingerprint,
                      const Checkpoint& checkpoint, Trainer* trainer, const Notice& notice) {
@@ -34,6 +43,14 @@ absl::Status Restore(const ResumeOptions& options, const std::string& fingerprin
       saved, ParseConfig(checkpoint.meta.config_yaml, checkpoint.path + "/manifest.json: config",
                          {}, ConfigUse::kTrain, 1));
   KRAIT_RETURN_IF_ERROR(CheckChanges(saved, trainer->config(), options.allow_change, notice));
+  if (trainer->config().model.Has(SublayerKind::kMoe) &&
+      saved.train.micro_batch != trainer->config().train.micro_batch) {
+    notice(
+        absl::StrFormat("train.micro_batch: %d in the checkpoint, %d now; the router's "
+                        "statistics are those of a pass, so the weights come out otherwise than "
+                        "without the change",
+                        saved.train.micro_batch, trainer->config().train.micro_batch));
+  }
   const bool data_allowed =
       std::any_of(options.allow_change.begin(), options.allow_change.end(),
                   [](const auto& word) { return AllowsChange(word, "data.train"); });
@@ -43,7 +60,10 @@ absl::Status Restore(const ResumeOptions& options, const std::string& fingerprin
                      " was trained on; give back the old ones, or add --allow-change data");
   }
   const std::vector<CheckpointBox> boxes = trainer->Boxes();
-  KRAIT_RETURN_IF_ERROR(LoadBoxes(checkpoint, boxes));
+  KRAIT_RETURN_IF_ERROR(
+      Misfit(LoadBoxes(checkpoint, boxes, trainer->ctx()),
+             checkpoint.path + " does not hold the weights and moments that this run goes on with; "
+                               "--init starts another run_dir from weights alone"));
   trainer->Loaded();
   trainer->state() = checkpoint.meta;
   return absl::OkStatus();
@@ -62,7 +82,10 @@ absl::Status RestoreWeights(const Checkpoint& checkpoint, Trainer* trainer, cons
   }
   std::vector<CheckpointBox> boxes = trainer->Boxes();
   std::erase_if(boxes, [](const CheckpointBox& box) { return box.slot != "weight"; });
-  KRAIT_RETURN_IF_ERROR(LoadBoxes(checkpoint, boxes));
+  KRAIT_RETURN_IF_ERROR(Misfit(LoadBoxes(checkpoint, boxes, trainer->ctx()),
+                               "--init " + checkpoint.path +
+                                   " does not fit this run's model; give the run the "
+                                   "model of the checkpoint, or take another one"));
   trainer->Loaded();
   return absl::OkStatus();
 }
@@ -83,13 +106,25 @@ absl::Status SetNewerAside(const std::string& dir, int64_t step, const Notice& n
   return absl::OkStatus();
 }
 
+// Damaged checkpoints newer than the one that was loaded go under another name (they are never
+// deleted): retention does not count them, and no later start tries them again.
+absl::Status SetDamagedAside(const std::vector<PassedOver>& passed_over, const Notice& notice) {
+  for (const PassedOver& damaged : passed_over) {
+    const std::string stem =
+        ParentFolder(damaged.path) + "/damaged-" + damaged.path.substr(damaged.path.rfind('/') + 1);
+    std::string aside = stem;
+    for (int n = 2; Exists(aside); ++n) aside = absl::StrFormat("%s-%d", stem, n);
+    KRAIT_RETURN_IF_ERROR(Rename(damaged.path, aside, ExitCode::kCannotSave));
+    notice(damaged.path + " was moved to " + aside);
+  }
+  return absl::OkStatus();
+}
+
 // --resume never beside checkpoints: the old ones are kept under another name, so that neither
 // keep-k nor a later --resume auto mixes the two runs.
 absl::Status SetAllAside(const std::string& dir, const Notice& notice) {
   std::vector<std::string> folders;
-  if (Exists(dir)) {
-    KRAIT_ASSIGN_OR_RETURN(folders, ListCheckpoints(dir));
-  }
+  KRAIT_ASSIGN_OR_RETURN(folders, ListCheckpoints(dir));
   if (folders.empty()) return absl::OkStatus();
   int n = 1;
   while (Exists(absl::StrFormat("%s.before-%d", dir, n))) ++n;
@@ -100,6 +135,13 @@ absl::Status SetAllAside(const std::string& dir, const Notice& notice) {
       "(run_dir=NAME) keeps runs apart",
       folders.size(), aside));
   return absl::OkStatus();
+}
+
+// How the record names the PATH of a --resume.
+std::string FollowedPath(const std::string& resume) {
+  std::error_code error;
+  const auto path = std::filesystem::weakly_canonical(resume, error);
+  return error ? resume : path.string();
 }
 
 }  // namespace
@@ -127,10 +169,22 @@ absl::Status CheckChanges(const RunConfig& saved, const RunConfig& now,
   return errors.ToStatus();
 }
 
-absl::Status StartRun(const ResumeOptions& options, const std::string& fingerprint,
-                      Trainer* trainer, const Notice& notice) {
-  KRAIT_RETURN_IF_ERROR(CheckAllowWords(options.allow_change));
+absl::Status StartRun(const ResumeOptions& asked, const std::string& fingerprint, Trainer* trainer,
+                      const Notice& notice) {
+  KRAIT_RETURN_IF_ERROR(CheckAllowWords(asked.allow_change));
   const std::string& dir = trainer->config().checkpoint.dir;
+  const std::string& run_dir = trainer->config().run_dir;
+  std::optional<RunRecord> record;
+  KRAIT_ASSIGN_OR_RETURN(record, ReadRunRecord(run_dir));
+  ResumeOptions options = asked;
+  if (options.resume != "auto" && options.resume != "never" && record.has_value() &&
+      record->followed == FollowedPath(options.resume) && record->step > record->followed_step) {
+    notice(absl::StrFormat(
+        "--resume %s was followed before, to step %d: this run's own checkpoints since then go "
+        "first (to go back once more, remove %s)",
+        options.resume, record->followed_step, RunRecordPath(run_dir)));
+    options.resume = "auto";
+  }
   const auto restore = [&](const Checkpoint& checkpoint) {
     return Restore(options, fingerprint, checkpoint, trainer, notice);
   };
@@ -138,14 +192,17 @@ absl::Status StartRun(const ResumeOptions& options, const std::string& fingerpri
   std::vector<std::string> candidates;
   if (options.resume == "never") {
     KRAIT_RETURN_IF_ERROR(SetAllAside(dir, notice));
+    KRAIT_RETURN_IF_ERROR(RemoveFile(RunRecordPath(run_dir), ExitCode::kCannotSave));
   } else if (options.resume != "auto") {
     KRAIT_ASSIGN_OR_RETURN(candidates, FindCheckpoints(options.resume));
-  } else if (Exists(dir)) {
+  } else {
     KRAIT_ASSIGN_OR_RETURN(candidates, ListCheckpoints(dir));
+    if (record.has_value()) KRAIT_RETURN_IF_ERROR(CheckRecorded(*record, dir, candidates));
   }
   if (!candidates.empty()) {
     Checkpoint checkpoint;
-    auto loaded = LoadNewest(candidates, restore, notice);
+    std::vector<PassedOver> passed_over;
+    auto loaded = LoadNewest(candidates, restore, notice, &passed_over);
     if (!loaded.ok() && ExitCodeOf(loaded.status()) == ExitCode::kNoCheckpoint) {
       return Error(ExitCode::kNoCheckpoint,
                    MessageOf(loaded.status()) +
@@ -157,10 +214,19 @@ absl::Status StartRun(const ResumeOptions& options, const std::string& fingerpri
       notice(absl::StrFormat("resuming at step %d from %s", checkpoint.meta.step, checkpoint.path));
     }
     if (!options.init.empty()) notice("--init is ignored: this run has a checkpoint of its own");
-    if (options.resume != "auto" && Exists(dir)) {
-      return SetNewerAside(dir, checkpoint.meta.step, notice);
+    RunRecord now = record.value_or(RunRecord());
+    now.path = checkpoint.path;
+    now.save_id = checkpoint.save_id;
+    now.step = checkpoint.meta.step;
+    if (options.resume != "auto") {
+      // Before the record: a start that is cut off here is told that a checkpoint is missing, and
+      // does not jump back to the newer ones.
+      KRAIT_RETURN_IF_ERROR(SetNewerAside(dir, checkpoint.meta.step, notice));
+      now.followed = FollowedPath(options.resume);
+      now.followed_step = checkpoint.meta.step;
     }
-    return absl::OkStatus();
+    if (now != record) KRAIT_RETURN_IF_ERROR(WriteRunRecord(run_dir, now));
+    return options.resume == "auto" ? SetDamagedAside(passed_over, notice) : absl::OkStatus();
   }
 
   if (!options.init.empty()) {

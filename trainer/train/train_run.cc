@@ -11,6 +11,7 @@
 #include "kernels/base/number.h"
 #include "trainer/checkpoint/checkpoint.h"
 #include "trainer/checkpoint/checkpoint_async.h"
+#include "trainer/checkpoint/run_record.h"
 #include "trainer/report/environment.h"
 #include "trainer/report/metrics.h"
 #include "trainer/train/evaluate.h"
@@ -33,11 +34,13 @@ class Run {
   absl::StatusOr<ExitCode> Loop();
 
  private:
+  absl::Status LockCheckpoints();
   absl::Status WriteRunFolder();
   absl::Status Describe();
   absl::Status Report(StepReport report, double seconds);
   absl::Status Evaluate(int64_t step);
   absl::Status Save(bool wait);
+  absl::Status Diverged(const std::string& what);
   absl::Status SaveEnded(const absl::Status& result, const std::vector<std::string>& warnings);
   absl::Status PrintSummary();
   absl::Status Say(const std::string& line) { return console_.Line(line); }
@@ -45,8 +48,8 @@ class Run {
 
   const RunConfig& config_;
   const TrainOptions& options_;
-  const Mesh mesh_;  // a single rank
-  RunLock lock_;     // rank 0's
+  const Mesh mesh_;                 // a single rank
+  RunLock lock_, checkpoint_lock_;  // rank 0's
   StopSignals signals_;
   Console console_;
   std::optional<MetricsLog> metrics_;
@@ -80,6 +83,7 @@ absl::Status Run::Open() {
   if (mesh_.rank == 0) {
     KRAIT_ASSIGN_OR_RETURN(lock_, RunLock::Acquire(config_.run_dir));
   }
+  if (IsDirectory(config_.checkpoint.dir)) KRAIT_RETURN_IF_ERROR(LockCheckpoints());
   KRAIT_ASSIGN_OR_RETURN(console_, Console::Open(config_.run_dir + "/train.log"));
   trainer_ = std::make_unique<Trainer>(config_);
   absl::Status said;
@@ -92,12 +96,23 @@ absl::Status Run::Open() {
   for (const CheckpointBox& box : trainer_->Boxes()) bytes += box.bytes();
   if (state().step < config_.train.steps) {
     KRAIT_RETURN_IF_ERROR(CheckCanSave(config_.checkpoint.dir, bytes));
+    // Once more: the folder may be there only by now, or have been moved away with its lock.
+    KRAIT_RETURN_IF_ERROR(LockCheckpoints());
   }
   state().data_fingerprint = train_data_->Fingerprint();
   state().config_yaml = config_.ToYaml();
   state().tokenizer = train_data_->files().front()->tokenizer();
   first_step_ = state().step;
   first_tokens_ = state().tokens;
+  return absl::OkStatus();
+}
+
+absl::Status Run::LockCheckpoints() {
+  if (mesh_.rank != 0) return absl::OkStatus();
+  checkpoint_lock_ = RunLock();
+  // Not the name of a run folder's lock: the two may be one folder.
+  KRAIT_ASSIGN_OR_RETURN(checkpoint_lock_,
+                         RunLock::Acquire(config_.checkpoint.dir, "checkpoints.lock"));
   return absl::OkStatus();
 }
 
@@ -141,8 +156,8 @@ absl::StatusOr<ExitCode> Run::Loop() {
   // This rank's rows of each pass.
   const int64_t rows = config_.train.micro_batch, pass_rows = rows * mesh_.data;
   TokenBatch batch;
-  bool stop = false;
-  while (state().step < steps && !stop) {
+  bool stop = false, save = false;
+  while (state().step < steps && !(stop && !save)) {
     const double begin = MonotonicSeconds();
     KRAIT_RETURN_IF_ERROR(train_data_->ReadTraining(state().sequences + mesh_.data_index() * rows,
                                                     config_.accumulation(mesh_.data), pass_rows,
@@ -150,21 +165,30 @@ absl::StatusOr<ExitCode> Run::Loop() {
     const StepReport report = trainer_->Step(batch);
     KRAIT_RETURN_IF_ERROR(Report(report, MonotonicSeconds() - begin));
     if (report.skipped_in_row >= kMaxSkippedInRow) {
-      return Error(ExitCode::kNumerics,
-                   absl::StrFormat("%d steps in a row without a finite loss and gradient (the "
-                                   "last is %d): lower optimizer.lr, or look at the data",
-                                   report.skipped_in_row, report.step));
+      return Diverged(
+          absl::StrFormat("%d steps in a row without a finite loss and gradient (the "
+                          "last is %d)",
+                          report.skipped_in_row, report.step));
     }
     const bool last = state().step == steps;
     if (validation_ != nullptr && (Due(config_.evaluation.every, state().step) || last)) {
       KRAIT_RETURN_IF_ERROR(Evaluate(state().step));
     }
-    stop = signals_.received() != 0;
+    if (!stop && signals_.received() != 0) {
+      stop = true;
+      if (report.was_skipped && !last) {
+        KRAIT_RETURN_IF_ERROR(Say("the last step was skipped: stopping after one that is not"));
+      }
+    }
     if (const auto ended = saver_.Poll(); ended.has_value()) {
       KRAIT_RETURN_IF_ERROR(SaveEnded(*ended, saver_.warnings()));
     }
-    if (Due(config_.checkpoint.every, state().step) || last || stop) {
+    // Skipped steps may be the end of good weights: until one is not skipped, no checkpoint of them
+    // takes the place of an older one.
+    save = save || Due(config_.checkpoint.every, state().step) || last || stop;
+    if (save && (!report.was_skipped || last)) {
       KRAIT_RETURN_IF_ERROR(Save(/*wait=*/last || stop));
+      save = false;
     }
   }
   KRAIT_RETURN_IF_ERROR(PrintSummary());
@@ -210,17 +234,35 @@ absl::Status Run::Evaluate(int64_t step) {
                                 {"tokens", state().tokens}});
 }
 
+// The end of a run whose numbers are of no use any more.
+absl::Status Run::Diverged(const std::string& what) {
+  if (saver_.busy()) KRAIT_RETURN_IF_ERROR(SaveEnded(saver_.Wait(), saver_.warnings()));
+  std::optional<RunRecord> record;
+  KRAIT_ASSIGN_OR_RETURN(record, ReadRunRecord(config_.run_dir));
+  std::string message = what + ": lower optimizer.lr, or look at the data. ";
+  message += record.has_value()
+                 ? absl::StrFormat("The last good step is %d, in %s; to resume there: %s",
+                                   record->step, record->path, options_.continue_line)
+                 : "No step was saved before";
+  return Error(ExitCode::kNumerics, message);
+}
+
 // Saves the state at this step boundary; in the background unless `wait`.
 absl::Status Run::Save(bool wait) {
   if (saver_.busy()) KRAIT_RETURN_IF_ERROR(SaveEnded(saver_.Wait(), saver_.warnings()));
   KRAIT_RETURN_IF_ERROR(metrics_->Sync());
+  if (!trainer_->WeightsFinite()) {
+    return Diverged(
+        absl::StrFormat("after step %d there are weights that are not finite", state().step));
+  }
   SaveOptions options;
   options.dir = config_.checkpoint.dir;
   options.keep = config_.checkpoint.keep;
   saving_step_ = state().step;
   const std::vector<CheckpointBox> boxes = trainer_->Boxes();
-  if (wait || !config_.checkpoint.async) {
-    console_.Status("saving ...");
+  const bool now = wait || !config_.checkpoint.async;
+  if (now) console_.Status("saving ...");
+  if (now && trainer_->ctx().device == Device::kCpu) {
     std::vector<std::string> warnings;
     const absl::Status saved = SaveCheckpoint(options, state(), boxes, &warnings);
     return SaveEnded(saved, warnings);
@@ -230,13 +272,25 @@ absl::Status Run::Save(bool wait) {
   }
   const Tensor copy = staging_->Alloc(DType::kU8, {staging_->capacity()});
   staging_->Release(0);
-  return saver_.Start(options, state(), boxes, copy.raw(), copy.bytes());
+  KRAIT_RETURN_IF_ERROR(
+      saver_.Start(options, state(), boxes, copy.raw(), copy.bytes(), trainer_->ctx()));
+  return now ? SaveEnded(saver_.Wait(), saver_.warnings()) : absl::OkStatus();
 }
 
 absl::Status Run::SaveEnded(const absl::Status& result, const std::vector<std::string>& warnings) {
   KRAIT_RETURN_IF_ERROR(result);
   for (const std::string& warning : warnings) KRAIT_RETURN_IF_ERROR(Say(warning));
-  return Say(absl::StrFormat("saved %s/step-%08d", config_.checkpoint.dir, saving_step_));
+  const std::string path = absl::StrFormat("%s/step-%08d", config_.checkpoint.dir, saving_step_);
+  const auto saved = OpenCheckpoint(path);
+  if (!saved.ok()) return Error(ExitCode::kCannotSave, MessageOf(saved.status()));
+  std::optional<RunRecord> record;
+  KRAIT_ASSIGN_OR_RETURN(record, ReadRunRecord(config_.run_dir));
+  if (!record.has_value()) record.emplace();
+  record->path = path;
+  record->save_id = saved->save_id;
+  record->step = saving_step_;
+  KRAIT_RETURN_IF_ERROR(WriteRunRecord(config_.run_dir, *record));
+  return Say("saved " + path);
 }
 
 absl::Status Run::PrintSummary() {
@@ -255,7 +309,7 @@ absl::Status Run::PrintSummary() {
   summary.val_bpb = LastRecorded(config_.run_dir, "val/bpb");
   if (Exists(checkpoint)) summary.checkpoint = checkpoint;
   if (!summary.finished) {
-    summary.next_commands = {options_.command_line};
+    summary.next_commands = {options_.continue_line};
   } else if (!summary.checkpoint.empty()) {
     summary.next_commands = {options_.program + " generate " + checkpoint + " --prompt \"...\""};
     if (validation_ != nullptr) {

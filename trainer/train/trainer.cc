@@ -1,6 +1,7 @@
 #include "trainer/train/trainer.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "kernels/activation.h"
 #include "kernels/optimizer.h"
@@ -79,6 +80,14 @@ StepReport Trainer::Step(const TokenBatch& batch) {
 StepReport Trainer::Gradients(const TokenBatch& batch, const ProbeSink* probe) {
   RunPasses(batch, probe);
   return ReportOf(batch, DownloadDoubles(scalars_.all, ctx_));
+}
+
+bool Trainer::WeightsFinite() {
+  Fill(scalars_.sum_of_squares, 0, ctx_);
+  for (const CheckpointBox& box : Boxes()) {
+    if (box.slot == "weight") AddSumOfSquares(scalars_.sum_of_squares, box.values(), ctx_);
+  }
+  return std::isfinite(DownloadDoubles(scalars_.sum_of_squares, ctx_)[0]);
 }
 
 void Trainer::RunPasses(const TokenBatch& batch, const ProbeSink* probe) {

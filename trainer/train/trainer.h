@@ -55,6 +55,10 @@ class Trainer {
   // Everything a checkpoint holds, as boxes into live memory.
   std::vector<CheckpointBox> Boxes() const { return StateBoxes(weights_, &optimizer_); }
 
+  // Whether every weight (the master, where there is one) is finite; a pass over all of them. Uses
+  // the memory of the gradient norm.
+  bool WeightsFinite();
+
   // Evaluates the weights as they are, in passes of train.micro_batch rows.
   Evaluator evaluator() { return {&model_, pass_batch_, scalars_.sums, ctx_}; }
 
