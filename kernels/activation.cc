@@ -8,6 +8,8 @@
 #include "kernels/cpu/bf16.h"
 #include "kernels/cpu/dispatch.h"
 #include "kernels/cpu/widened.h"
+#include "kernels/cuda/activation.h"
+#include "kernels/cuda/call.h"
 
 namespace krait {
 namespace {
@@ -54,6 +56,11 @@ void FillWith(Tensor y, T value) {
 
 void AddInPlace(Tensor y, Tensor x, const Context& ctx) {
   OpScope op(ctx, OpFamily::kActivation, "AddInPlace", {{"y", y}, {"x", x}});
+  if (ctx.device == Device::kCuda) {
+    if (op.planning()) return;
+    KRAIT_CUDA(AddInPlace(y, x, ctx));
+    return;
+  }
   cpu::Widened wide(ctx);
   const Tensor sum = wide.InOut(y), added = wide.In(x);
   if (op.planning()) return;
@@ -68,7 +75,10 @@ void AddInPlace(Tensor y, Tensor x, const Context& ctx) {
 void Fill(Tensor y, double value, const Context& ctx) {
   OpScope op(ctx, OpFamily::kOther, "Fill", {{"y", y}});
   if (op.planning()) return;
-  if (ctx.device == Device::kCuda) KRAIT_FATAL("Fill has no CUDA version yet");
+  if (ctx.device == Device::kCuda) {
+    KRAIT_CUDA(Fill(y, value, ctx));
+    return;
+  }
   switch (y.dtype()) {
     case DType::kF32:
       return FillWith(y, static_cast<float>(value));
@@ -91,7 +101,10 @@ void Fill(Tensor y, double value, const Context& ctx) {
 void Copy(Tensor y, Tensor x, const Context& ctx) {
   OpScope op(ctx, OpFamily::kOther, "Copy", {{"y", y}, {"x", x}});
   if (op.planning()) return;
-  if (ctx.device == Device::kCuda) KRAIT_FATAL("Copy has no CUDA version yet");
+  if (ctx.device == Device::kCuda) {
+    KRAIT_CUDA(Copy(y, x, ctx));
+    return;
+  }
   if (y.dtype() != x.dtype()) return cpu::Convert(y, x);
   const int64_t size = SizeOf(y.dtype());
   ForEachSpan(y, x, [size](char* to, char* from, int64_t n) {

@@ -6,6 +6,8 @@
 #include "kernels/cpu/causal_conv1d.h"
 #include "kernels/cpu/dispatch.h"
 #include "kernels/cpu/widened.h"
+#include "kernels/cuda/call.h"
+#include "kernels/cuda/causal_conv1d.h"
 
 namespace krait {
 namespace {
@@ -221,6 +223,11 @@ void CausalConv1dSiluForward(Tensor y, Tensor final_state, Tensor x, Tensor w, T
               {"bias", bias},
               {"initial_state", initial_state},
               {"doc_start", documents.doc_start}});
+  if (ctx.device == Device::kCuda) {
+    if (op.planning()) return;
+    KRAIT_CUDA(CausalConv1dSiluForward(y, final_state, x, w, bias, initial_state, documents, ctx));
+    return;
+  }
   cpu::Widened wide(ctx);
   y = wide.Out(y), final_state = wide.Out(final_state);
   x = wide.In(x), w = wide.In(w), bias = wide.In(bias), initial_state = wide.In(initial_state);
@@ -248,6 +255,15 @@ void CausalConv1dSiluBackward(Tensor dx, Tensor dw, Tensor dbias, Tensor d_initi
               {"bias", bias},
               {"initial_state", initial_state},
               {"doc_start", documents.doc_start}});
+  if (ctx.device == Device::kCuda) {
+    const ArenaScope scope(ctx.scratch);
+    const Tensor partial = ctx.scratch->Alloc(
+        DType::kF32, {cuda::CausalConv1dPartials(x.dim(0), x.dim(1)), (w.dim(1) + 1) * x.dim(2)});
+    if (op.planning()) return;
+    KRAIT_CUDA(CausalConv1dSiluBackward(dx, dw, dbias, d_initial_state, dy, d_final_state, x, w,
+                                        bias, initial_state, documents, partial, ctx));
+    return;
+  }
   cpu::Widened wide(ctx);
   dx = wide.Out(dx), d_initial_state = wide.Out(d_initial_state);
   dy = wide.In(dy), d_final_state = wide.In(d_final_state);

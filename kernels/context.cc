@@ -3,6 +3,7 @@
 #include <string>
 
 #include "kernels/base/check.h"
+#include "kernels/cuda/runtime.h"
 
 namespace krait {
 
@@ -42,15 +43,61 @@ OpScope::OpScope(const Context& ctx, OpFamily family, const char* name,
     KRAIT_FATAL(std::string(name) + " on " + Name(ctx.device) + ": operand " + operand.name +
                 " is on " + Name(operand.tensor.device()));
   }
-  if (ctx_.profile != nullptr && ctx_.profile->depth++ == 0)
+  if (ctx.planning) return;
+  const bool cuda = ctx.device == Device::kCuda;
+  if (cuda) cuda::PushRange(name);
+  if (ctx.profile == nullptr) return;
+  timed_ = ctx.profile->depth_++ == 0;
+  if (!timed_) return;
+  if (cuda) {
+    begin_ = ctx.profile->Record(ctx.stream);
+  } else {
     start_ = std::chrono::steady_clock::now();
+  }
 }
 
 OpScope::~OpScope() {
-  if (ctx_.profile == nullptr || --ctx_.profile->depth > 0) return;
-  const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start_;
-  ctx_.profile->seconds[static_cast<int>(family_)] += elapsed.count();
-  ctx_.profile->calls[static_cast<int>(family_)] += 1;
+  if (ctx_.planning) return;
+  const bool cuda = ctx_.device == Device::kCuda;
+  Profile* const profile = ctx_.profile;
+  if (profile != nullptr) --profile->depth_;
+  if (timed_) {
+    profile->calls[static_cast<int>(family_)] += 1;
+    if (cuda) {
+      profile->spans_.push_back({family_, begin_, profile->Record(ctx_.stream)});
+    } else {
+      const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start_;
+      profile->seconds[static_cast<int>(family_)] += elapsed.count();
+    }
+  }
+  if (cuda) cuda::PopRange();
+}
+
+Profile::~Profile() {
+  for (const Span& span : spans_) {
+    cuda::DestroyEvent(span.begin);
+    cuda::DestroyEvent(span.end);
+  }
+  for (void* event : free_events_) cuda::DestroyEvent(event);
+}
+
+void* Profile::Record(void* stream) {
+  if (free_events_.empty()) free_events_.push_back(cuda::CreateEvent(/*timed=*/true));
+  void* event = free_events_.back();
+  free_events_.pop_back();
+  cuda::RecordEvent(event, stream);
+  return event;
+}
+
+void Profile::Collect() {
+  if (spans_.empty()) return;
+  cuda::Synchronize();
+  for (const Span& span : spans_) {
+    seconds[static_cast<int>(span.family)] += cuda::SecondsBetween(span.begin, span.end);
+    free_events_.push_back(span.begin);
+    free_events_.push_back(span.end);
+  }
+  spans_.clear();
 }
 
 }  // namespace krait

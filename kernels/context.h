@@ -7,6 +7,7 @@
 #include <chrono>
 #include <cstdint>
 #include <initializer_list>
+#include <vector>
 
 #include "kernels/arena.h"
 
@@ -29,12 +30,34 @@ enum class OpFamily : uint8_t {
 inline constexpr int kOpFamilies = 11;
 const char* Name(OpFamily family);  // "gemm", "attention", ...
 
-// Seconds spent per op family, summed while attached to a Context (CPU; on CUDA the caller
-// synchronises around what it times).
-struct Profile {
+// Seconds spent per op family, summed while attached to a Context. On CUDA they are times on the
+// stream, taken by events: an op costs two records and no waiting, and Collect() adds up what has
+// been recorded.
+class Profile {
+ public:
+  Profile() = default;
+  ~Profile();
+  Profile(const Profile&) = delete;
+  Profile& operator=(const Profile&) = delete;
+
+  // Waits for the ops timed on CUDA so far and adds their times to `seconds`; to be called before
+  // these are read, and now and then (each op holds two events until then).
+  void Collect();
+
   std::array<double, kOpFamilies> seconds{};
   std::array<int64_t, kOpFamilies> calls{};
-  int depth = 0;  // open scopes: an op that calls others counts as one
+
+ private:
+  friend class OpScope;
+  struct Span {
+    OpFamily family;
+    void *begin, *end;
+  };
+  void* Record(void* stream);  // an event, recorded on the stream
+
+  int depth_ = 0;  // open scopes: an op that calls others counts as one
+  std::vector<Span> spans_;
+  std::vector<void*> free_events_;
 };
 
 struct Context {
@@ -59,7 +82,7 @@ struct Operand {
 //   OpScope op(ctx, OpFamily::kNorm, "RmsNormForward", {{"y", y}, {"x", x}});
 //   if (op.planning()) return;
 // Ops that use scratch memory take it between the two. Fatal, naming op and operand, when an
-// operand is not on the context's device.
+// operand is not on the context's device. On CUDA the op is an NVTX range of its name.
 class OpScope {
  public:
   OpScope(const Context& ctx, OpFamily family, const char* name,
@@ -74,6 +97,8 @@ class OpScope {
   const Context& ctx_;
   OpFamily family_;
   const char* name_;
+  bool timed_ = false;
+  void* begin_ = nullptr;  // on CUDA, when timed
   std::chrono::steady_clock::time_point start_;
 };
 

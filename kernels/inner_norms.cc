@@ -5,6 +5,8 @@
 #include "kernels/activation.h"
 #include "kernels/base/check.h"
 #include "kernels/cpu/widened.h"
+#include "kernels/cuda/call.h"
+#include "kernels/cuda/inner_norms.h"
 #include "kernels/rms_norm.h"
 
 namespace krait {
@@ -32,10 +34,14 @@ void InnerNormsForward(Tensor normed, Tensor rstd, Tensor projected, const Inner
               {"w.b", w.b},
               {"w.c", w.c}});
   if (!w.dt.defined()) return Copy(normed, projected, ctx);
+  if (ctx.device == Device::kCuda) {
+    if (op.planning()) return;
+    KRAIT_CUDA(InnerNormsForward(normed, rstd, projected, w, eps, ctx));
+    return;
+  }
   cpu::Widened wide(ctx);
   normed = wide.Out(normed);
   if (op.planning()) return;
-  if (ctx.device == Device::kCuda) KRAIT_FATAL("InnerNormsForward has no CUDA version yet");
   KRAIT_CHECK(w.dt.dim(0) + w.b.dim(0) + w.c.dim(0) == projected.dim(1));
   const std::array<Tensor, 3> weights = {w.dt, w.b, w.c};
   ForEachPart(w, [&](int64_t part, int64_t begin, int64_t columns) {
@@ -60,11 +66,16 @@ void InnerNormsBackward(Tensor d_projected, const InnerNormWeights& dw, Tensor d
               {"w.b", w.b},
               {"w.c", w.c}});
   if (!w.dt.defined()) return Copy(d_projected, d_normed, ctx);
+  if (ctx.device == Device::kCuda) {
+    const ArenaScope scope(ctx.scratch);
+    const Tensor partial = ctx.scratch->Alloc(
+        DType::kF32, {cuda::InnerNormPartials(projected.dim(0)), projected.dim(1)});
+    if (op.planning()) return;
+    KRAIT_CUDA(InnerNormsBackward(d_projected, dw, d_normed, projected, rstd, w, partial, ctx));
+    return;
+  }
   cpu::Widened wide(ctx);
   d_projected = wide.Out(d_projected);
-  if (ctx.device == Device::kCuda && !op.planning()) {
-    KRAIT_FATAL("InnerNormsBackward has no CUDA version yet");
-  }
   const std::array<Tensor, 3> weights = {w.dt, w.b, w.c}, gradients = {dw.dt, dw.b, dw.c};
   ForEachPart(w, [&](int64_t part, int64_t begin, int64_t columns) {
     RmsNormBackward(d_projected.Slice(1, begin, columns), gradients[static_cast<size_t>(part)],

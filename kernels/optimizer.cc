@@ -82,6 +82,13 @@ double SumOverPieces(int64_t n, const Fn& fn) {
 
 void AddSumOfSquares(Tensor sum, Tensor x, const Context& ctx) {
   OpScope op(ctx, OpFamily::kOptimizer, "AddSumOfSquares", {{"sum", sum}, {"x", x}});
+  if (ctx.device == Device::kCuda) {
+    const ArenaScope scope(ctx.scratch);
+    const Tensor partial = ctx.scratch->Alloc(DType::kF64, {cuda::kSumBlocks});
+    if (op.planning()) return;
+    KRAIT_CUDA(AddSumOfSquares(sum, x, partial, ctx));
+    return;
+  }
   if (op.planning()) return;
   cpu::DispatchFloat(x, op.name(), [&](auto zero) {
     const auto* data = cpu::DenseData<decltype(zero)>(x);
@@ -93,6 +100,13 @@ void AddSumOfSquares(Tensor sum, Tensor x, const Context& ctx) {
 
 void AddSum(Tensor sum, Tensor x, const Context& ctx) {
   OpScope op(ctx, OpFamily::kOptimizer, "AddSum", {{"sum", sum}, {"x", x}});
+  if (ctx.device == Device::kCuda) {
+    const ArenaScope scope(ctx.scratch);
+    const Tensor partial = ctx.scratch->Alloc(DType::kF64, {cuda::kSumBlocks});
+    if (op.planning()) return;
+    KRAIT_CUDA(AddSum(sum, x, partial, ctx));
+    return;
+  }
   if (op.planning()) return;
   cpu::DispatchFloat(x, op.name(), [&](auto zero) {
     const auto* data = cpu::DenseData<decltype(zero)>(x);
@@ -107,7 +121,10 @@ void AdamWPrepare(Tensor control, Tensor sum_of_squares, Tensor losses,
   OpScope op(ctx, OpFamily::kOptimizer, "AdamWPrepare",
              {{"control", control}, {"sum_of_squares", sum_of_squares}, {"losses", losses}});
   if (op.planning()) return;
-  if (ctx.device == Device::kCuda) KRAIT_FATAL("AdamWPrepare has no CUDA version yet");
+  if (ctx.device == Device::kCuda) {
+    KRAIT_CUDA(AdamWPrepare(control, sum_of_squares, losses, settings, ctx));
+    return;
+  }
   KRAIT_CHECK(control.numel() == kAdamWControlSize && sum_of_squares.numel() == 1);
   double* c = cpu::DenseData<double>(control);
   const double norm = std::sqrt(sum_of_squares.data<double>()[0]);
@@ -135,6 +152,10 @@ void AdamW(Tensor weight, Tensor master, Tensor m, Tensor v, Tensor grad, Tensor
               {"decay_ranges", decay_ranges},
               {"control", control}});
   if (op.planning()) return;
+  if (ctx.device == Device::kCuda) {
+    KRAIT_CUDA(AdamW(weight, master, m, v, grad, decay_ranges, control, settings, ctx));
+    return;
+  }
   for (Tensor t : {weight, m, v, grad}) KRAIT_CHECK(t.numel() == master.numel());
   KRAIT_CHECK(m.dtype() == v.dtype() && control.numel() == kAdamWControlSize);
   cpu::DispatchFloat(master, op.name(), [&](auto zero) {

@@ -5,6 +5,8 @@
 #include "kernels/base/parallel_for.h"
 #include "kernels/cpu/bf16.h"
 #include "kernels/cpu/dispatch.h"
+#include "kernels/cuda/call.h"
+#include "kernels/cuda/random_fill.h"
 
 namespace krait {
 namespace {
@@ -32,7 +34,6 @@ void FillRows(Tensor y, int64_t first, int64_t row_step, const Value& value) {
 template <typename Value>
 void FillOn(const OpScope& op, Tensor y, int64_t first, int64_t row_step, const Value& value) {
   if (op.planning() || y.numel() == 0) return;
-  if (y.device() == Device::kCuda) KRAIT_FATAL(std::string(op.name()) + " has no CUDA version yet");
   switch (y.dtype()) {
     case DType::kF32:
       return FillRows<float>(y, first, row_step, value);
@@ -50,12 +51,22 @@ void FillOn(const OpScope& op, Tensor y, int64_t first, int64_t row_step, const 
 void FillNormal(Tensor y, const RandomStream& stream, int64_t first, int64_t row_step, double scale,
                 const Context& ctx) {
   OpScope op(ctx, OpFamily::kOther, "FillNormal", {{"y", y}});
+  if (ctx.device == Device::kCuda) {
+    if (op.planning()) return;
+    KRAIT_CUDA(FillNormal(y, stream, first, row_step, scale, ctx));
+    return;
+  }
   FillOn(op, y, first, row_step, [&](uint64_t i) { return scale * stream.Normal(i); });
 }
 
 void FillUniform(Tensor y, const RandomStream& stream, int64_t first, int64_t row_step,
                  double bound, const Context& ctx) {
   OpScope op(ctx, OpFamily::kOther, "FillUniform", {{"y", y}});
+  if (ctx.device == Device::kCuda) {
+    if (op.planning()) return;
+    KRAIT_CUDA(FillUniform(y, stream, first, row_step, bound, ctx));
+    return;
+  }
   FillOn(op, y, first, row_step, [&](uint64_t i) { return bound * (2 * stream.Uniform(i) - 1); });
 }
 

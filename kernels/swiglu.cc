@@ -7,6 +7,8 @@
 #include "kernels/cpu/dispatch.h"
 #include "kernels/cpu/moe.h"
 #include "kernels/cpu/widened.h"
+#include "kernels/cuda/call.h"
+#include "kernels/cuda/swiglu.h"
 #include "kernels/gemm.h"
 
 namespace krait {
@@ -30,6 +32,11 @@ Tensor ProductGradient(Tensor gate_up, const Context& ctx) {
 void SwiGluForward(Tensor product, Tensor gate_up, const Context& ctx) {
   OpScope op(ctx, OpFamily::kActivation, "SwiGluForward",
              {{"product", product}, {"gate_up", gate_up}});
+  if (ctx.device == Device::kCuda) {
+    if (op.planning()) return;
+    KRAIT_CUDA(SwiGluForward(product, gate_up, ctx));
+    return;
+  }
   cpu::Widened wide(ctx);
   product = wide.Out(product), gate_up = wide.In(gate_up);
   if (op.planning()) return;
@@ -51,6 +58,11 @@ void SwiGluBackward(Tensor d_gate_up, Tensor product, Tensor d_product, Tensor g
               {"product", product},
               {"d_product", d_product},
               {"gate_up", gate_up}});
+  if (ctx.device == Device::kCuda) {
+    if (op.planning()) return;
+    KRAIT_CUDA(SwiGluBackward(d_gate_up, product, d_product, gate_up, ctx));
+    return;
+  }
   cpu::Widened wide(ctx);
   d_gate_up = wide.Out(d_gate_up), product = wide.Out(product);
   d_product = wide.In(d_product), gate_up = wide.In(gate_up);
@@ -82,6 +94,11 @@ void WeightedSwiGluBackward(Tensor d_gate_up, Tensor product, const RowWeights& 
               {"source", rows.source},
               {"d_product", d_product},
               {"gate_up", gate_up}});
+  if (ctx.device == Device::kCuda) {
+    if (op.planning()) return;
+    KRAIT_CUDA(WeightedSwiGluBackward(d_gate_up, product, rows, d_product, gate_up, ctx));
+    return;
+  }
   cpu::Widened wide(ctx);
   d_gate_up = wide.Out(d_gate_up), product = wide.Out(product);
   d_product = wide.In(d_product), gate_up = wide.In(gate_up);

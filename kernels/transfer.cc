@@ -42,7 +42,7 @@ void Download(void* to, Tensor from, const Context& ctx) {
   ForEachSpan(from, [&](char* span, int64_t at, int64_t bytes) {
     char* const out = static_cast<char*>(to) + at;
     if (cuda) {
-      cuda::CopyToHost(out, span, bytes);
+      cuda::CopyToHost(out, span, bytes, ctx.stream);
     } else {
       CopyHost(out, span, bytes);
     }
@@ -55,7 +55,7 @@ void Upload(Tensor to, const void* from, const Context& ctx) {
   ForEachSpan(to, [&](char* span, int64_t at, int64_t bytes) {
     const char* const in = static_cast<const char*>(from) + at;
     if (cuda) {
-      cuda::CopyToDevice(span, in, bytes);
+      cuda::CopyToDevice(span, in, bytes, ctx.stream);
     } else {
       CopyHost(span, in, bytes);
     }

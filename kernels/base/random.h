@@ -33,6 +33,10 @@ class RandomStream {
   // Standard normal (Box-Muller on the two halves of Bits(index)).
   double Normal(uint64_t index) const;
 
+  // The key and the upper half of the counter, for other implementations of the same stream.
+  const std::array<uint32_t, 2>& key() const { return key_; }
+  const std::array<uint32_t, 2>& high() const { return high_; }
+
  private:
   std::array<uint32_t, 2> key_;
   std::array<uint32_t, 2> high_;

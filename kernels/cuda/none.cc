@@ -17,11 +17,20 @@ bool Available(std::string* reason) {
 
 void* Allocate(int64_t /*bytes*/, const std::string& /*segment*/) { NoCuda(); }
 void Free(void* /*memory*/) { NoCuda(); }
-void CopyToDevice(void* /*device*/, const void* /*host*/, int64_t /*bytes*/) { NoCuda(); }
-void CopyToHost(void* /*host*/, const void* /*device*/, int64_t /*bytes*/) { NoCuda(); }
-void CopyOnDevice(void* /*to*/, const void* /*from*/, int64_t /*bytes*/, void* /*stream*/) {
-  NoCuda();
-}
+void CopyToDevice(void*, const void*, int64_t, void*) { NoCuda(); }
+void CopyToHost(void*, const void*, int64_t, void*) { NoCuda(); }
+void CopyOnDevice(void*, const void*, int64_t, void*) { NoCuda(); }
+void Zero(void*, int64_t, void*) { NoCuda(); }
 void Synchronize() { NoCuda(); }
+void SynchronizeStream(void*) { NoCuda(); }
+void* CreateStream() { NoCuda(); }
+void DestroyStream(void*) { NoCuda(); }
+void* CreateEvent(bool) { NoCuda(); }
+void DestroyEvent(void*) { NoCuda(); }
+void RecordEvent(void*, void*) { NoCuda(); }
+void WaitForEvent(void*, void*) { NoCuda(); }
+double SecondsBetween(void*, void*) { NoCuda(); }
+void PushRange(const char*) { NoCuda(); }
+void PopRange() { NoCuda(); }
 
 }  // namespace krait::cuda

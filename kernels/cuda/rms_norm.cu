@@ -1,24 +1,17 @@
 // RMSNorm, forward and backward. Both are bound by memory: each row is read once, reduced, and
 // written; statistics and sums are fp32.
 //
-// A row belongs to blockDim.x threads; thread x holds the kVec columns from (x + i * blockDim.x) *
-// kVec, i < kItems. Short rows share a block: blockDim.y of them, one warp each.
-//
-// Rates on an H200, bf16, in bytes that must move (tests/bench/rms_norm_gpu_bench.cc), beside a
-// device copy of the same run:
-//   M, D                        16384, 4096  16384, 8192  16384, 2048  65536, 256
-//   copy                GB/s           4060         4170         3830        3510
-//   forward                            3470         3560         3340        3170
-//   residual forward                   3950         3560         3980        3650
-//   backward                           3090         3410         3050        2930
-//   residual backward                  3590         3300         3310        3130
-// Staging rows in shared memory leaves the backward 64 registers a thread, so that four blocks of
-// 256 threads fit a multiprocessor; with rows prefetched into registers it ran at 2380 GB/s.
+// One block for each multiprocessor; its groups of blockDim.x threads take rows in turn. Thread x
+// of a group holds the kVec columns from (x + i * blockDim.x) * kVec, i < kItems, of every row, and
+// so keeps its weights and its sums of dw in registers. Rows are fetched into a ring in shared
+// memory ahead of their use. Each thread fetches what it alone reads, so that the ring needs no
+// barrier.
 #include <algorithm>
 #include <initializer_list>
 #include <string>
 #include <type_traits>
 
+#include "kernels/cuda/column_sums.cuh"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/rms_norm.h"
 #include "kernels/cuda/vector.cuh"
@@ -26,220 +19,286 @@
 namespace krait::cuda {
 namespace {
 
-// Rows per block when a row is one warp's.
-constexpr int kShortRows = 8;
+// Threads of a block at most.
+constexpr int kThreads = 512;
 
-// Threads of a row at most. Rows of up to 4 accesses by 256 threads are meant to be fast (8192
-// columns of bf16); longer ones work.
-template <int kVec, int kItems>
-constexpr int kMaxThreads = kItems < 8 ? 256 : (kVec == 1 ? 1024 : 512);
-
-// Backward: stages of a block's ring of rows, and blocks that a multiprocessor should hold.
-template <int kItems>
-constexpr int kStages = kItems < 8 ? 2 : 1;
-template <int kItems>
-constexpr int kMinBlocks = kItems < 4 ? 4 : (kItems == 4 ? 2 : 1);
-
-// Rows of a tensor in device memory.
-template <typename T>
-struct Rows {
-  T* data;
-  int64_t stride;
-  __device__ T* operator[](int64_t row) const { return data + row * stride; }
+// The columns of this thread: access i holds kVec of them from At(i). With kExact, all threads have
+// kItems accesses in every row, else some have fewer.
+template <int kVec, int kItems, bool kExact>
+struct Columns {
+  int columns;
+  __device__ int At(int item) const { return (threadIdx.x + item * blockDim.x) * kVec; }
+  __device__ bool Has(int item) const { return kExact || At(item) < columns; }
 };
-template <typename T>
-Rows<T> RowsOf(const Tensor& t) {
-  return {t.device_data<std::remove_const_t<T>>(), t.row_stride()};
-}
 
-template <typename T, int kVec, int kItems, bool kAdd>
-__global__ void __launch_bounds__(kMaxThreads<kVec, kItems>)
+// The next rows of kOperands tensors that this thread's group takes, in a ring of kStages stages.
+constexpr int kRingBytes = 192 << 10;
+template <typename T, int kVec, int kItems, int kOperands>
+struct Ring {
+  using Access = Pack<T, kVec>;
+  static constexpr int kStageBytes =
+      kThreads * kItems * kOperands * static_cast<int>(sizeof(Access));
+  static constexpr int kStages = std::clamp(kRingBytes / kStageBytes, 1, 8);
+  static constexpr int kAhead = kStages - 1;
+  static constexpr int kBytes = kStages * kStageBytes;
+
+  Access* slots;
+  const T* from[kOperands];
+  int64_t step[kOperands];  // to the group's next row
+  int64_t left;             // rows that the group has yet to fetch
+  int stage = 0;            // of the current row
+
+  // The group's rows are first, first + rows_apart, ...
+  __device__ Ring(const Rows<const T> (&operands)[kOperands], int64_t first, int64_t rows_apart,
+                  int64_t rows) {
+    extern __shared__ __align__(16) char dynamic[];
+    slots = reinterpret_cast<Access*>(dynamic) + threadIdx.y * blockDim.x + threadIdx.x;
+    left = first < rows ? (rows - 1 - first) / rows_apart + 1 : 0;
+#pragma unroll
+    for (int o = 0; o < kOperands; ++o) {
+      from[o] = operands[o][first] + threadIdx.x * kVec;
+      step[o] = rows_apart * operands[o].stride;
+    }
+  }
+  __device__ Access& Slot(int at_stage, int operand, int item) const {
+    return slots[((at_stage * kOperands + operand) * kItems + item) * kThreads];
+  }
+  // An access of the current row, which must have arrived.
+  __device__ const Access& At(int operand, int item) const { return Slot(stage, operand, item); }
+  // Starts the copy of the next row, if there is one; one batch for the pipeline either way.
+  template <typename C>
+  __device__ void Fetch(int to_stage, const C& columns) {
+    if (left > 0) {
+#pragma unroll
+      for (int o = 0; o < kOperands; ++o) {
+#pragma unroll
+        for (int i = 0; i < kItems; ++i) {
+          if (columns.Has(i)) FetchAsync(&Slot(to_stage, o, i), from[o] + i * blockDim.x * kVec);
+        }
+        from[o] += step[o];
+      }
+    }
+    --left;
+    __pipeline_commit();
+  }
+  template <typename C>
+  __device__ void Begin(const C& columns) {
+#pragma unroll
+    for (int ahead = 0; ahead < kAhead; ++ahead) Fetch(ahead, columns);
+  }
+  // Waits for the current row, with the fetch of a further one under way.
+  template <typename C>
+  __device__ void Arrive(const C& columns) {
+    Fetch(stage == 0 ? kAhead : stage - 1, columns);
+    __pipeline_wait_prior(kAhead);
+  }
+  __device__ void Advance() { stage = stage == kAhead ? 0 : stage + 1; }
+};
+
+// The weights of this thread's columns: in registers where there are few, else read when used.
+template <int kVec, int kItems>
+struct Weights {
+  static constexpr bool kHeld = kVec * kItems <= 32;
+  const float* w;
+  Pack<float, kVec> held[kHeld ? kItems : 1];
+
+  template <typename C>
+  __device__ Weights(const float* weights, const C& columns) : w(weights) {
+    if constexpr (kHeld) {
+#pragma unroll
+      for (int i = 0; i < kItems; ++i) {
+        if (columns.Has(i)) held[i] = Load<kVec>(w + columns.At(i));
+      }
+    }
+  }
+  template <typename C>
+  __device__ Pack<float, kVec> At(int item, const C& columns) const {
+    if constexpr (kHeld) return held[item];
+    return Load<kVec>(w + columns.At(item));
+  }
+};
+
+template <typename T, int kVec, int kItems, bool kExact, bool kAdd>
+__global__ void __launch_bounds__(kThreads)
     ForwardKernel(Rows<T> h, Rows<T> y, float* rstd, Rows<const T> residual, Rows<const T> delta,
                   const float* w, int64_t rows, int cols, float eps) {
-  __shared__ float shared[32];
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
-  if (row >= rows) return;  // whole rows, so the threads that meet in RowSum stay together
-
-  // All loads are issued before the first store: h may be the memory of residual.
-  Pack<T, kVec> x[kItems], added[kItems];
+  constexpr int kOperands = kAdd ? 2 : 1;
+  __shared__ float shared[2][kThreads / 32];
+  StartDependent();
+  const Columns<kVec, kItems, kExact> columns{cols};
+  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.y;
+  int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  Rows<const T> operands[kOperands];
+  operands[0] = residual;
+  if constexpr (kAdd) operands[1] = delta;
+  Ring<T, kVec, kItems, kOperands> ring(operands, row, step, rows);
+  ring.Begin(columns);
+  const Weights<kVec, kItems> weights(w, columns);
+  const float inverse_cols = 1.0f / static_cast<float>(cols);
+  for (int parity = 0; row < rows; row += step, parity ^= 1) {
+    ring.Arrive(columns);
+    Pack<T, kVec> x[kItems];
+    float squares = 0.0f;
 #pragma unroll
-  for (int i = 0; i < kItems; ++i) {
-    const int col = (threadIdx.x + i * blockDim.x) * kVec;
-    if (col >= cols) continue;
-    x[i] = Load<kVec>(residual[row] + col);
-    if constexpr (kAdd) added[i] = Load<kVec>(delta[row] + col);
-  }
-  float squares = 0.0f;
+    for (int i = 0; i < kItems; ++i) {
+      if (!columns.Has(i)) continue;
+      x[i] = ring.At(0, i);
+      if constexpr (kAdd) {
+        Pack<float, kVec> sum = Widen(x[i]);
+        const Pack<float, kVec> added = Widen(ring.At(1, i));
 #pragma unroll
-  for (int i = 0; i < kItems; ++i) {
-    const int col = (threadIdx.x + i * blockDim.x) * kVec;
-    if (col >= cols) continue;
+        for (int j = 0; j < kVec; ++j) sum.v[j] += added.v[j];
+        x[i] = Round<T>(sum);
+        Store(h[row] + columns.At(i), x[i]);
+      }
+      const Pack<float, kVec> wide = Widen(x[i]);
 #pragma unroll
-    for (int j = 0; j < kVec; ++j) {
-      if constexpr (kAdd) x[i].v[j] = FromFloat<T>(ToFloat(x[i].v[j]) + ToFloat(added[i].v[j]));
-      const float value = ToFloat(x[i].v[j]);
-      squares += value * value;
+      for (int j = 0; j < kVec; ++j) squares += wide.v[j] * wide.v[j];
     }
-    if constexpr (kAdd) Store(h[row] + col, x[i]);
-  }
-  const float scale = 1.0f / sqrtf(RowSum(squares, shared) / static_cast<float>(cols) + eps);
-  if (threadIdx.x == 0) rstd[row] = scale;
+    const float sum = GroupSum(squares, shared[parity] + threadIdx.y * (blockDim.x / 32));
+    const float scale = 1.0f / sqrtf(sum * inverse_cols + eps);
+    if (threadIdx.x == 0) rstd[row] = scale;
 #pragma unroll
-  for (int i = 0; i < kItems; ++i) {
-    const int col = (threadIdx.x + i * blockDim.x) * kVec;
-    if (col >= cols) continue;
-    const Pack<float, kVec> weight = Load<kVec>(w + col);
-    Pack<T, kVec> out;
+    for (int i = 0; i < kItems; ++i) {
+      if (!columns.Has(i)) continue;
+      const Pack<float, kVec> weight = weights.At(i, columns);
+      Pack<float, kVec> out = Widen(x[i]);
 #pragma unroll
-    for (int j = 0; j < kVec; ++j) {
-      out.v[j] = FromFloat<T>(ToFloat(x[i].v[j]) * scale * weight.v[j]);
+      for (int j = 0; j < kVec; ++j) out.v[j] *= scale * weight.v[j];
+      Store(y[row] + columns.At(i), Round<T>(out));
     }
-    Store(y[row] + col, out);
+    ring.Advance();
   }
 }
 
-// Block b takes rows [b * rows_per_block, (b+1) * rows_per_block) and writes their sum of dy * xhat
-// to partial[b]. Rows are fetched into a ring in shared memory ahead of their use. Each thread
-// fetches what it alone reads, so that the ring needs no barrier.
-template <typename T, int kVec, int kItems, bool kAccumulate>
-__global__ void __launch_bounds__(kMaxThreads<kVec, kItems>, kMinBlocks<kItems>)
+// Block b writes its rows' sum of dy * xhat to partial[b].
+template <typename T, int kVec, int kItems, bool kExact, bool kAdd>
+__global__ void __launch_bounds__(kThreads)
     BackwardKernel(Rows<T> dx, Rows<float> partial, Rows<const T> dy, Rows<const T> dx_in,
-                   Rows<const T> x, const float* rstd, const float* w, int64_t rows,
-                   int64_t rows_per_block, int cols) {
-  using Access = Pack<T, kVec>;
-  extern __shared__ __align__(16) char dynamic[];
-  __shared__ float shared[2][32];
-  const int threads = blockDim.x * blockDim.y;
-  const int thread = threadIdx.y * blockDim.x + threadIdx.x;
-  // This thread's accesses of x, then of dy, in one stage of the ring.
-  const auto slot = [&](int stage, int item) -> Access& {
-    return reinterpret_cast<Access*>(dynamic)[(stage * 2 * kItems + item) * threads + thread];
-  };
-  const int64_t end = min(rows, (blockIdx.x + 1) * rows_per_block);
-  const auto fetch = [&](int64_t row, int stage) {
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      const int col = (threadIdx.x + i * blockDim.x) * kVec;
-      if (col >= cols || row >= end) continue;
-      FetchAsync(&slot(stage, i), x[row] + col);
-      FetchAsync(&slot(stage, kItems + i), dy[row] + col);
-    }
-    __pipeline_commit();
-  };
-
-  int64_t row = blockIdx.x * rows_per_block + threadIdx.y;
-  for (int ahead = 0; ahead < kStages<kItems> - 1; ++ahead) fetch(row + ahead * blockDim.y, ahead);
-  float next_scale = row < end ? rstd[row] : 0.0f;
+                   Rows<const T> x, const float* rstd, const float* w, int64_t rows, int cols) {
+  constexpr int kOperands = kAdd ? 3 : 2;
+  __shared__ float shared[2][kThreads / 32];
+  StartDependent();
+  const Columns<kVec, kItems, kExact> columns{cols};
+  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.y;
+  int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  Rows<const T> operands[kOperands];
+  operands[0] = x;
+  operands[1] = dy;
+  if constexpr (kAdd) operands[2] = dx_in;
+  Ring<T, kVec, kItems, kOperands> ring(operands, row, step, rows);
+  ring.Begin(columns);
+  const Weights<kVec, kItems> weights(w, columns);
+  const float inverse_cols = 1.0f / static_cast<float>(cols);
+  float next_scale = row < rows ? rstd[row] : 0.0f;
   Pack<float, kVec> dw_sum[kItems] = {};
-  int stage = 0, parity = 0;
-  for (; row < end; row += blockDim.y) {
-    constexpr int kAhead = kStages<kItems> - 1;
-    fetch(row + kAhead * blockDim.y, (stage + kAhead) % kStages<kItems>);
+  for (int parity = 0; row < rows; row += step, parity ^= 1) {
+    ring.Arrive(columns);
     const float scale = next_scale;
-    if (row + blockDim.y < end) next_scale = rstd[row + blockDim.y];
-    __pipeline_wait_prior(kAhead);
+    if (row + step < rows) next_scale = rstd[row + step];
 
     float dot = 0.0f;  // of g = dy * w and xhat
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
-      const int col = (threadIdx.x + i * blockDim.x) * kVec;
-      if (col >= cols) continue;
-      const Access x_now = slot(stage, i), dy_now = slot(stage, kItems + i);
-      const Pack<float, kVec> weight = Load<kVec>(w + col);
+      if (!columns.Has(i)) continue;
+      const Pack<float, kVec> x_now = Widen(ring.At(0, i)), dy_now = Widen(ring.At(1, i));
+      const Pack<float, kVec> weight = weights.At(i, columns);
 #pragma unroll
       for (int j = 0; j < kVec; ++j) {
-        const float product = ToFloat(dy_now.v[j]) * (ToFloat(x_now.v[j]) * scale);
+        const float product = dy_now.v[j] * (x_now.v[j] * scale);
         dw_sum[i].v[j] += product;
         dot += product * weight.v[j];
       }
     }
-    const float mean = RowSum(dot, shared[parity]) / static_cast<float>(cols);
-    parity ^= 1;
+    const float sum = GroupSum(dot, shared[parity] + threadIdx.y * (blockDim.x / 32));
+    // dx = rstd * dy * w - x * (rstd^2 * mean)
+    const float x_factor = -scale * scale * (sum * inverse_cols);
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
-      const int col = (threadIdx.x + i * blockDim.x) * kVec;
-      if (col >= cols) continue;
-      const Access x_now = slot(stage, i), dy_now = slot(stage, kItems + i);
-      const Pack<float, kVec> weight = Load<kVec>(w + col);
-      Access out;
-      if constexpr (kAccumulate) out = Load<kVec>(dx_in[row] + col);
+      if (!columns.Has(i)) continue;
+      const Pack<float, kVec> x_now = Widen(ring.At(0, i)), dy_now = Widen(ring.At(1, i));
+      const Pack<float, kVec> weight = weights.At(i, columns);
+      Pack<float, kVec> out = {};
+      if constexpr (kAdd) out = Widen(ring.At(2, i));
 #pragma unroll
       for (int j = 0; j < kVec; ++j) {
-        const float xhat = ToFloat(x_now.v[j]) * scale;
-        float value = scale * (ToFloat(dy_now.v[j]) * weight.v[j] - xhat * mean);
-        if constexpr (kAccumulate) value += ToFloat(out.v[j]);
-        out.v[j] = FromFloat<T>(value);
+        out.v[j] += scale * (dy_now.v[j] * weight.v[j]) + x_now.v[j] * x_factor;
       }
-      Store(dx[row] + col, out);
+      Store(dx[row] + columns.At(i), Round<T>(out));
     }
-    stage = (stage + 1) % kStages<kItems>;
+    ring.Advance();
   }
 
-  // Short rows: the block's sum over its warps, in order. Then kItems is 1.
+  // The block's sum over its groups, in order; the ring has room for kItems accesses of floats.
   if (blockDim.y > 1) {
+    extern __shared__ __align__(16) char dynamic[];
+    auto* const sums = reinterpret_cast<Pack<float, kVec>*>(dynamic);
     __syncthreads();  // the ring is read to the end
-    auto* of_warp = reinterpret_cast<Pack<float, kVec>*>(dynamic);
-    of_warp[thread] = dw_sum[0];
-    __syncthreads();
-    if (threadIdx.y > 0) return;
-    for (int y = 1; y < blockDim.y; ++y) {
 #pragma unroll
-      for (int j = 0; j < kVec; ++j) dw_sum[0].v[j] += of_warp[y * 32 + threadIdx.x].v[j];
+    for (int i = 0; i < kItems; ++i) {
+      sums[(threadIdx.y * kItems + i) * blockDim.x + threadIdx.x] = dw_sum[i];
     }
+    __syncthreads();
+    // Access `at` of the row, by whichever thread comes to it.
+    const int accesses = kItems * blockDim.x;
+    for (int at = threadIdx.y * blockDim.x + threadIdx.x; at < accesses;
+         at += blockDim.x * blockDim.y) {
+      Pack<float, kVec> total = sums[at];
+      for (int g = 1; g < blockDim.y; ++g) {
+        const Pack<float, kVec> other = sums[g * accesses + at];
+#pragma unroll
+        for (int j = 0; j < kVec; ++j) total.v[j] += other.v[j];
+      }
+      if (at * kVec < cols) Store(partial[blockIdx.x] + at * kVec, total);
+    }
+    return;
   }
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
-    const int col = (threadIdx.x + i * blockDim.x) * kVec;
-    if (col < cols) Store(partial[blockIdx.x] + col, dw_sum[i]);
+    if (columns.Has(i)) Store(partial[blockIdx.x] + columns.At(i), dw_sum[i]);
   }
 }
 
-// dw[col] += the sum of partial[p][col] over p: 32 columns a block, 16 strided sums each.
-constexpr int kColumns = 32, kSums = 16;
-__global__ void ColumnSumKernel(float* dw, Rows<const float> partial, int partials, int cols) {
-  __shared__ float shared[kSums][kColumns];
-  const int col = static_cast<int>(blockIdx.x) * kColumns + threadIdx.x;
-  float sum = 0.0f;
-  if (col < cols) {
-#pragma unroll 4
-    for (int p = threadIdx.y; p < partials; p += kSums) sum += partial[p][col];
-  }
-  shared[threadIdx.y][threadIdx.x] = sum;
-  __syncthreads();
-  if (threadIdx.y > 0 || col >= cols) return;
-  for (int y = 1; y < kSums; ++y) sum += shared[y][threadIdx.x];
-  dw[col] += sum;
-}
-
-// Calls run(vec, items, threads), the first two as std::integral_constant, for rows of `cols`.
+// Calls run(vec, items, exact, threads), the first three as std::integral_constant, for rows of
+// `cols`.
 template <typename T, typename Run>
 void ForRowShape(int64_t cols, bool vectorizable, const Run& run) {
-  const auto with_vec = [&](auto vec) {
-    constexpr int kVec = decltype(vec)::value;
+  const auto with_items = [&](auto vec, auto items) {
+    constexpr int kVec = decltype(vec)::value, kItems = decltype(items)::value;
     const int64_t accesses = (cols + kVec - 1) / kVec;
-    const auto with_items = [&](auto items) {
-      constexpr int kItems = decltype(items)::value;
-      const int64_t threads = (accesses + kItems * 32 - 1) / (kItems * 32) * 32;
-      run(vec, items, dim3(static_cast<unsigned>(threads), threads == 32 ? kShortRows : 1));
-    };
-    if (accesses <= kMaxThreads<kVec, 1>) {
-      with_items(std::integral_constant<int, 1>());
-    } else if (accesses <= 2 * kMaxThreads<kVec, 2>) {
-      with_items(std::integral_constant<int, 2>());
-    } else if (accesses <= 4 * kMaxThreads<kVec, 4>) {
-      with_items(std::integral_constant<int, 4>());
-    } else if (accesses <= 8 * kMaxThreads<kVec, 8>) {
-      with_items(std::integral_constant<int, 8>());
-    } else {
-      KRAIT_FATAL("RmsNorm on CUDA takes rows of at most " +
-                  std::to_string(8 * kMaxThreads<kVec, 8> * kVec) +
-                  " columns of this alignment, not " + std::to_string(cols));
+    const int64_t x = (accesses + kItems * 32 - 1) / (kItems * 32) * 32;
+    const dim3 threads(static_cast<unsigned>(x), static_cast<unsigned>(kThreads / x));
+    if constexpr (kVec > 1 && kItems <= 4) {
+      if (x * kItems == accesses) return run(vec, items, std::true_type(), threads);
     }
+    run(vec, items, std::false_type(), threads);
+  };
+  const auto longest = [&](int64_t limit) {
+    if (cols <= limit) return;
+    KRAIT_FATAL("RmsNorm on CUDA takes rows of at most " + std::to_string(limit) +
+                " columns of this alignment, not " + std::to_string(cols));
   };
   if (vectorizable) {
-    with_vec(std::integral_constant<int, kVectorOf<T>>());
+    constexpr int kVec = kVectorOf<T>;
+    constexpr std::integral_constant<int, kVec> vec;
+    longest(8 * kThreads * kVec);
+    if (cols <= 32 * kVec) {
+      with_items(vec, std::integral_constant<int, 1>());
+    } else if (cols <= 64 * kVec) {
+      with_items(vec, std::integral_constant<int, 2>());
+    } else if (cols <= 4 * kThreads * kVec) {
+      with_items(vec, std::integral_constant<int, 4>());
+    } else {
+      with_items(vec, std::integral_constant<int, 8>());
+    }
   } else {
-    with_vec(std::integral_constant<int, 1>());
+    constexpr std::integral_constant<int, 1> vec;
+    longest(16 * kThreads);
+    if (cols <= 4 * kThreads) {
+      with_items(vec, std::integral_constant<int, 4>());
+    } else {
+      with_items(vec, std::integral_constant<int, 16>());
+    }
   }
 }
 
@@ -254,42 +313,43 @@ void CheckShapes(const Tensor& x, std::initializer_list<Tensor> like, const Tens
   KRAIT_CHECK(rstd.dtype() == DType::kF32 && rstd.numel() == x.rows() && rstd.contiguous());
 }
 
+int64_t Blocks(int64_t rows, dim3 threads) {
+  return std::min(kNormBlocks, (rows + threads.y - 1) / threads.y);
+}
+
 template <typename T, bool kAdd>
 void Forward(Tensor h, Tensor y, Tensor rstd, Tensor residual, Tensor delta, Tensor w, double eps,
              const Context& ctx) {
   const bool vectorizable = Vectorizable(h) && Vectorizable(y) && Vectorizable(residual) &&
                             (!kAdd || Vectorizable(delta)) && Vectorizable(w);
   const int64_t rows = residual.rows(), cols = residual.dim(-1);
-  ForRowShape<T>(cols, vectorizable, [&](auto vec, auto items, dim3 threads) {
-    Launch("RmsNormForward", ForwardKernel<T, vec, items, kAdd>, (rows + threads.y - 1) / threads.y,
-           threads, 0, ctx, RowsOf<T>(h), RowsOf<T>(y), rstd.device_data<float>(),
-           RowsOf<const T>(residual), kAdd ? RowsOf<const T>(delta) : Rows<const T>{nullptr, 0},
+  ForRowShape<T>(cols, vectorizable, [&](auto vec, auto items, auto exact, dim3 threads) {
+    Launch("RmsNormForward", ForwardKernel<T, vec, items, exact, kAdd>,
+           Dependent(Blocks(rows, threads)), threads, Ring < T, vec, items, kAdd ? 2 : 1 > ::kBytes,
+           ctx, RowsOf<T>(h), RowsOf<T>(y), rstd.device_data<float>(), RowsOf<const T>(residual),
+           kAdd ? RowsOf<const T>(delta) : Rows<const T>{nullptr, 0},
            static_cast<const float*>(w.device_data<float>()), rows, static_cast<int>(cols),
            static_cast<float>(eps));
   });
 }
 
-template <typename T, bool kAccumulate>
-void Backward(Tensor dx, Tensor dw, Tensor partial, Tensor dy, Tensor dx_in, Tensor x, Tensor rstd,
-              Tensor w, const Context& ctx) {
-  const bool vectorizable = Vectorizable(dx) && (!kAccumulate || Vectorizable(dx_in)) &&
-                            Vectorizable(dy) && Vectorizable(x) && Vectorizable(w);
+template <typename T, bool kAdd>
+void Backward(Tensor dx, Tensor dw, Tensor dy, Tensor dx_in, Tensor x, Tensor rstd, Tensor w,
+              Tensor partial, const Context& ctx) {
+  const bool vectorizable = Vectorizable(dx) && Vectorizable(dy) && Vectorizable(x) &&
+                            (!kAdd || Vectorizable(dx_in)) && Vectorizable(w);
   const int64_t rows = x.rows(), cols = x.dim(-1);
-  ForRowShape<T>(cols, vectorizable, [&](auto vec, auto items, dim3 threads) {
-    const int64_t groups = (rows + threads.y - 1) / threads.y;
-    const int64_t groups_per_block = (groups + partial.dim(0) - 1) / partial.dim(0);
-    const int64_t blocks = (groups + groups_per_block - 1) / groups_per_block;
-    const int64_t ring_bytes = kStages<items> * 2 * items * threads.x * threads.y *
-                               static_cast<int64_t>(sizeof(Pack<T, vec>));
-    Launch("RmsNormBackward", BackwardKernel<T, vec, items, kAccumulate>, blocks, threads,
-           ring_bytes, ctx, RowsOf<T>(dx), RowsOf<float>(partial), RowsOf<const T>(dy),
-           kAccumulate ? RowsOf<const T>(dx_in) : Rows<const T>{nullptr, 0}, RowsOf<const T>(x),
+  ForRowShape<T>(cols, vectorizable, [&](auto vec, auto items, auto exact, dim3 threads) {
+    const int64_t blocks = Blocks(rows, threads);
+    KRAIT_CHECK(partial.dim(0) >= blocks && partial.dim(1) == cols);
+    Launch("RmsNormBackward", BackwardKernel<T, vec, items, exact, kAdd>, Dependent(blocks),
+           threads, Ring < T, vec, items, kAdd ? 3 : 2 > ::kBytes, ctx, RowsOf<T>(dx),
+           RowsOf<float>(partial), RowsOf<const T>(dy),
+           kAdd ? RowsOf<const T>(dx_in) : Rows<const T>{nullptr, 0}, RowsOf<const T>(x),
            static_cast<const float*>(rstd.device_data<float>()),
-           static_cast<const float*>(w.device_data<float>()), rows, groups_per_block * threads.y,
-           static_cast<int>(cols));
-    Launch("RmsNormBackward column sums", ColumnSumKernel, (cols + kColumns - 1) / kColumns,
-           dim3(kColumns, kSums), 0, ctx, dw.device_data<float>(), RowsOf<const float>(partial),
-           static_cast<int>(blocks), static_cast<int>(cols));
+           static_cast<const float*>(w.device_data<float>()), rows, static_cast<int>(cols));
+    AddColumnSums("RmsNormBackward column sums", VectorPlace{dw.device_data<float>()}, partial,
+                  blocks, ctx);
   });
 }
 
@@ -313,14 +373,14 @@ void RmsNormForward(Tensor h, Tensor y, Tensor rstd, Tensor residual, Tensor del
 void RmsNormBackward(Tensor dx, Tensor dw, Tensor dy, Tensor dx_in, Tensor x, Tensor rstd, Tensor w,
                      Tensor partial, const Context& ctx) {
   if (x.numel() == 0) return;
-  CheckShapes(x, {dx, dy, dx_in.defined() ? dx_in : dx}, rstd, w);
+  CheckShapes(x, {dx, dy, dx_in.defined() ? dx_in : x}, rstd, w);
   KRAIT_CHECK(dw.dtype() == DType::kF32 && dw.numel() == x.dim(-1) && dw.contiguous());
   const auto run = [&](auto zero) {
     using T = decltype(zero);
     if (dx_in.defined()) {
-      Backward<T, true>(dx, dw, partial, dy, dx_in, x, rstd, w, ctx);
+      Backward<T, true>(dx, dw, dy, dx_in, x, rstd, w, partial, ctx);
     } else {
-      Backward<T, false>(dx, dw, partial, dy, dx_in, x, rstd, w, ctx);
+      Backward<T, false>(dx, dw, dy, dx_in, x, rstd, w, partial, ctx);
     }
   };
   x.dtype() == DType::kBF16 ? run(BF16()) : run(0.0f);

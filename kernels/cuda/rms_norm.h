@@ -4,7 +4,6 @@
 #define KRAIT_KERNELS_CUDA_RMS_NORM_H_
 
 #include <algorithm>
-#include <cstdint>
 
 #include "kernels/context.h"
 #include "kernels/tensor.h"
@@ -16,12 +15,14 @@ namespace krait::cuda {
 void RmsNormForward(Tensor h, Tensor y, Tensor rstd, Tensor residual, Tensor delta, Tensor w,
                     double eps, const Context& ctx);
 
-// Rows of `partial`, the partial sums of dw: at most 4 blocks for each of the 132 multiprocessors
-// of an H100 or H200. Fixed, so that the sums do not depend on the device.
-inline int64_t RmsNormPartials(int64_t rows) { return std::min<int64_t>(rows, 528); }
+// Blocks of both passes: one for each of the 132 multiprocessors of an H100 or H200. Fixed, so that
+// sums do not depend on the device.
+inline constexpr int64_t kNormBlocks = 132;
+// Rows of the backward pass's scratch `partial` [rows, D] f32.
+inline int64_t RmsNormPartials(int64_t rows) { return std::min(rows, kNormBlocks); }
 
-// dx = dx_in (undefined: zero) + the norm's gradient; dx may be the same memory as dx_in. partial
-// [RmsNormPartials(rows), D] f32.
+// dx = dx_in + the norm's gradient; an undefined dx_in counts as zero. dx may be the memory of
+// dx_in.
 void RmsNormBackward(Tensor dx, Tensor dw, Tensor dy, Tensor dx_in, Tensor x, Tensor rstd, Tensor w,
                      Tensor partial, const Context& ctx);
 

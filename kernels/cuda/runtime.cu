@@ -1,5 +1,11 @@
 // kernels/cuda/runtime.h in a build with CUDA.
+#include <nvtx3/nvToolsExt.h>
+
+#include <mutex>
+#include <unordered_set>
+
 #include "kernels/cuda/check.h"
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/runtime.h"
 
 namespace krait::cuda {
@@ -40,12 +46,16 @@ void* Allocate(int64_t bytes, const std::string& segment) {
 
 void Free(void* memory) { KRAIT_CUDA_CHECK(cudaFree(memory)); }
 
-void CopyToDevice(void* device, const void* host, int64_t bytes) {
-  KRAIT_CUDA_CHECK(cudaMemcpy(device, host, static_cast<size_t>(bytes), cudaMemcpyHostToDevice));
+void CopyToDevice(void* device, const void* host, int64_t bytes, void* stream) {
+  KRAIT_CUDA_CHECK(cudaMemcpyAsync(device, host, static_cast<size_t>(bytes), cudaMemcpyHostToDevice,
+                                   static_cast<cudaStream_t>(stream)));
+  SynchronizeStream(stream);
 }
 
-void CopyToHost(void* host, const void* device, int64_t bytes) {
-  KRAIT_CUDA_CHECK(cudaMemcpy(host, device, static_cast<size_t>(bytes), cudaMemcpyDeviceToHost));
+void CopyToHost(void* host, const void* device, int64_t bytes, void* stream) {
+  KRAIT_CUDA_CHECK(cudaMemcpyAsync(host, device, static_cast<size_t>(bytes), cudaMemcpyDeviceToHost,
+                                   static_cast<cudaStream_t>(stream)));
+  SynchronizeStream(stream);
 }
 
 void CopyOnDevice(void* to, const void* from, int64_t bytes, void* stream) {
@@ -53,6 +63,72 @@ void CopyOnDevice(void* to, const void* from, int64_t bytes, void* stream) {
                                    static_cast<cudaStream_t>(stream)));
 }
 
+void Zero(void* device, int64_t bytes, void* stream) {
+  KRAIT_CUDA_CHECK(
+      cudaMemsetAsync(device, 0, static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream)));
+}
+
 void Synchronize() { KRAIT_CUDA_CHECK(cudaDeviceSynchronize()); }
+
+void SynchronizeStream(void* stream) {
+  KRAIT_CUDA_CHECK(cudaStreamSynchronize(static_cast<cudaStream_t>(stream)));
+}
+
+void* CreateStream() {
+  cudaStream_t stream = nullptr;
+  KRAIT_CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  return stream;
+}
+
+void DestroyStream(void* stream) {
+  KRAIT_CUDA_CHECK(cudaStreamDestroy(static_cast<cudaStream_t>(stream)));
+}
+
+void* CreateEvent(bool timed) {
+  cudaEvent_t event = nullptr;
+  KRAIT_CUDA_CHECK(
+      cudaEventCreateWithFlags(&event, timed ? cudaEventDefault : cudaEventDisableTiming));
+  return event;
+}
+
+void DestroyEvent(void* event) {
+  KRAIT_CUDA_CHECK(cudaEventDestroy(static_cast<cudaEvent_t>(event)));
+}
+
+void RecordEvent(void* event, void* stream) {
+  KRAIT_CUDA_CHECK(
+      cudaEventRecord(static_cast<cudaEvent_t>(event), static_cast<cudaStream_t>(stream)));
+}
+
+void WaitForEvent(void* event, void* stream) {
+  KRAIT_CUDA_CHECK(
+      cudaStreamWaitEvent(static_cast<cudaStream_t>(stream), static_cast<cudaEvent_t>(event), 0));
+}
+
+double SecondsBetween(void* begin, void* end) {
+  float milliseconds = 0;
+  KRAIT_CUDA_CHECK(cudaEventElapsedTime(&milliseconds, static_cast<cudaEvent_t>(begin),
+                                        static_cast<cudaEvent_t>(end)));
+  return static_cast<double>(milliseconds) * 1e-3;
+}
+
+void PushRange(const char* name) { nvtxRangePushA(name); }
+void PopRange() { nvtxRangePop(); }
+
+void SetAttributesOnce(const void* kernel, const char* name) {
+  static std::mutex mutex;
+  static std::unordered_set<const void*> done;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (!done.insert(kernel).second) return;
+  const auto check = [name](cudaError_t error) { Check(error, name, __FILE__, __LINE__); };
+  int device = 0, limit = 0;
+  check(cudaGetDevice(&device));
+  check(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, kernel));
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             limit - static_cast<int>(attributes.sharedSizeBytes)));
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+}
 
 }  // namespace krait::cuda

@@ -1,5 +1,6 @@
 // The little of the CUDA runtime that code outside kernels/cuda needs. In a build without CUDA the
-// same functions exist: available() is false and the others are fatal.
+// same functions exist: Available() is false and the others are fatal. Streams and events are
+// cudaStream_t and cudaEvent_t as void*; the null stream is CUDA's default one.
 #ifndef KRAIT_KERNELS_CUDA_RUNTIME_H_
 #define KRAIT_KERNELS_CUDA_RUNTIME_H_
 
@@ -12,16 +13,36 @@ namespace krait::cuda {
 bool Available(std::string* reason = nullptr);
 
 // Device memory of the current device, zero-filled; fatal with kOutOfMemory naming `segment`.
+// Waits for the device.
 void* Allocate(int64_t bytes, const std::string& segment);
 void Free(void* memory);
 
-// Blocking copies between host and device.
-void CopyToDevice(void* device, const void* host, int64_t bytes);
-void CopyToHost(void* host, const void* device, int64_t bytes);
-// A copy within the device, enqueued on `stream` (Context::stream) and not waited for.
+// Copies between host and device in the order of `stream` (Context::stream); they return when the
+// copy is done, with all work that was enqueued on the stream before it.
+void CopyToDevice(void* device, const void* host, int64_t bytes, void* stream = nullptr);
+void CopyToHost(void* host, const void* device, int64_t bytes, void* stream = nullptr);
+// Enqueued on `stream` and not waited for: a copy within the device, and bytes set to zero.
 void CopyOnDevice(void* to, const void* from, int64_t bytes, void* stream);
-// Waits for all work of the device and reports errors of earlier launches.
+void Zero(void* device, int64_t bytes, void* stream);
+// Waits for all work of the device, or of one stream, and reports errors of earlier launches.
 void Synchronize();
+void SynchronizeStream(void* stream);
+
+// A stream that runs beside the default one.
+void* CreateStream();
+void DestroyStream(void* stream);
+
+// Events; timed ones can be asked for the seconds between two of them that have happened.
+void* CreateEvent(bool timed);
+void DestroyEvent(void* event);
+void RecordEvent(void* event, void* stream);
+// Work enqueued on `stream` from here on waits for the event, as last recorded.
+void WaitForEvent(void* event, void* stream);
+double SecondsBetween(void* begin, void* end);
+
+// Named spans of host time for NVIDIA's profilers (NVTX); nothing without a profiler.
+void PushRange(const char* name);
+void PopRange();
 
 }  // namespace krait::cuda
 

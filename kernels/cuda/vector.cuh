@@ -6,6 +6,7 @@
 #include <cuda_pipeline_primitives.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "kernels/tensor.h"
 
@@ -30,6 +31,16 @@ __device__ inline T FromFloat(float value) {
   }
 }
 
+// 1 / (1 + e^-x) to a few units in the last place plus 2^-23 |x| of it, denormals being 0; 0 and 1
+// far out, NaN stays NaN. The plain forms of these two instructions guard against denormals with
+// half a dozen more.
+__device__ inline float Sigmoid(float x) {
+  float e, sigmoid;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(x * -1.4426950408889634f));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(sigmoid) : "f"(1.0f + e));
+  return sigmoid;
+}
+
 // kCount neighbouring elements, moved by one access of up to 16 bytes.
 template <typename T, int kCount>
 struct alignas(sizeof(T) * kCount > 16 ? 16 : sizeof(T) * kCount) Pack {
@@ -42,6 +53,46 @@ __device__ inline Pack<T, kCount> Load(const T* from) {
 template <typename T, int kCount>
 __device__ inline void Store(T* to, const Pack<T, kCount>& pack) {
   *reinterpret_cast<Pack<T, kCount>*>(to) = pack;
+}
+// The elements as floats, and back, rounded. (Element by element, the upper half of a word would
+// cost two instructions.)
+template <typename T, int kCount>
+__device__ inline Pack<float, kCount> Widen(const Pack<T, kCount>& pack) {
+  Pack<float, kCount> wide;
+  if constexpr (kDTypeOf<T> == DType::kBF16 && kCount % 2 == 0) {
+    union {
+      Pack<T, kCount> pack;
+      uint32_t words[kCount / 2];
+    } both = {pack};
+#pragma unroll
+    for (int j = 0; j < kCount / 2; ++j) {
+      wide.v[2 * j] = __uint_as_float(both.words[j] << 16);
+      wide.v[2 * j + 1] = __uint_as_float(both.words[j] & 0xffff0000u);
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) wide.v[j] = ToFloat(pack.v[j]);
+  }
+  return wide;
+}
+template <typename T, int kCount>
+__device__ inline Pack<T, kCount> Round(const Pack<float, kCount>& wide) {
+  Pack<T, kCount> pack;
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) pack.v[j] = FromFloat<T>(wide.v[j]);
+  return pack;
+}
+
+// Rows of a tensor in device memory.
+template <typename T>
+struct Rows {
+  T* data;
+  int64_t stride;
+  __device__ T* operator[](int64_t row) const { return data + row * stride; }
+};
+template <typename T>
+Rows<T> RowsOf(const Tensor& t) {
+  return {t.device_data<std::remove_const_t<T>>(), t.row_stride()};
 }
 
 // Starts a copy to shared memory that __pipeline_commit() and __pipeline_wait_prior() order; one
@@ -72,16 +123,19 @@ __device__ inline float WarpSum(float value) {
   return value;
 }
 
-// The sum over the blockDim.x threads (a multiple of 32) with the same threadIdx.y; when that is
-// more than one warp, blockDim.y must be 1 and all threads must call. `shared` holds 32 floats and
-// may be used again only after another barrier: callers alternate between two.
-__device__ inline float RowSum(float value, float* shared) {
+// The sum over a group of threads: the blockDim.x threads (a multiple of 32) with the same
+// threadIdx.y, all of which call; the same bits in each. Groups of more than one warp meet at a
+// barrier of their own, so that a block has at most 15 of them. `shared` holds a float for each
+// warp of the group and may be used again only after another barrier: callers alternate between
+// two.
+__device__ inline float GroupSum(float value, float* shared) {
   value = WarpSum(value);
   if (blockDim.x == 32) return value;
-  const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (lane == 0) shared[warp] = value;
-  __syncthreads();
-  return WarpSum(lane < blockDim.x / 32 ? shared[lane] : 0.0f);
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;
+  asm volatile("bar.sync %0, %1;" ::"r"(threadIdx.y + 1), "r"(blockDim.x) : "memory");
+  float sum = shared[0];
+  for (int warp = 1; warp < blockDim.x / 32; ++warp) sum += shared[warp];
+  return sum;
 }
 
 }  // namespace krait::cuda

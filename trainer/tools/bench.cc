@@ -136,6 +136,7 @@ absl::StatusOr<StepBench> RunStepBench(const RunConfig& config, int64_t steps) {
   bench.mfu = bench.tflops / bench.peak_tflops;
   double mean = 0;
   for (double seconds : step_seconds) mean += seconds / static_cast<double>(steps);
+  profile.Collect();
   double accounted = 0;
   for (int f = 0; f < kOpFamilies; ++f) {
     bench.breakdown_ms[f] = profile.seconds[f] * 1000 / static_cast<double>(steps);
