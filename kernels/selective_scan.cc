@@ -7,6 +7,7 @@
 #include "kernels/base/parallel_for.h"
 #include "kernels/cpu/dispatch.h"
 #include "kernels/cpu/selective_scan.h"
+#include "kernels/cuda/selective_scan.h"
 
 namespace krait {
 namespace {
@@ -40,7 +41,9 @@ Sizes CheckInputs(const SelectiveScanInputs& in) {
   if (in.initial_state.defined()) {
     CheckShape(in.initial_state, {s.batch, s.channels, s.states});
   }
-  if (in.doc_start.defined()) CheckShape(in.doc_start, {s.batch, s.time});
+  if (in.documents.doc_start.defined()) {
+    CheckShape(in.documents.doc_start, {s.batch, s.time});
+  }
   return s;
 }
 
@@ -87,7 +90,7 @@ cpu::ScanChunk<T> ChunkOf(const SelectiveScanInputs& in, const Parameters<T>& pa
                           const Sizes& s, int64_t batch, int64_t block, int64_t first) {
   const int64_t channel = block * kBlock;
   cpu::ScanChunk<T> chunk{};
-  chunk.steps = std::min(kScanChunk, s.time - first);
+  chunk.steps = std::min(cpu::kScanChunk, s.time - first);
   chunk.width = std::min(kBlock, s.channels - channel);
   chunk.states = s.states;
   chunk.x = RowsFrom<const T>(in.x, batch, first, channel);
@@ -95,10 +98,10 @@ cpu::ScanChunk<T> ChunkOf(const SelectiveScanInputs& in, const Parameters<T>& pa
   chunk.z = RowsFrom<const T>(in.z, batch, first, channel);
   chunk.b = RowsFrom<const T>(in.b, batch, first, 0);
   chunk.c = RowsFrom<const T>(in.c, batch, first, 0);
-  if (in.doc_start.defined()) {
-    chunk.doc_start = in.doc_start.data<int32_t>() + batch * s.time + first;
+  if (in.documents.doc_start.defined()) {
+    chunk.doc_start = in.documents.doc_start.data<int32_t>() + batch * s.time + first;
   }
-  chunk.first = first;
+  chunk.first = in.documents.first_position + first;
   chunk.a2 = parameters.a2 + block * kBlock * s.states;
   chunk.d = parameters.d + channel;
   chunk.dt_bias = parameters.dt_bias + channel;
@@ -129,21 +132,21 @@ void StoreState(Tensor state, const T* lanes, const Sizes& s, int64_t row, int64
 }
 
 template <typename T>
-void ForwardCpu(Tensor y, Tensor final_state, Tensor chunk_states, const SelectiveScanInputs& in,
+void ForwardCpu(Tensor y, Tensor final_state, Tensor kept_states, const SelectiveScanInputs& in,
                 const Sizes& s, const OpScope& op, const Context& ctx) {
   const ArenaScope scope(ctx.scratch);
   const Tensor parameter_memory = Parameters<T>::Alloc(s, ctx);
   const Tensor states = ctx.scratch->Alloc(kDTypeOf<T>, {s.items(), s.states, kBlock});
   if (op.planning()) return;
   const Parameters<T> parameters(parameter_memory, in, s);
-  const int64_t chunks = ScanChunks(s.time);
+  const int64_t chunks = ScanStates(Device::kCpu, s.time);
   ParallelFor(s.items(), 1, [&](int64_t item, int64_t) {
     const int64_t batch = item / s.blocks(), block = item % s.blocks();
     T* h = states.data<T>() + item * s.states * kBlock;
     LoadState(h, in.initial_state, s, batch, block);
     for (int64_t k = 0; k < chunks; ++k) {
-      StoreState(chunk_states, h, s, batch * chunks + k, block);
-      const int64_t first = k * kScanChunk;
+      StoreState(kept_states, h, s, batch * chunks + k, block);
+      const int64_t first = k * cpu::kScanChunk;
       cpu::ScanForwardChunk(ChunkOf<T>(in, parameters, s, batch, block, first), h,
                             RowsFrom<T>(y, batch, first, block * kBlock));
     }
@@ -156,11 +159,11 @@ template <typename T>
 struct ItemSums {
   T *carry, *da;      // [items][N][kBlock]
   T *dd, *d_dt_bias;  // [items][kBlock]
-  T *db, *dc;         // [items][kScanChunk][N], of the chunk at hand
+  T *db, *dc;         // [items][cpu::kScanChunk][N], of the chunk at hand
 
   static Tensor Alloc(const Sizes& s, const Context& ctx) {
-    return ctx.scratch->Alloc(kDTypeOf<T>,
-                              {s.items(), 2 * kBlock * (s.states + 1) + 2 * kScanChunk * s.states});
+    return ctx.scratch->Alloc(
+        kDTypeOf<T>, {s.items(), 2 * kBlock * (s.states + 1) + 2 * cpu::kScanChunk * s.states});
   }
   ItemSums(Tensor memory, const Sizes& s) {
     const int64_t items = s.items();
@@ -169,7 +172,7 @@ struct ItemSums {
     dd = da + items * s.states * kBlock;
     d_dt_bias = dd + items * kBlock;
     db = d_dt_bias + items * kBlock;
-    dc = db + items * kScanChunk * s.states;
+    dc = db + items * cpu::kScanChunk * s.states;
     std::fill(da, db, T(0));
   }
 };
@@ -177,13 +180,13 @@ struct ItemSums {
 // grad[batch, first + t] = sum over blocks, in order, of partial[item][t], for the chunk at hand.
 template <typename T>
 void SumBlocks(Tensor grad, const T* partial, const Sizes& s, int64_t first) {
-  const int64_t steps = std::min(kScanChunk, s.time - first);
+  const int64_t steps = std::min(cpu::kScanChunk, s.time - first);
   ParallelFor(s.batch * steps, 16, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const int64_t batch = r / steps, t = r % steps;
       T* row = RowsFrom<T>(grad, batch, first, 0)[t];
       for (int64_t block = 0; block < s.blocks(); ++block) {
-        const T* from = partial + ((batch * s.blocks() + block) * kScanChunk + t) * s.states;
+        const T* from = partial + ((batch * s.blocks() + block) * cpu::kScanChunk + t) * s.states;
         for (int64_t n = 0; n < s.states; ++n) row[n] = block == 0 ? from[n] : row[n] + from[n];
       }
     }
@@ -224,7 +227,7 @@ void AddParameterGradients(const SelectiveScanGradients& grad, const ItemSums<T>
 // and dc are needed for one chunk at a time.
 template <typename T>
 void BackwardCpu(const SelectiveScanGradients& grad, Tensor y, Tensor dy, Tensor d_final_state,
-                 Tensor chunk_states, const SelectiveScanInputs& in, const Sizes& s,
+                 Tensor kept_states, const SelectiveScanInputs& in, const Sizes& s,
                  const OpScope& op, const Context& ctx) {
   const ArenaScope scope(ctx.scratch);
   const Tensor parameter_memory = Parameters<T>::Alloc(s, ctx);
@@ -238,22 +241,22 @@ void BackwardCpu(const SelectiveScanGradients& grad, Tensor y, Tensor dy, Tensor
     LoadState(sums.carry + item * s.states * kBlock, d_final_state, s, item / s.blocks(),
               item % s.blocks());
   }
-  const int64_t chunks = ScanChunks(s.time);
+  const int64_t chunks = ScanStates(Device::kCpu, s.time);
   for (int64_t k = chunks - 1; k >= 0; --k) {
-    const int64_t first = k * kScanChunk;
+    const int64_t first = k * cpu::kScanChunk;
     ParallelFor(s.items(), 1, [&](int64_t item, int64_t) {
       const int64_t batch = item / s.blocks(), block = item % s.blocks();
       const int64_t channel = block * kBlock;
       T* workspace = workspaces.data<T>() + ThreadIndex() * workspace_size;
-      LoadState(workspace, chunk_states, s, batch * chunks + k, block);
+      LoadState(workspace, kept_states, s, batch * chunks + k, block);
       cpu::ScanChunkGradients<T> chunk{};
       chunk.dy = RowsFrom<const T>(dy, batch, first, channel);
       chunk.y = RowsFrom<T>(y, batch, first, channel);
       chunk.dx = RowsFrom<T>(grad.dx, batch, first, channel);
       chunk.d_dt_raw = RowsFrom<T>(grad.d_dt_raw, batch, first, channel);
       chunk.dz = RowsFrom<T>(grad.dz, batch, first, channel);
-      chunk.db = sums.db + item * kScanChunk * s.states;
-      chunk.dc = sums.dc + item * kScanChunk * s.states;
+      chunk.db = sums.db + item * cpu::kScanChunk * s.states;
+      chunk.dc = sums.dc + item * cpu::kScanChunk * s.states;
       chunk.carry = sums.carry + item * s.states * kBlock;
       chunk.da = sums.da + item * s.states * kBlock;
       chunk.dd = sums.dd + item * kBlock;
@@ -272,22 +275,31 @@ void BackwardCpu(const SelectiveScanGradients& grad, Tensor y, Tensor dy, Tensor
 
 }  // namespace
 
-void SelectiveScanForward(Tensor y, Tensor final_state, Tensor chunk_states,
+int64_t ScanStates(Device device, int64_t t) {
+  const int64_t steps = device == Device::kCuda ? cuda::kScanSteps : cpu::kScanChunk;
+  return (t + steps - 1) / steps;
+}
+
+void SelectiveScanForward(Tensor y, Tensor final_state, Tensor kept_states,
                           const SelectiveScanInputs& in, const Context& ctx) {
   OpScope op(ctx, OpFamily::kScan);
   const Sizes s = CheckInputs(in);
   CheckRows(y, s, s.channels);
   if (final_state.defined()) CheckShape(final_state, {s.batch, s.channels, s.states});
-  if (chunk_states.defined()) {
-    CheckShape(chunk_states, {s.batch, ScanChunks(s.time), s.channels, s.states});
+  if (kept_states.defined()) {
+    CheckShape(kept_states, {s.batch, ScanStates(in.x.device(), s.time), s.channels, s.states});
+  }
+  if (in.x.device() == Device::kCuda) {
+    if (op.planning()) return;
+    return cuda::SelectiveScanForward(y, final_state, kept_states, in, ctx);
   }
   cpu::DispatchFloat(in.x, "SelectiveScanForward", [&](auto zero) {
-    ForwardCpu<decltype(zero)>(y, final_state, chunk_states, in, s, op, ctx);
+    ForwardCpu<decltype(zero)>(y, final_state, kept_states, in, s, op, ctx);
   });
 }
 
 void SelectiveScanBackward(const SelectiveScanGradients& grad, Tensor y, Tensor dy,
-                           Tensor d_final_state, Tensor chunk_states, const SelectiveScanInputs& in,
+                           Tensor d_final_state, Tensor kept_states, const SelectiveScanInputs& in,
                            const Context& ctx) {
   OpScope op(ctx, OpFamily::kScan);
   const Sizes s = CheckInputs(in);
@@ -299,9 +311,17 @@ void SelectiveScanBackward(const SelectiveScanGradients& grad, Tensor y, Tensor 
   for (Tensor t : {d_final_state, grad.d_initial_state}) {
     if (t.defined()) CheckShape(t, {s.batch, s.channels, s.states});
   }
-  CheckShape(chunk_states, {s.batch, ScanChunks(s.time), s.channels, s.states});
+  CheckShape(kept_states, {s.batch, ScanStates(in.x.device(), s.time), s.channels, s.states});
+  if (in.x.device() == Device::kCuda) {
+    const ArenaScope scope(ctx.scratch);
+    const Tensor scratch = ctx.scratch->Alloc(
+        DType::kF32,
+        {cuda::ScanBackwardScratch(in.x.dtype(), s.batch, s.time, s.channels, s.states)});
+    if (op.planning()) return;
+    return cuda::SelectiveScanBackward(grad, y, dy, d_final_state, kept_states, in, scratch, ctx);
+  }
   cpu::DispatchFloat(in.x, "SelectiveScanBackward", [&](auto zero) {
-    BackwardCpu<decltype(zero)>(grad, y, dy, d_final_state, chunk_states, in, s, op, ctx);
+    BackwardCpu<decltype(zero)>(grad, y, dy, d_final_state, kept_states, in, s, op, ctx);
   });
 }
 

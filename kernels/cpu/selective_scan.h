@@ -19,6 +19,8 @@
 namespace krait::cpu {
 
 inline constexpr int64_t kScanBlock = 64;
+// Time steps between the states that the forward keeps for the backward.
+inline constexpr int64_t kScanChunk = 64;
 
 // A row-strided array: row t begins at data + t * stride.
 template <typename T>
@@ -34,9 +36,9 @@ struct ScanChunk {
   int64_t steps, width, states;  // width: channels in use, 1..kScanBlock
   TimeRows<const T> x, dt_raw, z, b, c;
   const int32_t* doc_start;  // [steps], or null for none
-  int64_t first;             // time of the first step
+  int64_t first;             // position of the first step
   bool Reset(int64_t t) const {
-    return doc_start != nullptr && doc_start[t] == first + t && first + t > 0;
+    return doc_start != nullptr && doc_start[t] == first + t;
   }
   // Parameters, padded to kScanBlock: a2 = A * log2(e) [states][kScanBlock]; d, dt_bias.
   const T *a2, *d, *dt_bias;

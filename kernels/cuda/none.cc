@@ -3,6 +3,7 @@
 #include "kernels/base/check.h"
 #include "kernels/cuda/rms_norm.h"
 #include "kernels/cuda/runtime.h"
+#include "kernels/cuda/selective_scan.h"
 
 namespace krait::cuda {
 namespace {
@@ -29,6 +30,14 @@ void RmsNormForward(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, double, cons
   NoCuda();
 }
 void RmsNormBackward(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool, const Context&) {
+  NoCuda();
+}
+
+void SelectiveScanForward(Tensor, Tensor, Tensor, const SelectiveScanInputs&, const Context&) {
+  NoCuda();
+}
+void SelectiveScanBackward(const SelectiveScanGradients&, Tensor, Tensor, Tensor, Tensor,
+                           const SelectiveScanInputs&, Tensor, const Context&) {
   NoCuda();
 }
 
