@@ -8,13 +8,14 @@
 #include "kernels/cpu/dispatch.h"
 #include "kernels/cpu/selective_scan.h"
 #include "kernels/cpu/widened.h"
+#include "kernels/cuda/call.h"
+#include "kernels/cuda/selective_scan.h"
 
 namespace krait {
 namespace {
 
 constexpr int64_t kBlock = cpu::kScanBlock;
 constexpr int64_t kScanChunk = cpu::kScanChunk;
-constexpr int64_t kCudaSteps = 16;  // between the states that CUDA keeps
 
 int64_t Chunks(int64_t t) { return (t + kScanChunk - 1) / kScanChunk; }
 
@@ -283,7 +284,7 @@ SelectiveScanInputs WidenedInputs(cpu::Widened* wide, SelectiveScanInputs in) {
 }  // namespace
 
 int64_t ScanStates(Device device, int64_t t) {
-  return device == Device::kCuda ? (t + kCudaSteps - 1) / kCudaSteps : Chunks(t);
+  return device == Device::kCuda ? (t + cuda::kScanSteps - 1) / cuda::kScanSteps : Chunks(t);
 }
 
 void SelectiveScanForward(Tensor y, Tensor final_state, Tensor kept_states,
@@ -310,6 +311,11 @@ void SelectiveScanForward(Tensor y, Tensor final_state, Tensor kept_states,
   if (final_state.defined()) CheckShape(final_state, {s.batch, s.channels, s.states});
   if (kept_states.defined()) {
     CheckShape(kept_states, {s.batch, ScanStates(ctx.device, s.time), s.channels, s.states});
+  }
+  if (ctx.device == Device::kCuda) {
+    if (op.planning()) return;
+    KRAIT_CUDA(SelectiveScanForward(y, final_state, kept_states, in, ctx));
+    return;
   }
   cpu::DispatchFloat(in.x, op.name(), [&](auto zero) {
     ForwardCpu<decltype(zero)>(y, final_state, kept_states, in, s, op, ctx);
@@ -357,6 +363,16 @@ void SelectiveScanBackward(const SelectiveScanGradients& gradients, Tensor y, Te
     if (t.defined()) CheckShape(t, {s.batch, s.channels, s.states});
   }
   CheckShape(kept_states, {s.batch, ScanStates(ctx.device, s.time), s.channels, s.states});
+  if (ctx.device == Device::kCuda) {
+    const ArenaScope scope(ctx.scratch);
+    const Tensor scratch = ctx.scratch->Alloc(
+        DType::kF32,
+        {cuda::ScanBackwardScratch(in.x.dtype(), s.batch, s.time, s.channels, s.states)});
+    if (op.planning()) return;
+    KRAIT_CUDA(
+        SelectiveScanBackward(grad, y, dy, d_final_state, kept_states, in, scratch, ctx));
+    return;
+  }
   cpu::DispatchFloat(in.x, op.name(), [&](auto zero) {
     BackwardCpu<decltype(zero)>(grad, y, dy, d_final_state, kept_states, in, s, op, ctx);
   });

@@ -1,0 +1,344 @@
+// The CUDA selective scan against the CPU version of the same header in f64, on the same values.
+//
+// Bounds, on ||a - b|| / ||b||. bf16: twice the error that the CPU's f32 scan has once its results
+// are rounded to bf16. f32: 8 * 2^-24, the bound of the CPU's own f32 test: a sum of N + 1 terms
+// whose states carry the roundings of 1 / (1 - decay) ~ 5 steps; a gradient passes through the
+// recurrence twice. Sums over all tokens (the parameters' gradients) add more terms: twice that.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "kernels/cuda/runtime.h"
+#include "kernels/selective_scan.h"
+#include "support/gradcheck.h"
+
+namespace krait {
+namespace {
+
+using testing::Buf;
+using testing::Get;
+using testing::RelativeError;
+using testing::SameBits;
+using testing::Set;
+using testing::TestContext;
+using testing::Values;
+
+constexpr DType kF32 = DType::kF32, kF64 = DType::kF64, kBF16 = DType::kBF16;
+const double kNaN = std::numeric_limits<double>::quiet_NaN();
+
+struct Shape {
+  int64_t batch, time, channels, states;
+  int64_t pad = 0;    // elements between rows
+  int64_t shift = 0;  // elements before the first, in device memory
+  int64_t first_position = 0;
+};
+std::ostream& operator<<(std::ostream& out, const Shape& s) {
+  return out << "B " << s.batch << " T " << s.time << " I " << s.channels << " N " << s.states
+             << " pad " << s.pad << " shift " << s.shift << " from " << s.first_position;
+}
+
+// A copy of a CPU tensor in device memory, padding between rows included.
+class OnGpu {
+ public:
+  explicit OnGpu(Tensor host, int64_t shift = 0) : host_(host) {
+    const int64_t size = SizeOf(host.dtype());
+    int64_t last = 0;
+    for (int i = 0; i < host.rank(); ++i) last += (host.dim(i) - 1) * host.stride(i);
+    bytes_ = (last + 1) * size;
+    memory_ = static_cast<char*>(cuda::Allocate(bytes_ + shift * size, "a test tensor"));
+    data_ = memory_ + shift * size;
+    cuda::CopyToDevice(data_, host.raw(), bytes_);
+    switch (host.rank()) {
+      case 1:
+        gpu_ = Tensor(data_, host.dtype(), Device::kCuda, {host.dim(0)});
+        break;
+      case 2:
+        gpu_ = Tensor(data_, host.dtype(), Device::kCuda, {host.dim(0), host.dim(1)});
+        break;
+      case 3:
+        gpu_ =
+            Tensor(data_, host.dtype(), Device::kCuda, {host.dim(0), host.dim(1), host.stride(1)})
+                .Slice(2, 0, host.dim(2));
+        break;
+      default:
+        gpu_ = Tensor(data_, host.dtype(), Device::kCuda,
+                      {host.dim(0), host.dim(1), host.dim(2), host.dim(3)});
+    }
+  }
+  ~OnGpu() { cuda::Free(memory_); }
+  OnGpu(const OnGpu&) = delete;
+  OnGpu& operator=(const OnGpu&) = delete;
+  operator Tensor() const { return gpu_; }  // NOLINT: passed where a view is taken
+  void Download() { cuda::CopyToHost(host_.raw(), data_, bytes_); }
+
+ private:
+  Tensor host_, gpu_;
+  char *memory_, *data_;
+  int64_t bytes_;
+};
+
+struct GpuContext {
+  GpuContext() : scratch("test scratch on the device", Device::kCuda, int64_t{256} << 20) {
+    ctx.device = Device::kCuda;
+    ctx.scratch = &scratch;
+  }
+  Arena scratch;
+  Context ctx;
+};
+
+// Values a trained model could have: time steps around softplus(-1), decays from exp(-dt/2) down.
+// `c` is the dtype of the data, `wide` that of the rest.
+struct Scan {
+  Shape s;
+  Buf x, dt_raw, b, c, z, a_log, d, dt_bias, initial_state, doc_start;
+  Buf dy, d_final_state;
+  Buf y, final_state, kept_states, y_again;
+  Buf dx, d_dt_raw, dz, db, dc, d_a_log, dd, d_dt_bias, d_initial_state;
+
+  Scan(DType type, DType wide, Shape shape, Device device)
+      : s(shape),
+        x(type, {s.batch, s.time, s.channels}, s.pad),
+        dt_raw(type, {s.batch, s.time, s.channels}),
+        b(type, {s.batch, s.time, s.states}, s.pad),
+        c(type, {s.batch, s.time, s.states}, s.pad),
+        z(type, {s.batch, s.time, s.channels}, s.pad),
+        a_log(wide, {s.channels, s.states}),
+        d(wide, {s.channels}),
+        dt_bias(wide, {s.channels}),
+        initial_state(wide, {s.batch, s.channels, s.states}),
+        doc_start(DType::kI32, {s.batch, s.time}),
+        dy(type, {s.batch, s.time, s.channels}),
+        d_final_state(wide, {s.batch, s.channels, s.states}),
+        y(type, {s.batch, s.time, s.channels}, s.pad),
+        final_state(wide, {s.batch, s.channels, s.states}),
+        kept_states(wide, {s.batch, ScanStates(device, s.time), s.channels, s.states}),
+        y_again(type, {s.batch, s.time, s.channels}, s.pad),
+        dx(type, {s.batch, s.time, s.channels}, s.pad),
+        d_dt_raw(type, {s.batch, s.time, s.channels}, s.pad),
+        dz(type, {s.batch, s.time, s.channels}, s.pad),
+        db(wide, {s.batch, s.time, s.states}, s.pad),
+        dc(wide, {s.batch, s.time, s.states}, s.pad),
+        d_a_log(wide, {s.channels, s.states}),
+        dd(wide, {s.channels}),
+        d_dt_bias(wide, {s.channels}),
+        d_initial_state(wide, {s.batch, s.channels, s.states}) {
+    x.FillNormal(1), dt_raw.FillNormal(2, 0.7, -0.5), b.FillNormal(3), c.FillNormal(4);
+    z.FillNormal(5), a_log.FillNormal(6, 0.5), d.FillNormal(7), dt_bias.FillNormal(8, 0.5, -0.5);
+    initial_state.FillNormal(9), dy.FillNormal(10), d_final_state.FillNormal(11);
+    for (Buf* out : Outputs()) out->Fill(kNaN);
+    for (Buf* out : {&d_a_log, &dd, &d_dt_bias}) out->FillNormal(12);  // added to
+    // No document begins here: the sequence goes on.
+    doc_start.Fill(-1);
+  }
+  // The inputs of `other`, widened.
+  void Assign(const Scan& other) {
+    const std::vector<const Buf*> from = other.Inputs();
+    for (size_t i = 0; i < from.size(); ++i) {
+      const_cast<Buf*>(Inputs()[i])->Assign(Values(*from[i]));
+    }
+    for (auto [to, source] : {std::pair(&d_a_log, &other.d_a_log), std::pair(&dd, &other.dd),
+                              std::pair(&d_dt_bias, &other.d_dt_bias)}) {
+      to->Assign(Values(*source));
+    }
+  }
+  std::vector<const Buf*> Inputs() const {
+    return {&x,  &dt_raw,       &b, &c, &z, &a_log, &d, &dt_bias, &initial_state, &doc_start,
+            &dy, &d_final_state};
+  }
+  std::vector<Buf*> Outputs() {
+    return {&y,  &final_state, &y_again, &dx, &d_dt_raw,  &dz,
+            &db, &dc,          &d_a_log, &dd, &d_dt_bias, &d_initial_state};
+  }
+  // Documents begin at these tokens of every row, one later in odd rows.
+  void SetDocuments(const std::vector<int64_t>& starts) {
+    for (int64_t r = 0; r < s.batch; ++r) {
+      int64_t start = -1;
+      for (int64_t t = 0; t < s.time; ++t) {
+        for (int64_t begin : starts) {
+          if (t == begin + (begin > 0 ? r % 2 : 0)) start = s.first_position + t;
+        }
+        Set(doc_start, r * s.time + t, static_cast<double>(start));
+      }
+    }
+  }
+  void RunOnCpu(bool documents, bool states) {
+    const TestContext ctx;
+    const Tensor none;
+    const SelectiveScanInputs in = {x,
+                                    dt_raw,
+                                    b,
+                                    c,
+                                    z,
+                                    a_log,
+                                    d,
+                                    dt_bias,
+                                    states ? initial_state.tensor() : none,
+                                    {documents ? doc_start.tensor() : none, s.first_position}};
+    SelectiveScanForward(y, states ? final_state.tensor() : none, kept_states, in, ctx);
+    SelectiveScanBackward({dx, d_dt_raw, dz, db, dc, d_a_log, dd, d_dt_bias,
+                           states ? d_initial_state.tensor() : none},
+                          y_again, dy, states ? d_final_state.tensor() : none, kept_states, in,
+                          ctx);
+  }
+  void RunOnGpu(bool documents, bool states, bool in_place, const Context& ctx) {
+    const Tensor none;
+    OnGpu gx(x, s.shift), gdt(dt_raw, s.shift), gb(b, s.shift), gc(c, s.shift), gz(z, s.shift);
+    OnGpu ga(a_log), gd(d), gbias(dt_bias), ginitial(initial_state), gdoc(doc_start);
+    OnGpu gy(y, s.shift), gfinal(final_state), gkept(kept_states);
+    const SelectiveScanInputs in = {gx,
+                                    gdt,
+                                    gb,
+                                    gc,
+                                    gz,
+                                    ga,
+                                    gd,
+                                    gbias,
+                                    states ? ginitial : none,
+                                    {documents ? gdoc : none, s.first_position}};
+    SelectiveScanForward(gy, states ? gfinal : none, gkept, in, ctx);
+    OnGpu gdy(dy, s.shift), gdfinal(d_final_state), gagain(y_again, s.shift), gdx(dx, s.shift);
+    OnGpu gddt(d_dt_raw, s.shift), gdz(dz, s.shift), gdb(db), gdc(dc), gda(d_a_log), gdd(dd);
+    OnGpu gdbias(d_dt_bias), gdinitial(d_initial_state);
+    if (in_place) {
+      SelectiveScanBackward({gx, gdt, gz, gdb, gdc, gda, gdd, gdbias, states ? gdfinal : none}, gdy,
+                            gdy, states ? gdfinal : none, gkept, in, ctx);
+      for (OnGpu* out : {&gx, &gdt, &gz, &gdy, &gdfinal}) out->Download();
+    } else {
+      SelectiveScanBackward({gdx, gddt, gdz, gdb, gdc, gda, gdd, gdbias, states ? gdinitial : none},
+                            gagain, gdy, states ? gdfinal : none, gkept, in, ctx);
+      for (OnGpu* out : {&gdx, &gddt, &gdz, &gagain, &gdinitial}) out->Download();
+    }
+    for (OnGpu* out : {&gy, &gfinal, &gdb, &gdc, &gda, &gdd, &gdbias}) out->Download();
+  }
+};
+
+const char* const kOutputNames[] = {
+    "y",  "final_state", "y of the backward", "dx", "d_dt_raw",  "dz",
+    "db", "dc",          "d_a_log",           "dd", "d_dt_bias", "d_initial_state"};
+
+std::vector<double> Rounded(Tensor t) {
+  std::vector<double> values = Values(t);
+  for (double& v : values) v = testing::FromBF16(testing::ToBF16(static_cast<float>(v)));
+  return values;
+}
+
+class SelectiveScanGpu : public ::testing::TestWithParam<DType> {
+ protected:
+  void SetUp() override {
+    std::string reason;
+    if (!cuda::Available(&reason)) GTEST_SKIP() << "no GPU: " << reason;
+    gpu_.emplace();
+  }
+  void Check(const Shape& s, const std::vector<int64_t>& documents, bool states) {
+    SCOPED_TRACE(::testing::Message() << s << " states " << states);
+    Scan gpu(GetParam(), kF32, s, Device::kCuda);
+    gpu.SetDocuments(documents);
+    Scan exact(kF64, kF64, s, Device::kCpu), cpu(kF32, kF32, s, Device::kCpu);
+    exact.Assign(gpu), cpu.Assign(gpu);
+    exact.RunOnCpu(!documents.empty(), states);
+    cpu.RunOnCpu(!documents.empty(), states);
+    gpu.RunOnGpu(!documents.empty(), states, false, gpu_->ctx);
+    for (size_t i = 0; i < gpu.Outputs().size(); ++i) {
+      const Buf& out = *gpu.Outputs()[i];
+      EXPECT_TRUE(out.PaddingIntact()) << kOutputNames[i];
+      if (!states && std::string(kOutputNames[i]).find("_state") != std::string::npos) continue;
+      const std::vector<double> expected = Values(*exact.Outputs()[i]);
+      double bound = 8 * 0x1p-24 * (i >= 8 ? 2 : 1);
+      if (GetParam() == kBF16) bound = 2 * RelativeError(Rounded(*cpu.Outputs()[i]), expected);
+      const double error = RelativeError(Values(out), expected);
+      EXPECT_LE(error, bound) << kOutputNames[i];
+      if (std::getenv("KRAIT_TEST_PRINT") != nullptr) {
+        std::printf("%-18s %.3g of %.3g\n", kOutputNames[i], error, bound);
+      }
+    }
+  }
+  std::optional<GpuContext> gpu_;
+};
+
+TEST_P(SelectiveScanGpu, AgreesWithTheCpu) {
+  // Whole and broken chunks of 16 tokens, blocks of 64 channels and warps of 8; rows that are
+  // aligned, strided or shifted.
+  Check({2, 64, 128, 16}, {}, true);
+  Check({2, 300, 70, 16}, {100, 101, 250}, true);
+  Check({1, 1, 64, 16}, {}, true);
+  Check({1, 1, 8, 16}, {0}, true);
+  Check({3, 17, 8, 16, 8}, {}, false);
+  Check({2, 47, 72, 16, 8}, {0, 16, 17, 31, 32}, true);
+  Check({2, 33, 67, 16, 3}, {5}, true);
+  Check({1, 40, 64, 16, 0, 1}, {}, true);
+  // Enough channels for blocks of 64 of them.
+  Check({3, 50, 2056, 16}, {20}, true);
+  Check({3, 50, 2059, 16, 5}, {20}, false);
+}
+
+TEST_P(SelectiveScanGpu, OtherNumbersOfStates) {
+  for (int64_t states : {1, 3, 4, 8, 15, 17, 32, 50, 64}) {
+    Check({2, 35, 41, states, 1}, {0, 20}, true);
+  }
+}
+
+TEST_P(SelectiveScanGpu, PiecesOfASequence) {
+  // Documents at the first token of a piece and inside it, by absolute position.
+  Check({2, 40, 64, 16, 8, 0, 1000}, {0, 9}, true);
+  Check({2, 40, 64, 16, 8, 0, 1000}, {16}, true);
+}
+
+TEST_P(SelectiveScanGpu, OutputsOverInputs) {
+  for (const Shape& s : {Shape{2, 70, 128, 16}, Shape{2, 37, 67, 5, 3}}) {
+    SCOPED_TRACE(::testing::Message() << s);
+    Scan apart(GetParam(), kF32, s, Device::kCuda), over(GetParam(), kF32, s, Device::kCuda);
+    apart.RunOnGpu(false, true, false, gpu_->ctx);
+    over.RunOnGpu(false, true, true, gpu_->ctx);
+    EXPECT_TRUE(SameBits(apart.dx, over.x));
+    EXPECT_TRUE(SameBits(apart.d_dt_raw, over.dt_raw));
+    EXPECT_TRUE(SameBits(apart.dz, over.z));
+    EXPECT_TRUE(SameBits(apart.y_again, over.dy));
+    EXPECT_TRUE(SameBits(apart.d_initial_state, over.d_final_state));
+    for (auto [a, b] : {std::pair(&apart.db, &over.db), std::pair(&apart.dc, &over.dc),
+                        std::pair(&apart.d_a_log, &over.d_a_log)}) {
+      EXPECT_TRUE(SameBits(*a, *b));
+    }
+  }
+}
+
+TEST_P(SelectiveScanGpu, TwoRunsGiveTheSameBits) {
+  for (const Shape& s : {Shape{2, 200, 256, 16}, Shape{4, 50, 2100, 16}, Shape{2, 70, 67, 20, 1}}) {
+    SCOPED_TRACE(::testing::Message() << s);
+    Scan one(GetParam(), kF32, s, Device::kCuda), two(GetParam(), kF32, s, Device::kCuda);
+    for (Scan* scan : {&one, &two}) scan->RunOnGpu(false, true, false, gpu_->ctx);
+    for (size_t i = 0; i < one.Outputs().size(); ++i) {
+      EXPECT_TRUE(SameBits(*one.Outputs()[i], *two.Outputs()[i])) << kOutputNames[i];
+    }
+  }
+}
+
+// Steps of -1e-4 to -1e-3: a state lives for thousands of tokens.
+TEST_P(SelectiveScanGpu, SlowDecays) {
+  const Shape s{1, 5000, 64, 16};
+  Scan gpu(GetParam(), kF32, s, Device::kCuda);
+  gpu.dt_raw.FillNormal(2, 0.3, -5), gpu.dt_bias.Fill(-1), gpu.a_log.FillNormal(6, 0.5, -2);
+  Scan exact(kF64, kF64, s, Device::kCpu), cpu(kF32, kF32, s, Device::kCpu);
+  exact.Assign(gpu), cpu.Assign(gpu);
+  for (Scan* scan : {&exact, &cpu}) scan->RunOnCpu(false, true);
+  gpu.RunOnGpu(false, true, false, gpu_->ctx);
+  for (size_t i = 0; i < gpu.Outputs().size(); ++i) {
+    const std::vector<double> expected = Values(*exact.Outputs()[i]);
+    const double of_cpu = GetParam() == kBF16 ? RelativeError(Rounded(*cpu.Outputs()[i]), expected)
+                                              : RelativeError(Values(*cpu.Outputs()[i]), expected);
+    const double error = RelativeError(Values(*gpu.Outputs()[i]), expected);
+    // The two f32 versions round in different places: 4 times, not 2.
+    EXPECT_LE(error, (GetParam() == kBF16 ? 2 : 4) * of_cpu) << kOutputNames[i];
+    if (std::getenv("KRAIT_TEST_PRINT") != nullptr) {
+      std::printf("%-18s %.3g beside %.3g\n", kOutputNames[i], error, of_cpu);
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(, SelectiveScanGpu, ::testing::Values(kF32, kBF16),
+                         [](const auto& dtype) { return std::string(Name(dtype.param)); });
+
+}  // namespace
+}  // namespace krait
