@@ -3,26 +3,29 @@
 //   forward  y[rows of e, O] = x w[e]^T      backward  dx[rows of e, I] = dy w[e]
 //   weight   dw[e] (+)= dy^T x over the rows of e, f32
 //
-// A tile of the output is 128 x 128, the sum over k goes in steps of 64. Two blocks form a cluster:
+// A tile of the output is 128 x 192, the sum over k goes in steps of 64. Two blocks form a cluster:
 // they work on two tiles above each other, share the tile of b (each fetches one half for both),
 // and walk over all tiles with the other clusters. In a block one thread fetches operands into a
 // ring of stages with the copy engine, and two warpgroups multiply. They take the block's tiles in
 // turn: one stores while the other multiplies, which matters because an expert's sums are short (K
-// of 2048) beside a 128 x 128 tile of f32 to write. Adding to dw is a reduction of the copy engine.
+// of 2048) beside a tile of f32 to write. Adding to dw is a reduction of the copy engine.
 //
 // Segments of rows begin at multiples of 128, so no tile has rows of two experts; an odd number of
 // tiles leaves the lower block of the last pair without work. The tensor maps cover the whole
 // buffers, so that the host needs no sizes. What lies beyond an operand's columns is read as zero
 // and not written.
 //
-// Rates on an H200 (8 experts, 16384 rows, skewed routing, pad rows not counted; the card is
-// limited by power, so compare within a column), in TFLOP/s:
-//                                       11264 x 2048             2048 x 5632
-//                              fwd  input  weight  adding   fwd  input  weight  adding
-//   cuBLASLt for each expert   735    589     556     480   685    657     527     475
-//   both warpgroups on one
-//   128 x 256 tile             747    615     591     569   702    702     603     584
-//   this kernel                730    649     657     641   706    712     664     662
+// Rates on an H200 after a minute of load, when its power limit decides (bench_gemm_gpu_bench:
+// uneven routing, pad rows not counted), TFLOP/s forward / backward / weight / weight adding;
+// "each" is a cuBLASLt product for each expert with sizes on the host:
+//                                    this kernel                    each
+//   8 experts 16384 x 2048 x 11264   625 / 597 / 597 / 557          633 / 612 / 617 / 562
+//   8 experts 16384 x 5632 x 2048    580 / 567 / 599 / 571          609 / 595 / 534 / 493
+//   4 experts 16384 x 4096 x 28672   650 / 626 / 619 / 619          694 / 657 / 653 / 635
+//   4 experts 16384 x 14336 x 4096   630 / 644 / 633 / 620          666 / 668 / 642 / 617
+// With tiles of 128 x 128 it ran 0 to 11 % slower in that state, though equal on a cool card (730 /
+// 649 / 657 / 641 in the first row): there energy for each product counts, not latency. Both
+// warpgroups on one 128 x 256 tile lost 10 % of the weight gradients to stores without overlap.
 #include <cuda.h>
 
 #include <algorithm>
@@ -36,15 +39,15 @@
 namespace krait::cuda {
 namespace {
 
-constexpr int kTile = 128;              // rows and columns of an output tile
-constexpr int kStep = 64;               // of k in one stage: 128 bytes, the width of the swizzle
-constexpr int kStages = 6;              // of the ring
-constexpr int kPanel = 64 * kStep * 2;  // bytes of 64 rows or columns of an operand in a stage
-constexpr int kOperand = 2 * kPanel;
-constexpr int kStage = 2 * kOperand;
+constexpr int kTileM = 128, kTileN = 192;  // rows and columns of an output tile
+constexpr int kStep = 64;                  // of k in one stage: 128 bytes, the width of the swizzle
+constexpr int kPanel = 64 * kStep * 2;     // bytes of 64 rows or columns of an operand in a stage
+constexpr int kBytesA = kTileM / 64 * kPanel, kBytesB = kTileN / 64 * kPanel;
+constexpr int kStage = kBytesA + kBytesB, kStages = 5;  // of the ring
 constexpr int kSlab = 64 * 128;  // bytes of output that are stored at a time: 64 rows of 128 bytes
 constexpr int kThreads = 384;    // two warpgroups that multiply and one that fetches
-constexpr int kShared = 1024 + kStages * kStage + 4 * kSlab + kStages * 16;
+constexpr int kShared = 1024 + kStages * kStage + 2 * kSlab + kStages * 16;
+static_assert(kShared <= 227 * 1024);
 // Pairs of tiles, above each other, of a band: the clusters at work cover about a square of the
 // output, which keeps their operands in the L2 cache. 4 and 16 were within 2 %.
 constexpr int kBand = 8;
@@ -138,25 +141,27 @@ template <int kPending>
 __device__ inline void MultiplyWait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
-// c[64,128] = a[64,16] b[16,128] (+ c unless `first`) of a warpgroup. An operand is "along m" or
+// c[64,192] = a[64,16] b[16,192] (+ c unless `first`) of a warpgroup. An operand is "along m" or
 // "along n" when its unit stride is, else it is along k.
-template <bool kAlongM, bool kAlongN>
-__device__ inline void Multiply(float (&c)[64], uint64_t a, uint64_t b, bool first) {
 #define C4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
 #define C16(i) C4(i), C4(i + 4), C4(i + 8), C4(i + 12)
+template <bool kAlongM, bool kAlongN>
+__device__ inline void Multiply(float (&c)[96], uint64_t a, uint64_t b, bool first) {
   asm volatile(
-      "{\n.reg .pred add;\nsetp.eq.b32 add, %66, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+      "{\n.reg .pred add;\nsetp.eq.b32 add, %98, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n192k16.f32.bf16.bf16 "
       "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
       "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-      "%64, %65, add, 1, 1, %67, %68;\n}"
-      : C16(0), C16(16), C16(32), C16(48)
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
+      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
+      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95}, "
+      "%96, %97, add, 1, 1, %99, %100;\n}"
+      : C16(0), C16(16), C16(32), C16(48), C16(64), C16(80)
       : "l"(a), "l"(b), "r"(static_cast<int>(first)), "n"(kAlongM), "n"(kAlongN));
+}
 #undef C16
 #undef C4
-}
 
 // ---- Tiles
 
@@ -172,47 +177,46 @@ template <Grouped kKind>
 struct Walk {
   const int64_t* offsets;
   const Extents& extents;
-  int64_t index = blockIdx.x / 2;  // of the pair among all
-  int64_t first = 0;               // index of the expert's first pair
+  int index = static_cast<int>(blockIdx.x / 2);  // of the pair among all
+  int first = 0;                                 // index of the expert's first pair
   int expert = 0;
-  int64_t begin, rows;  // of the expert
-  int m, n;             // the pair: its row of pairs and column of tiles
+  int begin, rows;  // of the expert
+  int m, n;         // the pair: its row of pairs and column of tiles
 
   __device__ Walk(const int64_t* expert_offsets, const Extents& all)
       : offsets(expert_offsets), extents(all) {
     ReadExpert();
   }
   __device__ void ReadExpert() {
-    begin = offsets[expert];
-    rows = offsets[expert + 1] - begin;
+    begin = static_cast<int>(offsets[expert]);
+    rows = static_cast<int>(offsets[expert + 1]) - begin;
   }
   // The pair at `index`; false when there is none.
   __device__ bool Find() {
-    const int columns = (extents.n + kTile - 1) / kTile;
+    const int columns = (extents.n + kTileN - 1) / kTileN;
     int pairs;
     for (;;) {
-      const int64_t height = kKind == Grouped::kWeight ? extents.m : rows;
-      pairs = static_cast<int>((height + 2 * kTile - 1) / (2 * kTile));
-      const int64_t count = static_cast<int64_t>(pairs) * columns;
+      const int height = kKind == Grouped::kWeight ? extents.m : rows;
+      pairs = (height + 2 * kTileM - 1) / (2 * kTileM);
+      const int count = pairs * columns;
       if (index < first + count) break;
       first += count;
       if (++expert == extents.experts) return false;
       ReadExpert();
     }
-    const int local = static_cast<int>(index - first), band = local / (kBand * columns);
+    const int local = index - first, band = local / (kBand * columns);
     const int within = local - band * kBand * columns, height = min(kBand, pairs - band * kBand);
     n = within / height;
     m = band * kBand + within % height;
     return true;
   }
-  __device__ void Next() { index += gridDim.x / 2; }
+  __device__ void Next() { index += static_cast<int>(gridDim.x / 2); }
   // Whether the tile of a block of the cluster has rows.
   __device__ bool HasRows(int block) const {
-    return kKind == Grouped::kWeight || (m * 2 + block) * int64_t{kTile} < rows;
+    return kKind == Grouped::kWeight || (m * 2 + block) * kTileM < rows;
   }
   __device__ int Steps() const {
-    return kKind == Grouped::kWeight ? static_cast<int>((rows + kStep - 1) / kStep)
-                                     : (extents.k + kStep - 1) / kStep;
+    return ((kKind == Grouped::kWeight ? rows : extents.k) + kStep - 1) / kStep;
   }
 };
 
@@ -277,7 +281,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
   constexpr bool kAlongM = kKind == Grouped::kWeight, kAlongN = kKind != Grouped::kForward;
   extern __shared__ uint8_t dynamic[];
   const uint32_t ring = (SharedAddress(dynamic) + 1023) & ~1023u;  // the swizzle's period
-  const uint32_t slabs = ring + kStages * kStage, barriers = slabs + 4 * kSlab;
+  const uint32_t slabs = ring + kStages * kStage, barriers = slabs + 2 * kSlab;
   const auto full = [&](int stage) { return barriers + stage * 16; };
   const auto empty = [&](int stage) { return barriers + stage * 16 + 8; };
   const int block = static_cast<int>(blockIdx.x % 2);  // of the cluster
@@ -296,29 +300,31 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
     if (threadIdx.x == 2 * 128) {
       Place place;
       for (Walk<kKind> walk(offsets, extents); walk.Find(); walk.Next()) {
-        const int row = (walk.m * 2 + block) * kTile, column = walk.n * kTile;
-        const int begin = static_cast<int>(walk.begin), steps = walk.Steps();
+        const int row = (walk.m * 2 + block) * kTileM, column = walk.n * kTileN;
+        const int steps = walk.Steps();
         const bool has_rows = walk.HasRows(block);
         for (int i = 0; i < steps; ++i, place.Advance(1)) {
           const uint32_t barrier = full(place.stage);
-          const uint32_t a = ring + place.stage * kStage, b = a + kOperand;
+          const uint32_t a = ring + place.stage * kStage, b = a + kBytesA;
           BarrierWait(empty(place.stage), place.parity ^ 1);
-          BarrierExpectBytes(barrier, (has_rows ? kOperand : 0) + kOperand);
+          BarrierExpectBytes(barrier, (has_rows ? kBytesA : 0) + kBytesB);
           if constexpr (kAlongM) {
-            Fetch(a, &map_a, row, begin + i * kStep, 0, barrier);
-            Fetch(a + kPanel, &map_a, row + 64, begin + i * kStep, 0, barrier);
+            Fetch(a, &map_a, row, walk.begin + i * kStep, 0, barrier);
+            Fetch(a + kPanel, &map_a, row + 64, walk.begin + i * kStep, 0, barrier);
           } else if (has_rows) {
-            Fetch(a, &map_a, i * kStep, begin + row, 0, barrier);
+            Fetch(a, &map_a, i * kStep, walk.begin + row, 0, barrier);
           }
-          // This block's panel of b.
-          const uint32_t to = b + block * kPanel;
-          const int n = column + block * 64;
+          // This block's half of b.
           if constexpr (kKind == Grouped::kForward) {
-            FetchForBoth(to, &map_b, i * kStep, n, walk.expert, barrier);
-          } else if constexpr (kKind == Grouped::kInput) {
-            FetchForBoth(to, &map_b, n, i * kStep, walk.expert, barrier);
+            FetchForBoth(b + block * (kBytesB / 2), &map_b, i * kStep, column + block * kTileN / 2,
+                         walk.expert, barrier);
           } else {
-            FetchForBoth(to, &map_b, n, begin + i * kStep, 0, barrier);
+            const int k = i * kStep + block * kStep / 2;
+            for (int panel = 0; panel < kTileN / 64; ++panel) {
+              FetchForBoth(b + panel * kPanel + block * (kPanel / 2), &map_b, column + panel * 64,
+                           kKind == Grouped::kInput ? k : walk.begin + k,
+                           kKind == Grouped::kInput ? walk.expert : 0, barrier);
+            }
           }
         }
       }
@@ -328,7 +334,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     const int lane = threadIdx.x % 32;
     const bool leader = threadIdx.x % 128 == 0;
-    const uint32_t my_slabs = slabs + warpgroup * 2 * kSlab;
+    const uint32_t my_slab = slabs + warpgroup * kSlab;
     // The warpgroups wait for their turns: it keeps the order of their products, and a warpgroup a
     // round of the ring ahead would take a stage's last phase for the one that it waits for.
     const auto wait_turn = [&] { NamedSync(3 + warpgroup, 256); };
@@ -338,9 +344,8 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
       if (lane < 2) BarrierArriveAt(empty(stage), lane);
     };
     Place place;
-    int slab = 0;
     bool mine = warpgroup == 0;
-    float c[2][64];  // two panels of 64 rows
+    float c[2][kTileN / 2];  // two panels of 64 rows
     for (Walk<kKind> walk(offsets, extents); walk.Find(); walk.Next(), mine = !mine) {
       const int steps = walk.Steps();
       if (!mine) {
@@ -359,7 +364,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
       int last = -1;  // the stage whose products may still run
       for (int i = 0; i < steps; ++i, place.Advance(1)) {
         BarrierWait(full(place.stage), place.parity);
-        const uint32_t a = ring + place.stage * kStage, b = a + kOperand;
+        const uint32_t a = ring + place.stage * kStage, b = a + kBytesA;
         MultiplyFence();
 #pragma unroll
         for (int k = 0; k < kStep / 16; ++k) {
@@ -382,7 +387,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
       if (steps == 0) {  // an expert without rows
         if (accumulate) continue;
 #pragma unroll
-        for (int i = 0; i < 64; ++i) c[0][i] = c[1][i] = 0.0f;
+        for (int i = 0; i < kTileN / 2; ++i) c[0][i] = c[1][i] = 0.0f;
       }
 
       using Out = OutputOf<kKind>;
@@ -390,23 +395,22 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
 #pragma unroll
       for (int panel = 0; panel < 2; ++panel) {
 #pragma unroll
-        for (int column = 0; column < kTile; column += kWidth, slab ^= 1) {
-          const uint32_t from = my_slabs + slab * kSlab;
-          // The store before the last one has read its slab.
-          if (leader) asm volatile("cp.async.bulk.wait_group.read 1;" ::: "memory");
+        for (int column = 0; column < kTileN; column += kWidth) {
+          // The last store has read the slab.
+          if (leader) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
           NamedSync(1 + warpgroup, 128);
-          WriteSlab<Out>(from, &c[panel][column / 2]);
+          WriteSlab<Out>(my_slab, &c[panel][column / 2]);
           asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
           NamedSync(1 + warpgroup, 128);
           if (!leader) continue;
-          const int x = walk.n * kTile + column;
-          const int y = (walk.m * 2 + block) * kTile + panel * 64;
+          const int x = walk.n * kTileN + column;
+          const int y = (walk.m * 2 + block) * kTileM + panel * 64;
           if constexpr (kKind != Grouped::kWeight) {
-            StoreBox(&map_c, from, x, static_cast<int>(walk.begin) + y, 0);
+            StoreBox(&map_c, my_slab, x, walk.begin + y, 0);
           } else if (accumulate) {
-            AddBox(&map_c, from, x, y, walk.expert);
+            AddBox(&map_c, my_slab, x, y, walk.expert);
           } else {
-            StoreBox(&map_c, from, x, y, walk.expert);
+            StoreBox(&map_c, my_slab, x, y, walk.expert);
           }
           asm volatile("cp.async.bulk.commit_group;" ::: "memory");
         }
@@ -481,11 +485,15 @@ void Run(const char* name, Tensor out, Tensor a, Tensor b, Tensor offsets, bool 
       !Mappable(a) || !Mappable(b) || !Mappable(out)) {
     return PlainGrouped(kKind, out, a, b, offsets, accumulate, ctx);
   }
+  // The kernel counts tiles in 32 bits.
+  const int64_t height = weight ? out.dim(0) * out.dim(1) : out.dim(0) + 256 * offsets.numel();
+  KRAIT_CHECK((height / kTileM + 1) * (out.dim(-1) / kTileN + 1) <= INT32_MAX);
   const Extents extents = {static_cast<int>(offsets.numel() - 1),
                            weight ? static_cast<int>(out.dim(1)) : 0, static_cast<int>(out.dim(-1)),
                            weight ? 0 : static_cast<int>(a.dim(1))};
   Launch(name, GroupedKernel<kKind>, 2 * Clusters(), dim3(kThreads), kShared, ctx,
-         MapOf(a, weight ? 64 : kTile), MapOf(b, 64), MapOf(out, 64),
+         MapOf(a, weight ? 64 : kTileM),
+         MapOf(b, kKind == Grouped::kForward ? kTileN / 2 : kStep / 2), MapOf(out, 64),
          static_cast<const int64_t*>(offsets.device_data<int64_t>()), extents, accumulate);
 }
 

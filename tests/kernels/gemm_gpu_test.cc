@@ -130,8 +130,8 @@ TEST(MatMulGpu, EmptyExtents) {
   c.Fill(5);
   const OnGpu gpu_none(none);
   OnGpu gpu_c(c);
-  MatMul(gpu_none, gpu_none, false, gpu_c.tensor().Slice(0, 0, 0), true, false, gpu);  // no rows
-  MatMul(gpu_c, gpu_none, true, gpu_none, false, true, gpu);  // an empty sum
+  MatMul(gpu_none, gpu_none, false, gpu_c, true, false, gpu);  // no rows
+  MatMul(gpu_c, gpu_none, true, gpu_none, false, true, gpu);   // an empty sum
   gpu_c.Download();
   EXPECT_EQ(Get(c, 63), 5);
   MatMul(gpu_c, gpu_none, true, gpu_none, false, false, gpu);
