@@ -4,7 +4,7 @@
 # Python wheels (.venv of this checkout, the active Python). Scripts find the answer as KRAIT_NVCC in
 # the cache of any build folder.
 set(krait_cuda_get "NVIDIA's apt repository (cuda-toolkit-13-0), or: python3 -m venv .venv && \
-.venv/bin/pip install 'cuda-toolkit[nvcc,cudart,crt,nvvm,cccl]==13.0.2'")
+.venv/bin/pip install 'cuda-toolkit[nvcc,cudart,crt,nvvm,cccl,cublas]==13.0.2'")
 
 if(KRAIT_NVCC AND NOT EXISTS ${KRAIT_NVCC})
   unset(KRAIT_NVCC CACHE)
