@@ -4,7 +4,7 @@
 # Python wheels (.venv of this checkout, the active Python). Scripts find the answer as KRAIT_NVCC in
 # the cache of any build folder.
 set(krait_cuda_get "NVIDIA's apt repository (cuda-toolkit-13-0), or: python3 -m venv .venv && \
-.venv/bin/pip install 'cuda-toolkit[nvcc,cudart,crt,nvvm,cccl]==13.0.2'")
+.venv/bin/pip install 'cuda-toolkit[nvcc,cudart,crt,nvvm,cccl,cublas]==13.0.2'")
 
 if(KRAIT_NVCC AND NOT EXISTS ${KRAIT_NVCC})
   unset(KRAIT_NVCC CACHE)
@@ -53,13 +53,25 @@ if(KRAIT_CUDA)
   set(CMAKE_CUDA_STANDARD 20)
   set(CMAKE_CUDA_STANDARD_REQUIRED ON)
   set(CMAKE_CUDA_EXTENSIONS OFF)
-  # The runtime is linked statically (krait_cuda below): a binary starts on machines without CUDA.
+  # The runtime is linked statically (krait_cuda below), cuBLASLt dynamically: it has 500 MB.
   set(CMAKE_CUDA_RUNTIME_LIBRARY None)
   find_package(Threads REQUIRED)
   find_library(KRAIT_CUDART libcudart_static.a REQUIRED
     HINTS ${krait_cuda_root}/lib64 ${krait_cuda_root}/lib ${CMAKE_CUDA_IMPLICIT_LINK_DIRECTORIES})
+  # Also where apt's packages and NVIDIA's Python wheels keep it; these have versioned names only.
+  find_library(KRAIT_CUBLASLT NAMES cublasLt libcublasLt.so.13
+    HINTS ${krait_cuda_root}/lib64 ${krait_cuda_root}/lib ${CMAKE_CUDA_IMPLICIT_LINK_DIRECTORIES})
+  find_path(KRAIT_CUDA_INCLUDE cublasLt.h
+    HINTS ${krait_cuda_root}/include ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
+  if(NOT KRAIT_CUBLASLT OR NOT KRAIT_CUDA_INCLUDE)
+    message(FATAL_ERROR "KRAIT_CUDA is on, but cuBLASLt (libcublasLt, cublasLt.h) was not found "
+      "beside ${KRAIT_NVCC}. Get it from NVIDIA's apt repository (libcublas-dev-13-0), or: "
+      ".venv/bin/pip install 'cuda-toolkit[cublas]==13.0.2'")
+  endif()
   add_library(krait_cuda INTERFACE)
-  target_link_libraries(krait_cuda INTERFACE ${KRAIT_CUDART} Threads::Threads ${CMAKE_DL_LIBS} rt)
+  target_include_directories(krait_cuda SYSTEM INTERFACE ${KRAIT_CUDA_INCLUDE})
+  target_link_libraries(krait_cuda INTERFACE
+    ${KRAIT_CUBLASLT} ${KRAIT_CUDART} Threads::Threads ${CMAKE_DL_LIBS} rt)
   target_compile_options(krait_flags INTERFACE
     "$<$<COMPILE_LANGUAGE:CUDA>:SHELL:-Werror all-warnings -Xcompiler=-Wall,-Wextra,-Werror>")
 endif()
@@ -67,6 +79,7 @@ endif()
 # What the summary says about optional things: found or how to get it.
 if(KRAIT_CUDA)
   krait_found("CUDA" "${CMAKE_CUDA_COMPILER_VERSION}, sm_${CMAKE_CUDA_ARCHITECTURES} (${KRAIT_NVCC})" "")
+  krait_found("cuBLASLt" "${KRAIT_CUBLASLT}" "")
 elseif(KRAIT_NVCC)
   krait_found("CUDA" "${KRAIT_NVCC}, not used by this preset (cmake --preset cuda)" "")
 else()
@@ -83,7 +96,6 @@ macro(krait_cuda_library name file get)
     krait_found("${name}" "" "${get} (${krait_later})")
   endif()
 endmacro()
-krait_cuda_library(cuBLASLt cublasLt "pip install nvidia-cublas")
 krait_cuda_library(cuDNN cudnn "pip install nvidia-cudnn-cu13")
 krait_cuda_library(NCCL nccl "pip install nvidia-nccl-cu13")
 

@@ -3,6 +3,8 @@
 #include "kernels/cpu/dispatch.h"
 #include "kernels/cpu/gemm.h"
 #include "kernels/cpu/widened.h"
+#include "kernels/cuda/call.h"
+#include "kernels/cuda/gemm.h"
 
 namespace krait {
 namespace {
@@ -11,20 +13,41 @@ using cpu::Matrix;
 using cpu::Rows;
 using cpu::RowsOf;
 
+// The operands of a product fit together.
+void CheckProduct(Tensor c, Tensor a, bool transpose_a, Tensor b, bool transpose_b) {
+  const int64_t k = transpose_a ? a.rows() : a.dim(-1);
+  KRAIT_CHECK((transpose_a ? a.dim(-1) : a.rows()) == c.rows());
+  KRAIT_CHECK((transpose_b ? b.dim(-1) : b.rows()) == k);
+  KRAIT_CHECK((transpose_b ? b.rows() : b.dim(-1)) == c.dim(-1));
+}
+void CheckGrouped(Tensor x, Tensor y, Tensor w, Tensor offsets) {
+  KRAIT_CHECK(x.rank() == 2 && y.rank() == 2 && w.rank() == 3 && w.contiguous());
+  KRAIT_CHECK(x.dim(1) == w.dim(2) && y.dim(1) == w.dim(1));
+  KRAIT_CHECK(offsets.numel() == w.dim(0) + 1 && offsets.contiguous());
+}
+
 // c = op(a) op(b) (+ c) on the CPU, operands of one dtype.
 void Product(const char* op, Tensor c, Tensor a, bool transpose_a, Tensor b, bool transpose_b,
              bool accumulate) {
+  CheckProduct(c, a, transpose_a, b, transpose_b);
   cpu::DispatchFloat(c, op, [&](auto zero) {
     using T = decltype(zero);
     const Rows<T> rows_a = RowsOf<T>(a), rows_b = RowsOf<T>(b), rows_c = RowsOf<T>(c);
     const int64_t k = transpose_a ? rows_a.rows : rows_a.columns;
-    KRAIT_CHECK((transpose_a ? rows_a.columns : rows_a.rows) == rows_c.rows);
-    KRAIT_CHECK((transpose_b ? rows_b.columns : rows_b.rows) == k);
-    KRAIT_CHECK((transpose_b ? rows_b.rows : rows_b.columns) == rows_c.columns);
     cpu::Gemm<T>(
         rows_c.rows, rows_c.columns, k, T{1}, Matrix<T>{rows_a.data, rows_a.stride, transpose_a},
         Matrix<T>{rows_b.data, rows_b.stride, transpose_b}, accumulate, rows_c.data, rows_c.stride);
   });
+}
+
+// c = op(a) op(b) (+ bias) (+ c) on CUDA.
+void ProductOnCuda(const OpScope& op, Tensor c, Tensor a, bool transpose_a, Tensor b,
+                   bool transpose_b, Tensor bias, bool accumulate, const Context& ctx) {
+  const ArenaScope scope(ctx.scratch);
+  const Tensor workspace = ctx.scratch->Alloc(DType::kU8, {cuda::kMatMulWorkspace});
+  if (op.planning()) return;
+  CheckProduct(c, a, transpose_a, b, transpose_b);
+  KRAIT_CUDA(MatMul(c, a, transpose_a, b, transpose_b, bias, accumulate, workspace, ctx));
 }
 
 // An output that the product overwrites or adds to.
@@ -54,6 +77,9 @@ void ForEachExpert(Tensor x, Tensor y, Tensor offsets, const Fn& fn) {
 void MatMul(Tensor c, Tensor a, bool transpose_a, Tensor b, bool transpose_b, bool accumulate,
             const Context& ctx) {
   OpScope op(ctx, OpFamily::kGemm, "MatMul", {{"c", c}, {"a", a}, {"b", b}});
+  if (ctx.device == Device::kCuda) {
+    return ProductOnCuda(op, c, a, transpose_a, b, transpose_b, Tensor(), accumulate, ctx);
+  }
   cpu::Widened wide(ctx);
   c = Output(&wide, c, accumulate), a = wide.In(a), b = wide.In(b);
   if (op.planning()) return;
@@ -62,6 +88,13 @@ void MatMul(Tensor c, Tensor a, bool transpose_a, Tensor b, bool transpose_b, bo
 
 void LinearForward(Tensor y, Tensor x, Tensor w, Tensor bias, const Context& ctx) {
   OpScope op(ctx, OpFamily::kGemm, "LinearForward", {{"y", y}, {"x", x}, {"w", w}, {"bias", bias}});
+  if (ctx.device == Device::kCuda) {
+    // A bias of another dtype than y's is added to the product.
+    const bool fused = bias.defined() && bias.dtype() == y.dtype();
+    ProductOnCuda(op, y, x, false, w, true, fused ? bias : Tensor(), false, ctx);
+    if (bias.defined() && !fused && !op.planning()) KRAIT_CUDA(AddBias(y, bias, ctx));
+    return;
+  }
   cpu::Widened wide(ctx);
   y = wide.Out(y), x = wide.In(x), w = wide.In(w), bias = wide.In(bias);
   if (op.planning()) return;
@@ -79,6 +112,9 @@ void LinearForward(Tensor y, Tensor x, Tensor w, Tensor bias, const Context& ctx
 
 void LinearBackwardInput(Tensor dx, Tensor dy, Tensor w, bool accumulate, const Context& ctx) {
   OpScope op(ctx, OpFamily::kGemm, "LinearBackwardInput", {{"dx", dx}, {"dy", dy}, {"w", w}});
+  if (ctx.device == Device::kCuda) {
+    return ProductOnCuda(op, dx, dy, false, w, false, Tensor(), accumulate, ctx);
+  }
   cpu::Widened wide(ctx);
   dx = Output(&wide, dx, accumulate), dy = wide.In(dy), w = wide.In(w);
   if (op.planning()) return;
@@ -87,6 +123,9 @@ void LinearBackwardInput(Tensor dx, Tensor dy, Tensor w, bool accumulate, const 
 
 void LinearBackwardWeight(Tensor dw, Tensor dy, Tensor x, bool accumulate, const Context& ctx) {
   OpScope op(ctx, OpFamily::kGemm, "LinearBackwardWeight", {{"dw", dw}, {"dy", dy}, {"x", x}});
+  if (ctx.device == Device::kCuda) {
+    return ProductOnCuda(op, dw, dy, true, x, false, Tensor(), accumulate, ctx);
+  }
   cpu::Widened wide(ctx);
   dy = wide.In(dy), x = wide.In(x);
   if (op.planning()) return;
@@ -95,6 +134,12 @@ void LinearBackwardWeight(Tensor dw, Tensor dy, Tensor x, bool accumulate, const
 
 void AddBias(Tensor y, Tensor bias, const Context& ctx) {
   OpScope op(ctx, OpFamily::kGemm, "AddBias", {{"y", y}, {"bias", bias}});
+  if (ctx.device == Device::kCuda) {
+    if (op.planning()) return;
+    KRAIT_CHECK(bias.contiguous() && bias.numel() == y.dim(-1));
+    KRAIT_CUDA(AddBias(y, bias, ctx));
+    return;
+  }
   cpu::Widened wide(ctx);
   y = wide.InOut(y), bias = wide.In(bias);
   if (op.planning()) return;
@@ -108,6 +153,12 @@ void AddBias(Tensor y, Tensor bias, const Context& ctx) {
 
 void LinearBackwardBias(Tensor db, Tensor dy, const Context& ctx) {
   OpScope op(ctx, OpFamily::kGemm, "LinearBackwardBias", {{"db", db}, {"dy", dy}});
+  if (ctx.device == Device::kCuda) {
+    if (op.planning()) return;
+    KRAIT_CHECK(db.contiguous() && db.numel() == dy.dim(-1));
+    KRAIT_CUDA(LinearBackwardBias(db, dy, ctx));
+    return;
+  }
   cpu::Widened wide(ctx);
   dy = wide.In(dy);
   if (op.planning()) return;
@@ -122,6 +173,12 @@ void LinearBackwardBias(Tensor db, Tensor dy, const Context& ctx) {
 void GroupedLinearForward(Tensor y, Tensor x, Tensor w, Tensor offsets, const Context& ctx) {
   OpScope op(ctx, OpFamily::kGemm, "GroupedLinearForward",
              {{"y", y}, {"x", x}, {"w", w}, {"offsets", offsets}});
+  if (ctx.device == Device::kCuda) {
+    if (op.planning()) return;
+    CheckGrouped(x, y, w, offsets);
+    KRAIT_CUDA(GroupedLinearForward(y, x, w, offsets, ctx));
+    return;
+  }
   cpu::Widened wide(ctx);
   y = wide.InOut(y), x = wide.In(x), w = wide.In(w);
   if (op.planning()) return;
@@ -134,6 +191,12 @@ void GroupedLinearBackwardInput(Tensor dx, Tensor dy, Tensor w, Tensor offsets,
                                 const Context& ctx) {
   OpScope op(ctx, OpFamily::kGemm, "GroupedLinearBackwardInput",
              {{"dx", dx}, {"dy", dy}, {"w", w}, {"offsets", offsets}});
+  if (ctx.device == Device::kCuda) {
+    if (op.planning()) return;
+    CheckGrouped(dx, dy, w, offsets);
+    KRAIT_CUDA(GroupedLinearBackwardInput(dx, dy, w, offsets, ctx));
+    return;
+  }
   cpu::Widened wide(ctx);
   dx = wide.InOut(dx), dy = wide.In(dy), w = wide.In(w);
   if (op.planning()) return;
@@ -146,6 +209,12 @@ void GroupedLinearBackwardWeight(Tensor dw, Tensor dy, Tensor x, Tensor offsets,
                                  const Context& ctx) {
   OpScope op(ctx, OpFamily::kGemm, "GroupedLinearBackwardWeight",
              {{"dw", dw}, {"dy", dy}, {"x", x}, {"offsets", offsets}});
+  if (ctx.device == Device::kCuda) {
+    if (op.planning()) return;
+    CheckGrouped(x, dy, dw, offsets);
+    KRAIT_CUDA(GroupedLinearBackwardWeight(dw, dy, x, offsets, accumulate, ctx));
+    return;
+  }
   cpu::Widened wide(ctx);
   dy = wide.In(dy), x = wide.In(x);
   if (op.planning()) return;
