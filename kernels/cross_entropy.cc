@@ -7,6 +7,8 @@
 #include "kernels/cpu/cross_entropy.h"
 #include "kernels/cpu/dispatch.h"
 #include "kernels/cpu/widened.h"
+#include "kernels/cuda/call.h"
+#include "kernels/cuda/cross_entropy.h"
 
 namespace krait {
 namespace {
@@ -32,6 +34,11 @@ void ForEachRow(const cpu::Rows<T>& rows, const Fn& fn) {
 
 void CrossEntropyMax(Tensor max, Tensor logits, VocabularySlice slice, const Context& ctx) {
   OpScope op(ctx, OpFamily::kLoss, "CrossEntropyMax", {{"max", max}, {"logits", logits}});
+  if (ctx.device == Device::kCuda) {
+    if (op.planning()) return;
+    KRAIT_CUDA(CrossEntropyMax(max, logits, slice, ctx));
+    return;
+  }
   cpu::Widened wide(ctx);
   logits = wide.In(logits);
   if (op.planning()) return;
@@ -49,6 +56,11 @@ void CrossEntropySum(Tensor sum, Tensor picked, Tensor max, Tensor logits, Tenso
   OpScope op(
       ctx, OpFamily::kLoss, "CrossEntropySum",
       {{"sum", sum}, {"picked", picked}, {"max", max}, {"logits", logits}, {"targets", targets}});
+  if (ctx.device == Device::kCuda) {
+    if (op.planning()) return;
+    KRAIT_CUDA(CrossEntropySum(sum, picked, max, logits, targets, slice, ctx));
+    return;
+  }
   cpu::Widened wide(ctx);
   logits = wide.In(logits);
   if (op.planning()) return;
@@ -80,6 +92,12 @@ void CrossEntropyFinish(Tensor losses, Tensor d_logits, Tensor max, Tensor sum, 
               {"logits", logits},
               {"targets", targets},
               {"scale", scale}});
+  if (ctx.device == Device::kCuda) {
+    if (op.planning()) return;
+    KRAIT_CUDA(
+        CrossEntropyFinish(losses, d_logits, max, sum, picked, logits, targets, slice, scale, ctx));
+    return;
+  }
   cpu::Widened wide(ctx);
   d_logits = wide.Out(d_logits), logits = wide.In(logits);
   if (op.planning()) return;

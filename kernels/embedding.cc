@@ -6,6 +6,8 @@
 #include "kernels/cpu/activation.h"
 #include "kernels/cpu/dispatch.h"
 #include "kernels/cpu/widened.h"
+#include "kernels/cuda/call.h"
+#include "kernels/cuda/embedding.h"
 
 namespace krait {
 namespace {
@@ -28,6 +30,11 @@ void EmbeddingForward(Tensor y, Tensor tokens, Tensor table, VocabularySlice sli
                       const Context& ctx) {
   OpScope op(ctx, OpFamily::kEmbedding, "EmbeddingForward",
              {{"y", y}, {"tokens", tokens}, {"table", table}});
+  if (ctx.device == Device::kCuda) {
+    if (op.planning()) return;
+    KRAIT_CUDA(EmbeddingForward(y, tokens, table, slice, ctx));
+    return;
+  }
   cpu::Widened wide(ctx);
   y = wide.Out(y), table = wide.In(table);
   if (op.planning()) return;
@@ -53,6 +60,14 @@ void EmbeddingBackward(Tensor dtable, Tensor dy, Tensor tokens, VocabularySlice 
                        const Context& ctx) {
   OpScope op(ctx, OpFamily::kEmbedding, "EmbeddingBackward",
              {{"dtable", dtable}, {"dy", dy}, {"tokens", tokens}});
+  if (ctx.device == Device::kCuda) {
+    const ArenaScope scope(ctx.scratch);
+    const Tensor scratch =
+        ctx.scratch->Alloc(DType::kI32, {cuda::EmbeddingScratchWords(tokens.numel())});
+    if (op.planning()) return;
+    KRAIT_CUDA(EmbeddingBackward(dtable, dy, tokens, slice, scratch, ctx));
+    return;
+  }
   cpu::Widened wide(ctx);
   dy = wide.In(dy);
   if (op.planning()) return;

@@ -7,6 +7,9 @@
 #include "kernels/cpu/dispatch.h"
 #include "kernels/cpu/moe.h"
 #include "kernels/cpu/widened.h"
+#include "kernels/cuda/bucket_sort.h"
+#include "kernels/cuda/call.h"
+#include "kernels/cuda/moe.h"
 #include "kernels/gemm.h"
 
 namespace krait {
@@ -132,6 +135,11 @@ int64_t RoundUp(int64_t n, int64_t multiple) { return (n + multiple - 1) / multi
 
 void RouterForward(Tensor logits, Tensor x, Tensor w, const Context& ctx) {
   OpScope op(ctx, OpFamily::kMoe, "RouterForward", {{"logits", logits}, {"x", x}, {"w", w}});
+  if (ctx.device == Device::kCuda) {
+    if (op.planning()) return;
+    KRAIT_CUDA(RouterForward(logits, x, w, ctx));
+    return;
+  }
   cpu::Widened wide(ctx);
   MatMul(logits, wide.In(x), false, w, true, /*accumulate=*/false, ctx);
 }
@@ -140,6 +148,11 @@ void RouterBackwardInput(Tensor dx, Tensor d_logits, Tensor w, bool accumulate,
                          const Context& ctx) {
   OpScope op(ctx, OpFamily::kMoe, "RouterBackwardInput",
              {{"dx", dx}, {"d_logits", d_logits}, {"w", w}});
+  if (ctx.device == Device::kCuda) {
+    if (op.planning()) return;
+    KRAIT_CUDA(RouterBackwardInput(dx, d_logits, w, accumulate, ctx));
+    return;
+  }
   cpu::Widened wide(ctx);
   MatMul(accumulate ? wide.InOut(dx) : wide.Out(dx), d_logits, false, w, false, accumulate, ctx);
 }
@@ -148,6 +161,14 @@ void RouterBackwardWeight(Tensor dw, Tensor d_logits, Tensor x, bool accumulate,
                           const Context& ctx) {
   OpScope op(ctx, OpFamily::kMoe, "RouterBackwardWeight",
              {{"dw", dw}, {"d_logits", d_logits}, {"x", x}});
+  if (ctx.device == Device::kCuda) {
+    const ArenaScope scope(ctx.scratch);
+    const Tensor partial =
+        ctx.scratch->Alloc(DType::kF32, {cuda::RouterPieces(x.dim(0)), dw.dim(0), dw.dim(1)});
+    if (op.planning()) return;
+    KRAIT_CUDA(RouterBackwardWeight(dw, d_logits, x, accumulate, partial, ctx));
+    return;
+  }
   cpu::Widened wide(ctx);
   MatMul(dw, d_logits, true, wide.In(x), false, accumulate, ctx);
 }
@@ -157,6 +178,10 @@ void MoeRouteForward(Tensor probs, Tensor choice, Tensor weight, Tensor logits, 
   OpScope op(ctx, OpFamily::kMoe, "MoeRouteForward",
              {{"probs", probs}, {"choice", choice}, {"weight", weight}, {"logits", logits}});
   if (op.planning()) return;
+  if (ctx.device == Device::kCuda) {
+    KRAIT_CUDA(MoeRouteForward(probs, choice, weight, logits, renormalize, ctx));
+    return;
+  }
   cpu::DispatchFloat(logits, op.name(), [&](auto zero) {
     RouteForward<decltype(zero)>(probs, choice, weight, logits, renormalize);
   });
@@ -174,6 +199,11 @@ void MoeRouteBackward(Tensor d_logits, Tensor d_weight, Tensor d_prob, double z_
               {"weight", weight},
               {"logits", logits}});
   if (op.planning()) return;
+  if (ctx.device == Device::kCuda) {
+    KRAIT_CUDA(MoeRouteBackward(d_logits, d_weight, d_prob, z_scale, probs, choice, weight, logits,
+                                renormalize, ctx));
+    return;
+  }
   cpu::DispatchFloat(logits, op.name(), [&](auto zero) {
     RouteBackward<decltype(zero)>(d_logits, d_weight, d_prob, z_scale, probs, choice, weight,
                                   logits, renormalize);
@@ -190,9 +220,15 @@ void MoeStatistics(Tensor prob_sum, Tensor choice_count, Tensor z_sum, Tensor pr
               {"choice", choice},
               {"logits", logits}});
   const ArenaScope scope(ctx.scratch);
-  const int64_t pieces = (probs.dim(0) + kStatisticsTokens - 1) / kStatisticsTokens;
+  const int64_t pieces = ctx.device == Device::kCuda
+                             ? cuda::StatisticsPieces(probs.dim(0))
+                             : (probs.dim(0) + kStatisticsTokens - 1) / kStatisticsTokens;
   const Tensor partial = ctx.scratch->Alloc(DType::kF64, {pieces, probs.dim(1) + 1});
   if (op.planning()) return;
+  if (ctx.device == Device::kCuda) {
+    KRAIT_CUDA(MoeStatistics(prob_sum, choice_count, z_sum, probs, choice, logits, partial, ctx));
+    return;
+  }
   cpu::DispatchFloat(logits, op.name(), [&](auto zero) {
     Statistics<decltype(zero)>(prob_sum, choice_count, z_sum, probs, choice, logits, partial);
   });
@@ -208,6 +244,10 @@ void MoeLossesForward(Tensor aux, Tensor z, Tensor imbalance, Tensor prob_sum, T
               {"choice_count", choice_count},
               {"z_sum", z_sum}});
   if (op.planning()) return;
+  if (ctx.device == Device::kCuda) {
+    KRAIT_CUDA(MoeLossesForward(aux, z, imbalance, prob_sum, choice_count, z_sum, shape, ctx));
+    return;
+  }
   cpu::DispatchFloat(prob_sum, op.name(), [&](auto zero) {
     using T = decltype(zero);
     const cpu::Rows<T> probs = cpu::RowsOf<T>(prob_sum);
@@ -246,6 +286,10 @@ void MoeLossesBackward(Tensor d_prob, Tensor choice_count, double scale, const M
   OpScope op(ctx, OpFamily::kMoe, "MoeLossesBackward",
              {{"d_prob", d_prob}, {"choice_count", choice_count}});
   if (op.planning()) return;
+  if (ctx.device == Device::kCuda) {
+    KRAIT_CUDA(MoeLossesBackward(d_prob, choice_count, scale, shape, ctx));
+    return;
+  }
   cpu::DispatchFloat(d_prob, op.name(), [&](auto zero) {
     using T = decltype(zero);
     const cpu::Rows<T> out = cpu::RowsOf<T>(d_prob);
@@ -272,8 +316,15 @@ int64_t ExpertRows(int64_t tokens, int64_t top_k, int64_t experts, Device device
 void MoeSort(Tensor row_of, Tensor source, Tensor offsets, Tensor choice, const Context& ctx) {
   OpScope op(ctx, OpFamily::kMoe, "MoeSort",
              {{"row_of", row_of}, {"source", source}, {"offsets", offsets}, {"choice", choice}});
+  if (ctx.device == Device::kCuda) {
+    const ArenaScope scope(ctx.scratch);
+    const Tensor counts =
+        ctx.scratch->Alloc(DType::kI32, {cuda::BucketBlocks(choice.numel()), offsets.numel() - 1});
+    if (op.planning()) return;
+    KRAIT_CUDA(MoeSort(row_of, source, offsets, choice, counts, ctx));
+    return;
+  }
   if (op.planning()) return;
-  if (ctx.device == Device::kCuda) KRAIT_FATAL("MoeSort has no CUDA version yet");
   const int64_t n = choice.numel(), experts = offsets.numel() - 1;
   KRAIT_CHECK(row_of.numel() == n && source.numel() >= n);
   KRAIT_CHECK(source.numel() <= std::numeric_limits<int32_t>::max());
@@ -300,6 +351,11 @@ void MoeSort(Tensor row_of, Tensor source, Tensor offsets, Tensor choice, const 
 
 void MoePermute(Tensor rows, Tensor x, Tensor source, int64_t top_k, const Context& ctx) {
   OpScope op(ctx, OpFamily::kMoe, "MoePermute", {{"rows", rows}, {"x", x}, {"source", source}});
+  if (ctx.device == Device::kCuda) {
+    if (op.planning()) return;
+    KRAIT_CUDA(MoePermute(rows, x, source, top_k, ctx));
+    return;
+  }
   cpu::Widened wide(ctx);
   rows = wide.Out(rows), x = wide.In(x);
   if (op.planning()) return;
@@ -324,6 +380,11 @@ void MoePermuteBackward(Tensor dx, Tensor d_rows, Tensor row_of, bool accumulate
                         const Context& ctx) {
   OpScope op(ctx, OpFamily::kMoe, "MoePermuteBackward",
              {{"dx", dx}, {"d_rows", d_rows}, {"row_of", row_of}});
+  if (ctx.device == Device::kCuda) {
+    if (op.planning()) return;
+    KRAIT_CUDA(MoePermuteBackward(dx, d_rows, row_of, accumulate, ctx));
+    return;
+  }
   cpu::Widened wide(ctx);
   dx = accumulate ? wide.InOut(dx) : wide.Out(dx), d_rows = wide.In(d_rows);
   if (op.planning()) return;
@@ -346,6 +407,11 @@ void MoePermuteBackward(Tensor dx, Tensor d_rows, Tensor row_of, bool accumulate
 void MoeCombine(Tensor y, Tensor rows, Tensor weight, Tensor row_of, const Context& ctx) {
   OpScope op(ctx, OpFamily::kMoe, "MoeCombine",
              {{"y", y}, {"rows", rows}, {"weight", weight}, {"row_of", row_of}});
+  if (ctx.device == Device::kCuda) {
+    if (op.planning()) return;
+    KRAIT_CUDA(MoeCombine(y, rows, weight, row_of, ctx));
+    return;
+  }
   cpu::Widened wide(ctx);
   y = wide.Out(y), rows = wide.In(rows);
   if (op.planning()) return;
