@@ -1,71 +1,30 @@
-// The CUDA RMSNorm against the CPU version of the same header.
-//
-// Tolerances. f32 is compared with the CPU op in f64 on the same values: a sum of n rounded terms
-// is off by about sqrt(n) * 2^-24 of its terms' size, the handful of further roundings by a few
-// 2^-24; Bound(n) = 4 * (sqrt(n) + 4) * 2^-24 of the largest term leaves a factor of 4 and more.
-// bf16 is compared with the CPU op in bf16: both sides round the same fp32 value, known up to
-// Bound(n), so an output may land on a neighbouring bf16 (at most 2^-7 of it per rounding, two
-// roundings), but only where a rounding boundary lies within that bound. Boundaries are 2^-8 of a
-// value apart or more, so a share of 2^8 * Bound(n) per rounding does at most; where terms cancel,
-// small values add a logarithm of that share, so 8 of it are allowed: 3 % at n = 4096. A rounding
-// left out or a wrong formula changes tens of per cent.
+// The CUDA RMSNorm against the CPU version of the same header; tolerances: support/on_gpu.h.
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <cstring>
-#include <optional>
 #include <string>
 #include <vector>
 
-#include "kernels/cuda/runtime.h"
 #include "kernels/rms_norm.h"
-#include "support/gradcheck.h"
+#include "support/on_gpu.h"
 
 namespace krait {
 namespace {
 
 using testing::Buf;
+using testing::CopyValues;
+using testing::ExpectMatches;
+using testing::ExpectNear;
 using testing::Get;
+using testing::GpuContext;
+using testing::kNaN;
+using testing::kUlp;
+using testing::MaxAbs;
+using testing::OnGpu;
 using testing::SameBits;
 using testing::Set;
 
 constexpr double kEps = 1e-6;
-constexpr double kUlp = 0x1p-24;
-
-// A copy of a CPU tensor [M,D] or [D] in device memory, with the same strides and the padding
-// between its rows. `shift` elements in front make its address unaligned.
-class OnGpu {
- public:
-  explicit OnGpu(Tensor host, int64_t shift = 0) : host_(host) {
-    const int64_t stride = host.row_stride(), columns = host.dim(-1), size = SizeOf(host.dtype());
-    bytes_ = ((host.rows() - 1) * stride + columns) * size;
-    memory_ = static_cast<char*>(cuda::Allocate(bytes_ + shift * size, "a test tensor"));
-    data_ = memory_ + shift * size;
-    cuda::CopyToDevice(data_, host.raw(), bytes_);
-    gpu_ = host.rank() == 1 ? Tensor(data_, host.dtype(), Device::kCuda, {columns})
-                            : Tensor(data_, host.dtype(), Device::kCuda, {host.rows(), stride})
-                                  .Slice(1, 0, columns);
-  }
-  ~OnGpu() { cuda::Free(memory_); }
-  OnGpu(const OnGpu&) = delete;
-  OnGpu& operator=(const OnGpu&) = delete;
-  operator Tensor() const { return gpu_; }  // NOLINT: passed where a view is taken
-  void Download() { cuda::CopyToHost(host_.raw(), data_, bytes_); }
-
- private:
-  Tensor host_, gpu_;
-  char *memory_, *data_;
-  int64_t bytes_;
-};
-
-struct GpuContext {
-  GpuContext() : scratch("test scratch on the device", Device::kCuda, int64_t{64} << 20) {
-    ctx.device = Device::kCuda;
-    ctx.scratch = &scratch;
-  }
-  Arena scratch;
-  Context ctx;
-};
 
 struct Shape {
   int64_t rows, cols, pad = 0, shift = 0;
@@ -92,65 +51,7 @@ const std::vector<Shape>& Shapes() {
   return shapes;
 }
 
-// Elements of `actual` that are further than `bound` from `expected`, with the worst one.
-void ExpectNear(const char* what, Tensor actual, Tensor expected, double bound) {
-  double worst = 0;
-  int64_t at = 0;
-  for (int64_t i = 0; i < expected.numel(); ++i) {
-    const double error = std::fabs(Get(actual, i) - Get(expected, i));
-    if (!(error <= worst)) worst = error, at = i;  // also for NaN
-    if (std::isnan(error)) break;
-  }
-  EXPECT_LE(worst, bound) << what << " at element " << at << ": " << Get(actual, at) << ", not "
-                          << Get(expected, at);
-}
-
-// bf16: each element within two roundings, and few that differ. `floor` is the fp32 error of the
-// value before rounding, where terms cancel.
-void ExpectSameUpToRounding(const char* what, Tensor actual, Tensor expected, double floor,
-                            double share) {
-  int64_t different = 0;
-  for (int64_t i = 0; i < expected.numel(); ++i) {
-    const double a = Get(actual, i), e = Get(expected, i);
-    if (std::fabs(a - e) <= floor) continue;
-    ++different;
-    ASSERT_LE(std::fabs(a - e), 0x1p-6 * std::fabs(e) + floor) << what << " at element " << i;
-  }
-  EXPECT_LE(static_cast<double>(different), 2 + share * static_cast<double>(expected.numel()))
-      << what;
-}
-
-double MaxAbs(Tensor t) {
-  double max = 0;
-  for (double v : testing::Values(t)) max = std::max(max, std::fabs(v));
-  return max;
-}
-
-void Copy(Tensor to, Tensor from) {
-  for (int64_t i = 0; i < from.numel(); ++i) Set(to, i, Get(from, i));
-}
-
-const double kNaN = std::numeric_limits<double>::quiet_NaN();
-
-class RmsNormGpu : public ::testing::TestWithParam<DType> {
- protected:
-  void SetUp() override {
-    std::string reason;
-    if (!cuda::Available(&reason)) GTEST_SKIP() << "no GPU: " << reason;
-    gpu_.emplace();
-    cpu_.emplace();
-  }
-  // The CPU reference computes in f64 for f32 and in bf16 for bf16.
-  DType dtype() const { return GetParam(); }
-  bool f32() const { return dtype() == DType::kF32; }
-  DType ref() const { return f32() ? DType::kF64 : DType::kBF16; }
-  DType ref_stat() const { return f32() ? DType::kF64 : DType::kF32; }
-  static double Bound(int64_t n) { return 4 * (std::sqrt(static_cast<double>(n)) + 4) * kUlp; }
-  static double Share(int64_t n) { return 8 * 0x1p8 * Bound(n); }
-
-  std::optional<GpuContext> gpu_;
-  std::optional<testing::TestContext> cpu_;
-};
+class RmsNormGpu : public testing::GpuOpTest {};
 
 TEST_P(RmsNormGpu, Forward) {
   for (const Shape& s : Shapes()) {
@@ -164,16 +65,12 @@ TEST_P(RmsNormGpu, Forward) {
     gy.Download(), grstd.Download();
     EXPECT_TRUE(y.PaddingIntact());
 
-    Buf ry(ref(), {s.rows, s.cols}), rrstd(ref_stat(), {s.rows}), rx(ref(), {s.rows, s.cols});
-    Buf rw(ref_stat(), {s.cols});
-    Copy(rx, x), Copy(rw, w);
+    Buf ry(ref(), {s.rows, s.cols}), rrstd(ref_wide(), {s.rows}), rx(ref(), {s.rows, s.cols});
+    Buf rw(ref_wide(), {s.cols});
+    CopyValues(rx, x), CopyValues(rw, w);
     RmsNormForward(ry, rrstd, rx, rw, kEps, *cpu_);
     ExpectNear("rstd", rstd, rrstd, Bound(s.cols) * MaxAbs(rrstd));
-    if (f32()) {
-      ExpectNear("y", y, ry, Bound(s.cols) * MaxAbs(ry));
-    } else {
-      ExpectSameUpToRounding("y", y, ry, 0, Share(s.cols));
-    }
+    ExpectMatches("y", y, ry, f32() ? Bound(s.cols) * MaxAbs(ry) : 0, Share(s.cols));
   }
 }
 
@@ -192,11 +89,12 @@ TEST_P(RmsNormGpu, Backward) {
         dx.Fill(kNaN);
       }
       Buf rx(ref(), {s.rows, s.cols}), rdy(ref(), {s.rows, s.cols}), rdx(ref(), {s.rows, s.cols});
-      Buf ry(ref(), {s.rows, s.cols}), rrstd(ref_stat(), {s.rows}), rw(ref_stat(), {s.cols});
-      Buf rdw(ref_stat(), {s.cols});
-      Copy(rx, x), Copy(rdy, dy), Copy(rdx, dx), Copy(rw, w), Copy(rdw, dw);
+      Buf ry(ref(), {s.rows, s.cols}), rrstd(ref_wide(), {s.rows}), rw(ref_wide(), {s.cols});
+      Buf rdw(ref_wide(), {s.cols});
+      CopyValues(rx, x), CopyValues(rdy, dy), CopyValues(rdx, dx), CopyValues(rw, w),
+          CopyValues(rdw, dw);
       RmsNormForward(ry, rrstd, rx, rw, kEps, *cpu_);
-      Copy(rstd, rrstd);
+      CopyValues(rstd, rrstd);
       RmsNormBackward(rdx, rdw, rdy, rx, rrstd, rw, accumulate, *cpu_);
 
       OnGpu gx(x, s.shift), gdy(dy, s.shift), gdx(dx, s.shift), gw(w), gdw(dw), grstd(rstd);
@@ -205,11 +103,7 @@ TEST_P(RmsNormGpu, Backward) {
       EXPECT_TRUE(dx.PaddingIntact());
       // The terms of dx cancel: their size is that of rstd * dy * w, and of what was there.
       const double term = MaxAbs(rrstd) * MaxAbs(rdy) * MaxAbs(rw) + (accumulate ? 4 : 0);
-      if (f32()) {
-        ExpectNear("dx", dx, rdx, Bound(s.cols) * term);
-      } else {
-        ExpectSameUpToRounding("dx", dx, rdx, Bound(s.cols) * term, Share(s.cols));
-      }
+      ExpectMatches("dx", dx, rdx, Bound(s.cols) * term, Share(s.cols));
       // dw is fp32 in both cases; a column's terms are about dy * xhat, |xhat| up to 5.
       const double dw_term = std::sqrt(static_cast<double>(s.rows)) * MaxAbs(rdy) * 5 + 4;
       ExpectNear("dw", dw, rdw, Bound(s.rows) * dw_term);
@@ -219,45 +113,46 @@ TEST_P(RmsNormGpu, Backward) {
 
 TEST_P(RmsNormGpu, ResidualForwardAndBackward) {
   for (const Shape& s : Shapes()) {
-    if (s.pad > 0) continue;  // the residual stream is contiguous
     for (bool in_place : {false, true}) {
       if (in_place && s.rows > 3) continue;
       SCOPED_TRACE(::testing::Message() << s << " in place " << in_place);
-      Buf residual(dtype(), {s.rows, s.cols}), delta(dtype(), {s.rows, s.cols});
-      Buf h(dtype(), {s.rows, s.cols}), y(dtype(), {s.rows, s.cols}), rstd(DType::kF32, {s.rows});
-      Buf w(DType::kF32, {s.cols}), dh(dtype(), {s.rows, s.cols}), dy(dtype(), {s.rows, s.cols});
-      Buf dw(DType::kF32, {s.cols});
+      const auto rows = [&](DType type) { return Buf(type, {s.rows, s.cols}, s.pad); };
+      Buf residual = rows(dtype()), delta = rows(dtype()), h = rows(dtype()), y = rows(dtype());
+      Buf dh_in = rows(dtype()), dh = rows(dtype()), dy = rows(dtype());
+      Buf w(DType::kF32, {s.cols}), rstd(DType::kF32, {s.rows}), dw(DType::kF32, {s.cols});
       residual.FillNormal(1), delta.FillNormal(6, 0.5), w.FillNormal(2, 0.1, 1.0);
-      h.Fill(kNaN), y.Fill(kNaN), rstd.Fill(kNaN), dh.FillNormal(7), dy.FillNormal(8);
+      h.Fill(kNaN), y.Fill(kNaN), rstd.Fill(kNaN), dh.Fill(kNaN);
+      dh_in.FillNormal(7), dy.FillNormal(8), dw.FillNormal(4);
+      Buf rres = rows(ref()), rdelta = rows(ref()), rh = rows(ref()), ry = rows(ref());
+      Buf rdh_in = rows(ref()), rdh = rows(ref()), rdy = rows(ref());
+      Buf rw(ref_wide(), {s.cols}), rrstd(ref_wide(), {s.rows}), rdw(ref_wide(), {s.cols});
+      CopyValues(rres, residual), CopyValues(rdelta, delta), CopyValues(rw, w);
+      CopyValues(rdh_in, dh_in), CopyValues(rdy, dy), CopyValues(rdw, dw);
+      ResidualRmsNormForward(rh, ry, rrstd, rres, rdelta, rw, kEps, *cpu_);
+      ResidualRmsNormBackward(rdh, rdw, rdy, rdh_in, rh, rrstd, rw, *cpu_);
 
       OnGpu gres(residual, s.shift), gdelta(delta, s.shift), gh(h, s.shift), gy(y, s.shift);
-      OnGpu grstd(rstd), gw(w), gdh(dh, s.shift), gdy(dy, s.shift), gdw(dw);
-      OnGpu& out = in_place ? gres : gh;
-      ResidualRmsNormForward(out, gy, grstd, gres, gdelta, gw, kEps, gpu_->ctx);
-      ResidualRmsNormBackward(gdh, gdw, gdy, gdh, out, grstd, gw, gpu_->ctx);
-      const Tensor h_out = in_place ? residual.tensor() : h.tensor();
-
-      Buf rres(ref(), {s.rows, s.cols}), rdelta(ref(), {s.rows, s.cols});
-      Buf ry(ref(), {s.rows, s.cols}), rrstd(ref_stat(), {s.rows}), rw(ref_stat(), {s.cols});
-      Buf rh(ref(), {s.rows, s.cols}), rdh(ref(), {s.rows, s.cols}), rdy(ref(), {s.rows, s.cols});
-      Buf rdw(ref_stat(), {s.cols});
-      Copy(rres, residual), Copy(rdelta, delta), Copy(rw, w), Copy(rdh, dh), Copy(rdy, dy);
-      ResidualRmsNormForward(rh, ry, rrstd, rres, rdelta, rw, kEps, *cpu_);
-      ResidualRmsNormBackward(rdh, rdw, rdy, rdh, rh, rrstd, rw, *cpu_);
-
-      out.Download(), gy.Download(), grstd.Download(), gdh.Download(), gdw.Download();
+      OnGpu grstd(rstd), gw(w), gdh_in(dh_in, s.shift), gdh(dh, s.shift), gdy(dy, s.shift);
+      OnGpu gdw(dw);
+      OnGpu& h_out = in_place ? gres : gh;
+      OnGpu& dh_out = in_place ? gdh_in : gdh;
+      ResidualRmsNormForward(h_out, gy, grstd, gres, gdelta, gw, kEps, gpu_->ctx);
+      ResidualRmsNormBackward(dh_out, gdw, gdy, gdh_in, h_out, grstd, gw, gpu_->ctx);
+      for (OnGpu* t : {&gres, &gh, &gy, &grstd, &gdh_in, &gdh, &gdw}) t->Download();
+      const Buf& h_now = in_place ? residual : h;
+      const Buf& dh_now = in_place ? dh_in : dh;
+      for (const Buf* b : std::initializer_list<const Buf*>{&h_now, &dh_now, &y})
+        EXPECT_TRUE(b->PaddingIntact());
       const double term = MaxAbs(rrstd) * MaxAbs(rdy) * MaxAbs(rw) + 4;
       ExpectNear("rstd", rstd, rrstd, Bound(s.cols) * MaxAbs(rrstd));
       if (f32()) {
-        ExpectNear("h", h_out, rh, kUlp * MaxAbs(rh));  // one addition, correctly rounded
-        ExpectNear("y", y, ry, Bound(s.cols) * MaxAbs(ry));
-        ExpectNear("dh", dh, rdh, Bound(s.cols) * term);
+        ExpectNear("h", h_now, rh, kUlp * MaxAbs(rh));  // one addition, correctly rounded
       } else {
-        EXPECT_TRUE(SameBits(h_out, rh)) << "h: one addition, correctly rounded";
-        ExpectSameUpToRounding("y", y, ry, 0, Share(s.cols));
-        ExpectSameUpToRounding("dh", dh, rdh, Bound(s.cols) * term, Share(s.cols));
+        EXPECT_TRUE(SameBits(h_now, rh)) << "h: one addition, correctly rounded";
       }
-      const double dw_term = std::sqrt(static_cast<double>(s.rows)) * MaxAbs(rdy) * 5;
+      ExpectMatches("y", y, ry, f32() ? Bound(s.cols) * MaxAbs(ry) : 0, Share(s.cols));
+      ExpectMatches("dh", dh_now, rdh, Bound(s.cols) * term, Share(s.cols));
+      const double dw_term = std::sqrt(static_cast<double>(s.rows)) * MaxAbs(rdy) * 5 + 4;
       ExpectNear("dw", dw, rdw, Bound(s.rows) * dw_term);
     }
   }
@@ -316,14 +211,12 @@ TEST_P(RmsNormGpu, EmptyInputLaunchesNothing) {
   EXPECT_EQ(testing::Values(dw), std::vector<double>(8, 0.0));
 }
 
-INSTANTIATE_TEST_SUITE_P(, RmsNormGpu, ::testing::Values(DType::kF32, DType::kBF16),
-                         [](const auto& dtype) { return std::string(Name(dtype.param)); });
+INSTANTIATE_TEST_SUITE_P(, RmsNormGpu, testing::kGpuDTypes, testing::DTypeName);
 
 // 2^31 + 2^18 elements of bf16: offsets beyond 32 bits. Rows repeat with a period that no power of
 // two divides, so that a wrapped offset would read and write other values.
 TEST(RmsNormGpuLarge, BeyondTwoToThe31Elements) {
-  std::string reason;
-  if (!cuda::Available(&reason)) GTEST_SKIP() << "no GPU: " << reason;
+  KRAIT_NEEDS_GPU();
   constexpr int64_t kCols = 4096, kRows = (int64_t{1} << 19) + 64, kPeriod = 1009;
   GpuContext gpu;
   testing::TestContext cpu;

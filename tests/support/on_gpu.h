@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -104,6 +105,38 @@ struct GpuContext {
   Context ctx;
 };
 
+// A test of an op in f32 and in bf16 (the parameter) against the CPU op, which computes in f64 for
+// f32 and in bf16 for bf16.
+//
+// Tolerances. A sum of n rounded terms is off by about sqrt(n) * 2^-24 of its terms' size, the
+// handful of further roundings by a few 2^-24; Bound(n) of the largest term leaves a factor of 4
+// and more. In bf16 both sides round one fp32 value, known up to Bound(n), so that an output may
+// land on a neighbouring bf16, but only where a rounding boundary lies within that bound.
+// Boundaries are 2^-8 of a value apart or more, so a share of 2^8 * Bound(n) does at most; where
+// terms cancel, small values add a logarithm of that share, so Share(n) is 8 of it: 3 % at n =
+// 4096. A rounding left out or a wrong formula changes tens of per cent.
+class GpuOpTest : public ::testing::TestWithParam<DType> {
+ protected:
+  void SetUp() override {
+    KRAIT_NEEDS_GPU();
+    gpu_.emplace();
+    cpu_.emplace();
+  }
+  DType dtype() const { return GetParam(); }
+  bool f32() const { return dtype() == DType::kF32; }
+  DType ref() const { return f32() ? DType::kF64 : DType::kBF16; }
+  DType ref_wide() const { return f32() ? DType::kF64 : DType::kF32; }
+  static double Bound(int64_t n) { return 4 * (std::sqrt(static_cast<double>(n)) + 4) * kUlp; }
+  static double Share(int64_t n) { return 8 * 0x1p8 * Bound(n); }
+
+  std::optional<GpuContext> gpu_;
+  std::optional<TestContext> cpu_;
+};
+inline const auto kGpuDTypes = ::testing::Values(DType::kF32, DType::kBF16);
+inline std::string DTypeName(const ::testing::TestParamInfo<DType>& info) {
+  return Name(info.param);
+}
+
 inline double MaxAbs(Tensor t) {
   double max = 0;
   for (const double v : Values(t)) max = std::max(max, std::fabs(v));
@@ -143,6 +176,16 @@ inline void ExpectSameUpToRounding(const char* what, Tensor actual, Tensor expec
   }
   EXPECT_LE(static_cast<double>(different), 2 + share * static_cast<double>(expected.numel()))
       << what;
+}
+
+// A result of compute dtype in a GpuOpTest: `error` is its fp32 error.
+inline void ExpectMatches(const char* what, Tensor actual, Tensor expected, double error,
+                          double share) {
+  if (actual.dtype() == DType::kBF16) {
+    ExpectSameUpToRounding(what, actual, expected, error, share);
+  } else {
+    ExpectNear(what, actual, expected, error);
+  }
 }
 
 }  // namespace krait::testing
