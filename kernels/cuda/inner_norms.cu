@@ -33,6 +33,17 @@ Parts<T> PartsOf(const InnerNormWeights& w, int64_t columns) {
           r + 2 * n};
 }
 
+// This lane's columns of a row; zeros beyond the last row and column.
+template <int kItems>
+__device__ inline void LoadRow(float (&values)[kItems], const Rows<const float>& from, int64_t row,
+                               int64_t rows, int columns) {
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) {
+    const int col = threadIdx.x + 32 * i;
+    values[i] = row < rows && col < columns ? from[row][col] : 0.0f;
+  }
+}
+
 // Adds value to the sum of the part.
 __device__ inline void AddToPart(float (&sums)[3], int part, float value) {
 #pragma unroll
@@ -55,14 +66,13 @@ __global__ void __launch_bounds__(32 * kWarps)
     weight[i] = col < columns ? *w(col) : 0.0f;
   }
   const int64_t step = static_cast<int64_t>(gridDim.x) * kWarps;
-  for (int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.y; row < rows;
-       row += step) {
-    float x[kItems];
+  int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.y;
+  float x[kItems], next[kItems];
+  LoadRow(next, projected, row, rows, columns);
+  for (; row < rows; row += step) {
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      const int col = threadIdx.x + 32 * i;
-      x[i] = col < columns ? projected[row][col] : 0.0f;
-    }
+    for (int i = 0; i < kItems; ++i) x[i] = next[i];
+    LoadRow(next, projected, row + step, rows, columns);
     float squares[3] = {};
 #pragma unroll
     for (int i = 0; i < kItems; ++i)
@@ -100,18 +110,22 @@ __global__ void __launch_bounds__(32 * kWarps)
     weight[i] = col < columns ? *w(col) : 0.0f;
   }
   const int64_t step = static_cast<int64_t>(gridDim.x) * kWarps;
-  for (int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.y; row < rows;
-       row += step) {
-    float xhat[kItems], dy[kItems];
+  int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.y;
+  float xhat[kItems], dy[kItems], scale[3], next_x[kItems], next_dy[kItems], next_scale[3];
+  const auto load_next = [&](int64_t next) {
+    LoadRow(next_x, projected, next, rows, columns);
+    LoadRow(next_dy, d_normed, next, rows, columns);
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      const int col = threadIdx.x + 32 * i;
-      xhat[i] = col < columns ? projected[row][col] : 0.0f;
-      dy[i] = col < columns ? d_normed[row][col] : 0.0f;
-    }
-    float scale[3], dots[3] = {};
+    for (int p = 0; p < 3; ++p) next_scale[p] = next < rows ? rstd[p * rows + next] : 0.0f;
+  };
+  load_next(row);
+  for (; row < rows; row += step) {
 #pragma unroll
-    for (int p = 0; p < 3; ++p) scale[p] = rstd[p * rows + row];
+    for (int i = 0; i < kItems; ++i) xhat[i] = next_x[i], dy[i] = next_dy[i];
+#pragma unroll
+    for (int p = 0; p < 3; ++p) scale[p] = next_scale[p];
+    load_next(row + step);
+    float dots[3] = {};
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
       const int part = w.PartOf(threadIdx.x + 32 * i);
@@ -146,12 +160,12 @@ template <typename Run>
 void Dispatch(const Tensor& out, const Run& run) {
   const int64_t columns = out.dim(-1);
   const auto with_type = [&](auto zero) {
-    if (columns <= 4 * 32) {
-      run(zero, std::integral_constant<int, 4>());
-    } else if (columns <= 10 * 32) {
-      run(zero, std::integral_constant<int, 10>());
-    } else if (columns <= 20 * 32) {
-      run(zero, std::integral_constant<int, 20>());
+    if (columns <= 5 * 32) {
+      run(zero, std::integral_constant<int, 5>());
+    } else if (columns <= 9 * 32) {
+      run(zero, std::integral_constant<int, 9>());
+    } else if (columns <= 18 * 32) {
+      run(zero, std::integral_constant<int, 18>());
     } else if (columns <= 40 * 32) {
       run(zero, std::integral_constant<int, 40>());
     } else {

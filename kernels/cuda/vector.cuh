@@ -90,8 +90,13 @@ struct Rows {
   int64_t stride;
   __device__ T* operator[](int64_t row) const { return data + row * stride; }
 };
+// All dimensions of the tensor but the last must be flattenable.
 template <typename T>
 Rows<T> RowsOf(const Tensor& t) {
+  KRAIT_CHECK(t.stride(-1) == 1);
+  for (int d = t.rank() - 3; d >= 0; --d) {
+    KRAIT_CHECK(t.dim(d) <= 1 || t.stride(d) == t.dim(d + 1) * t.stride(d + 1));
+  }
   return {t.device_data<std::remove_const_t<T>>(), t.row_stride()};
 }
 
