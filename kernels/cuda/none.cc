@@ -2,7 +2,6 @@
 // exists, and the others are fatal.
 #include "kernels/base/check.h"
 #include "kernels/cuda/runtime.h"
-#include "kernels/cuda/selective_scan.h"
 
 namespace krait::cuda {
 namespace {
@@ -33,13 +32,5 @@ void WaitForEvent(void*, void*) { NoCuda(); }
 double SecondsBetween(void*, void*) { NoCuda(); }
 void PushRange(const char*) { NoCuda(); }
 void PopRange() { NoCuda(); }
-
-void SelectiveScanForward(Tensor, Tensor, Tensor, const SelectiveScanInputs&, const Context&) {
-  NoCuda();
-}
-void SelectiveScanBackward(const SelectiveScanGradients&, Tensor, Tensor, Tensor, Tensor,
-                           const SelectiveScanInputs&, Tensor, const Context&) {
-  NoCuda();
-}
 
 }  // namespace krait::cuda
