@@ -8,6 +8,8 @@
 #include "kernels/cpu/dispatch.h"
 #include "kernels/cpu/optimizer.h"
 #include "kernels/cpu/widened.h"
+#include "kernels/cuda/call.h"
+#include "kernels/cuda/optimizer.h"
 
 namespace krait {
 namespace {
