@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "kernels/base/parallel_for.h"
+#include "kernels/check_shape.h"
 #include "kernels/cpu/dispatch.h"
 #include "kernels/cpu/moe.h"
 #include "kernels/cpu/widened.h"
@@ -20,10 +21,6 @@ constexpr int64_t kPieceElements = 16384, kStatisticsTokens = 128;
 
 int64_t Grain(int64_t columns) { return std::max<int64_t>(1, kPieceElements / columns); }
 
-void CheckShape(Tensor t, int64_t rows, int64_t columns) {
-  KRAIT_CHECK(t.rank() == 2 && t.dim(0) == rows && t.dim(1) == columns);
-}
-
 template <typename T>
 void RouteForward(Tensor probs, Tensor choice, Tensor weight, Tensor logits, bool renormalize) {
   const cpu::Rows<T> p = cpu::RowsOf<T>(probs), w = cpu::RowsOf<T>(weight),
@@ -31,9 +28,6 @@ void RouteForward(Tensor probs, Tensor choice, Tensor weight, Tensor logits, boo
   const cpu::Rows<int32_t> chosen = cpu::RowsOf<int32_t>(choice);
   const int64_t experts = in.columns, top_k = chosen.columns;
   KRAIT_CHECK(top_k >= 1 && top_k <= experts);
-  CheckShape(probs, in.rows, experts);
-  CheckShape(choice, in.rows, top_k);
-  CheckShape(weight, in.rows, top_k);
   ParallelFor(in.rows, Grain(experts * 16), [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       cpu::Softmax(experts, in[t], p[t]);
@@ -58,13 +52,7 @@ void RouteBackward(Tensor d_logits, Tensor d_weight, Tensor d_prob, double z_sca
                      in = cpu::RowsOf<T>(logits);
   const cpu::Rows<int32_t> chosen = cpu::RowsOf<int32_t>(choice);
   const int64_t experts = p.columns, top_k = chosen.columns;
-  for (Tensor t : {d_logits, logits}) CheckShape(t, p.rows, experts);
-  for (Tensor t : {d_weight, weight, choice}) CheckShape(t, p.rows, top_k);
-  const T* mean = nullptr;
-  if (d_prob.defined()) {
-    KRAIT_CHECK(d_prob.numel() == experts);
-    mean = cpu::DenseData<T>(d_prob);
-  }
+  const T* mean = d_prob.defined() ? cpu::DenseData<T>(d_prob) : nullptr;
   ParallelFor(p.rows, Grain(experts * 16), [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       T* q = out[t];
@@ -95,9 +83,6 @@ void Statistics(Tensor prob_sum, Tensor choice_count, Tensor z_sum, Tensor probs
   const cpu::Rows<T> p = cpu::RowsOf<T>(probs), in = cpu::RowsOf<T>(logits);
   const cpu::Rows<int32_t> chosen = cpu::RowsOf<int32_t>(choice);
   const int64_t experts = p.columns;
-  CheckShape(logits, p.rows, experts);
-  CheckShape(choice, p.rows, chosen.columns);
-  KRAIT_CHECK(prob_sum.numel() == experts && choice_count.numel() == experts && z_sum.numel() == 1);
   const cpu::Rows<double> sums = cpu::RowsOf<double>(partial);
   ParallelFor(p.rows, kStatisticsTokens, [&](int64_t begin, int64_t end) {
     double* sum = sums[begin / kStatisticsTokens];
@@ -120,6 +105,22 @@ void Statistics(Tensor prob_sum, Tensor choice_count, Tensor z_sum, Tensor probs
     cpu::DenseData<T>(prob_sum)[e] += static_cast<T>(sums[0][e]);
   }
   z_sum.data<T>()[0] += static_cast<T>(sums[0][experts]);
+}
+
+// probs and logits [M,E], choice [M,k].
+void CheckRouting(const char* op, const Tensor& logits, const Tensor& probs, const Tensor& choice) {
+  CheckShape(op, {"probs", probs}, {-1, -1});
+  CheckShape(op, {"logits", logits}, {probs.dim(0), probs.dim(1)});
+  CheckShape(op, {"choice", choice}, {probs.dim(0), -1});
+}
+
+// Rows of the experts [R,D] and the tokens' own [M,D], with row_of [M,k].
+void CheckExpertRows(const char* op, const Operand& rows, const Operand& own,
+                     const Tensor& row_of) {
+  CheckShape(op, {"row_of", row_of}, {-1, -1});
+  CheckShape(op, own, {row_of.dim(0), -1});
+  CheckShape(op, rows, {-1, own.tensor.dim(1)});
+  KRAIT_CHECK(rows.tensor.dim(0) >= row_of.numel());
 }
 
 // Choices of expert e over the sublayers [begin, end) of a pool.
@@ -177,6 +178,8 @@ void MoeRouteForward(Tensor probs, Tensor choice, Tensor weight, Tensor logits, 
                      const Context& ctx) {
   OpScope op(ctx, OpFamily::kMoe, "MoeRouteForward",
              {{"probs", probs}, {"choice", choice}, {"weight", weight}, {"logits", logits}});
+  CheckRouting(op.name(), logits, probs, choice);
+  CheckShape(op.name(), {"weight", weight}, {choice.dim(0), choice.dim(1)});
   if (op.planning()) return;
   if (ctx.device == Device::kCuda) {
     KRAIT_CUDA(MoeRouteForward(probs, choice, weight, logits, renormalize, ctx));
@@ -198,6 +201,12 @@ void MoeRouteBackward(Tensor d_logits, Tensor d_weight, Tensor d_prob, double z_
               {"choice", choice},
               {"weight", weight},
               {"logits", logits}});
+  CheckRouting(op.name(), logits, probs, choice);
+  const int64_t tokens = probs.dim(0), experts = probs.dim(1), top_k = choice.dim(1);
+  CheckShape(op.name(), {"d_logits", d_logits}, {tokens, experts});
+  CheckShape(op.name(), {"d_weight", d_weight}, {tokens, top_k});
+  CheckShape(op.name(), {"weight", weight}, {tokens, top_k});
+  if (d_prob.defined()) CheckDense(op.name(), {"d_prob", d_prob}, {experts});
   if (op.planning()) return;
   if (ctx.device == Device::kCuda) {
     KRAIT_CUDA(MoeRouteBackward(d_logits, d_weight, d_prob, z_scale, probs, choice, weight, logits,
@@ -219,6 +228,10 @@ void MoeStatistics(Tensor prob_sum, Tensor choice_count, Tensor z_sum, Tensor pr
               {"probs", probs},
               {"choice", choice},
               {"logits", logits}});
+  CheckRouting(op.name(), logits, probs, choice);
+  CheckDense(op.name(), {"prob_sum", prob_sum}, {probs.dim(1)});
+  CheckDense(op.name(), {"choice_count", choice_count}, {probs.dim(1)});
+  CheckShape(op.name(), {"z_sum", z_sum}, {1});
   const ArenaScope scope(ctx.scratch);
   const int64_t pieces = ctx.device == Device::kCuda
                              ? cuda::StatisticsPieces(probs.dim(0))
@@ -351,6 +364,9 @@ void MoeSort(Tensor row_of, Tensor source, Tensor offsets, Tensor choice, const 
 
 void MoePermute(Tensor rows, Tensor x, Tensor source, int64_t top_k, const Context& ctx) {
   OpScope op(ctx, OpFamily::kMoe, "MoePermute", {{"rows", rows}, {"x", x}, {"source", source}});
+  CheckShape(op.name(), {"x", x}, {-1, -1});
+  CheckDense(op.name(), {"source", source}, {-1});
+  CheckShape(op.name(), {"rows", rows}, {source.dim(0), x.dim(1)});
   if (ctx.device == Device::kCuda) {
     if (op.planning()) return;
     KRAIT_CUDA(MoePermute(rows, x, source, top_k, ctx));
@@ -362,7 +378,6 @@ void MoePermute(Tensor rows, Tensor x, Tensor source, int64_t top_k, const Conte
   cpu::DispatchFloat(x, op.name(), [&](auto zero) {
     using T = decltype(zero);
     const cpu::Rows<T> out = cpu::RowsOf<T>(rows), in = cpu::RowsOf<T>(x);
-    CheckShape(rows, source.numel(), in.columns);
     const int32_t* from = cpu::DenseData<int32_t>(source);
     ParallelFor(out.rows, Grain(out.columns), [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
@@ -380,6 +395,7 @@ void MoePermuteBackward(Tensor dx, Tensor d_rows, Tensor row_of, bool accumulate
                         const Context& ctx) {
   OpScope op(ctx, OpFamily::kMoe, "MoePermuteBackward",
              {{"dx", dx}, {"d_rows", d_rows}, {"row_of", row_of}});
+  CheckExpertRows(op.name(), {"d_rows", d_rows}, {"dx", dx}, row_of);
   if (ctx.device == Device::kCuda) {
     if (op.planning()) return;
     KRAIT_CUDA(MoePermuteBackward(dx, d_rows, row_of, accumulate, ctx));
@@ -392,8 +408,6 @@ void MoePermuteBackward(Tensor dx, Tensor d_rows, Tensor row_of, bool accumulate
     using T = decltype(zero);
     const cpu::Rows<T> out = cpu::RowsOf<T>(dx), in = cpu::RowsOf<T>(d_rows);
     const cpu::Rows<int32_t> row = cpu::RowsOf<int32_t>(row_of);
-    CheckShape(row_of, out.rows, row.columns);
-    KRAIT_CHECK(in.columns == out.columns && in.rows >= out.rows * row.columns);
     ParallelFor(out.rows, Grain(out.columns), [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
         for (int64_t j = 0; j < row.columns; ++j) {
@@ -407,6 +421,8 @@ void MoePermuteBackward(Tensor dx, Tensor d_rows, Tensor row_of, bool accumulate
 void MoeCombine(Tensor y, Tensor rows, Tensor weight, Tensor row_of, const Context& ctx) {
   OpScope op(ctx, OpFamily::kMoe, "MoeCombine",
              {{"y", y}, {"rows", rows}, {"weight", weight}, {"row_of", row_of}});
+  CheckExpertRows(op.name(), {"rows", rows}, {"y", y}, row_of);
+  CheckShape(op.name(), {"weight", weight}, {row_of.dim(0), row_of.dim(1)});
   if (ctx.device == Device::kCuda) {
     if (op.planning()) return;
     KRAIT_CUDA(MoeCombine(y, rows, weight, row_of, ctx));
@@ -420,8 +436,6 @@ void MoeCombine(Tensor y, Tensor rows, Tensor weight, Tensor row_of, const Conte
     const cpu::Rows<T> out = cpu::RowsOf<T>(y), in = cpu::RowsOf<T>(rows),
                        w = cpu::RowsOf<T>(weight);
     const cpu::Rows<int32_t> row = cpu::RowsOf<int32_t>(row_of);
-    for (Tensor t : {weight, row_of}) CheckShape(t, out.rows, row.columns);
-    KRAIT_CHECK(in.columns == out.columns && in.rows >= out.rows * row.columns);
     ParallelFor(out.rows, Grain(out.columns), [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
         for (int64_t j = 0; j < row.columns; ++j) {
