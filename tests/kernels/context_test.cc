@@ -72,7 +72,6 @@ TEST(Context, OpsThatCallOthersCountAsOne) {
   Buf x(kF32, {2, 4});
   AddInPlace(x, x, ctx);
   EXPECT_EQ(profile.calls[static_cast<size_t>(OpFamily::kActivation)], 1);
-  EXPECT_EQ(profile.depth, 0);
   {
     const OpScope outer(ctx, OpFamily::kMoe, "outer", {});
     AddInPlace(x, x, ctx);

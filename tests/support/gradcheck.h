@@ -11,7 +11,6 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
-#include <initializer_list>
 #include <limits>
 #include <string>
 #include <utility>
@@ -104,7 +103,7 @@ inline std::vector<double> Values(Tensor t) {
 // them are found by PaddingIntact().
 class Buf {
  public:
-  Buf(DType dtype, std::initializer_list<int64_t> shape, int64_t pad = 0) : pad_(pad) {
+  Buf(DType dtype, const std::vector<int64_t>& shape, int64_t pad = 0) : pad_(pad) {
     std::vector<int64_t> full(shape);
     full.back() += pad;
     int64_t n = 1;
