@@ -172,14 +172,6 @@ class OpCase {
   void RunWithRoundings(const Operands& t, const Context& ctx) const {
     rounds_within() ? call_with_roundings_(t, ctx) : call_(t, ctx);
   }
-  // Letters, digits and underscores, as test names are.
-  std::string TestName() const {
-    std::string name = op_ + "_" + what_;
-    for (char& c : name) {
-      if (std::isalnum(static_cast<unsigned char>(c)) == 0) c = '_';
-    }
-    return name;
-  }
 
  private:
   std::string op_, what_, cpu_only_;
@@ -250,19 +242,26 @@ inline double LargestElement(Tensor t) {
   return largest;
 }
 
+// Fails once for all elements that `wrong` finds wrong (given element of `actual` and of
+// `expected`), with the first of them.
+template <typename Wrong>
+void ExpectNone(const std::string& what, Tensor actual, Tensor expected, const Wrong& wrong) {
+  int64_t count = 0, first = 0;
+  for (int64_t i = expected.numel() - 1; i >= 0; --i) {
+    if (wrong(Get(actual, i), Get(expected, i))) ++count, first = i;
+  }
+  if (count == 0) return;
+  ADD_FAILURE() << what << ": " << count << " of " << expected.numel() << " elements, element "
+                << first << " is " << Get(actual, first) << ", not " << Get(expected, first);
+}
+
 // Every element of `actual` within the tolerance of the exact result.
 inline void ExpectWithin(const OpOperand& operand, Tensor actual, Tensor exact) {
   const double bound = operand.tolerance.Bound(LargestElement(exact));
-  int64_t wrong = 0;
-  for (int64_t i = 0; i < exact.numel(); ++i) {
-    const double a = Get(actual, i), e = Get(exact, i);
-    if (std::fabs(a - e) <= bound || a == e || (std::isnan(a) && std::isnan(e))) continue;
-    if (++wrong == 1) {
-      ADD_FAILURE() << operand.name << ": element " << i << " is " << a << ", not " << e
-                    << " within " << bound;
-    }
-  }
-  EXPECT_EQ(wrong, 0) << "of " << exact.numel() << " elements of " << operand.name;
+  ExpectNone(operand.name + " within " + std::to_string(bound), actual, exact,
+             [bound](double a, double e) {
+               return !(std::fabs(a - e) <= bound || a == e || (std::isnan(a) && std::isnan(e)));
+             });
 }
 
 // CPU f32 against CPU f64.
@@ -293,18 +292,9 @@ inline void CheckBFloat16(const OpCase& c) {
     if (!operand.out) continue;
     Buf rounded(actual[i].tensor().dtype(), operand.shape);
     rounded.Assign(Values(wide[i]));
-    int64_t wrong = 0;
-    for (int64_t k = 0; k < rounded.tensor().numel(); ++k) {
-      const double a = Get(actual[i], k), e = Get(rounded, k);
-      if ((a == e && std::signbit(a) == std::signbit(e)) || (std::isnan(a) && std::isnan(e))) {
-        continue;
-      }
-      if (++wrong == 1) {
-        ADD_FAILURE() << operand.name << ": element " << k << " is " << a << ", not " << e
-                      << ", the rounding of " << Get(wide[i], k);
-      }
-    }
-    EXPECT_EQ(wrong, 0) << "of " << rounded.tensor().numel() << " elements of " << operand.name;
+    ExpectNone(operand.name + " rounded", actual[i], rounded, [](double a, double e) {
+      return !((a == e && std::signbit(a) == std::signbit(e)) || (std::isnan(a) && std::isnan(e)));
+    });
   }
 }
 

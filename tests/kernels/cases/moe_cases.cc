@@ -78,7 +78,7 @@ void AddRouting(const Shape& s, std::vector<OpCase>* cases) {
 
 void AddLosses(int64_t sublayers, int64_t experts, std::vector<OpCase>* cases) {
   const std::vector<int64_t> all = {sublayers, experts};
-  for (const int64_t pools : {int64_t{1}, sublayers}) {
+  for (int64_t pools = 1; pools <= sublayers; pools += std::max<int64_t>(1, sublayers - 1)) {
     const std::string what = Sizes({sublayers, experts}) + " pools " + std::to_string(pools);
     const MoeLossShape shape{20, 2, pools};
     cases->push_back(OpCase("MoeLossesForward", what)

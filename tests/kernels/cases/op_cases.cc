@@ -1,5 +1,7 @@
 #include "kernels/cases/op_cases.h"
 
+#include <set>
+
 namespace krait::testing {
 
 const std::vector<OpCase>& OpCases() {
@@ -13,6 +15,20 @@ const std::vector<OpCase>& OpCases() {
     AddSequenceCases(&all);
     return all;
   }();
+  return cases;
+}
+
+std::vector<std::string> OpNames() {
+  std::set<std::string> names;
+  for (const OpCase& c : OpCases()) names.insert(c.op());
+  return {names.begin(), names.end()};
+}
+
+std::vector<const OpCase*> CasesOf(const std::string& op) {
+  std::vector<const OpCase*> cases;
+  for (const OpCase& c : OpCases()) {
+    if (c.op() == op) cases.push_back(&c);
+  }
   return cases;
 }
 

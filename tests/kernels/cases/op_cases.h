@@ -11,6 +11,9 @@
 namespace krait::testing {
 
 const std::vector<OpCase>& OpCases();
+// The names of the ops, each once, and the cases of one.
+std::vector<std::string> OpNames();
+std::vector<const OpCase*> CasesOf(const std::string& op);
 
 // Elementwise ops and sums, norms, products, experts, losses, ops along time.
 void AddElementwiseCases(std::vector<OpCase>* cases);
