@@ -61,25 +61,7 @@ class PieceRun {
         model->model().NewSequence(batch, seq_len, /*with_grad=*/true, &state_arena_, model->ctx());
   }
 
-  // The passes of one step, BeginStep and BeginPass left to the caller; with the state at its
-  // start.
-  void Forward(const Batch& whole, const ProbeSink* probe = nullptr) {
-    Cut(whole);
-    for (size_t i = 0; i < lengths_.size(); ++i) ForwardPiece(i, probe);
-  }
-  void ForwardPiece(size_t i, const ProbeSink* probe = nullptr) {
-    model_->model().Forward(pieces_[i]->value(), model_->loss_scale(), model_->sums(),
-                            sets_[i].get(), model_->ctx(), probe, state_.get());
-  }
-  void BackwardPiece(size_t i) {
-    model_->model().Backward(pieces_[i]->value(), /*aux_scale=*/1, sets_[i].get(), model_->ctx(),
-                             state_.get());
-  }
-  void Backward() {
-    for (size_t i = lengths_.size(); i-- > 0;) BackwardPiece(i);
-    EXPECT_EQ(state_->position(), 0);
-  }
-  // A whole step on a state that may have been used before.
+  // A whole step; the state may have been used before.
   void Step(const Batch& whole, const ProbeSink* probe = nullptr) {
     model_->BeginStep(whole);
     model_->weights().BeginPass(model_->ctx(), /*first=*/true, /*last=*/true);
@@ -88,7 +70,22 @@ class PieceRun {
     Backward();
   }
 
-  SequenceState* state() { return state_.get(); }
+  // Its parts, with the state at its start and BeginStep and BeginPass left to the caller.
+  void Forward(const Batch& whole, const ProbeSink* probe = nullptr) {
+    Cut(whole);
+    int64_t position = 0;
+    for (size_t i = 0; i < lengths_.size(); ++i) {
+      ForwardPiece(i, probe);
+      position += lengths_[i];
+      EXPECT_EQ(state_->position(), position);
+    }
+  }
+  void Backward() {
+    for (size_t i = lengths_.size(); i-- > 0;) BackwardPiece(i);
+    EXPECT_EQ(state_->position(), 0);
+  }
+
+  // Piece by piece, those of the batch that was cut last.
   void Cut(const Batch& whole) {
     pieces_.clear();
     int64_t begin = 0;
@@ -96,6 +93,14 @@ class PieceRun {
       pieces_.push_back(std::make_unique<Piece>(whole, begin, length));
       begin += length;
     }
+  }
+  void ForwardPiece(size_t i, const ProbeSink* probe = nullptr) {
+    model_->model().Forward(pieces_[i]->value(), model_->loss_scale(), model_->sums(),
+                            sets_[i].get(), model_->ctx(), probe, state_.get());
+  }
+  void BackwardPiece(size_t i) {
+    model_->model().Backward(pieces_[i]->value(), /*aux_scale=*/1, sets_[i].get(), model_->ctx(),
+                             state_.get());
   }
 
  private:
