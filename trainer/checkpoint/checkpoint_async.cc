@@ -54,7 +54,7 @@ absl::Status AsyncSaver::Start(const SaveOptions& options, const CheckpointMeta&
   finished_ = false;
   warnings_.clear();
   try {
-    thread_ = std::thread([this, options, meta, boxes = std::move(copies)] {
+    thread_ = std::thread([this, options, meta = meta, boxes = std::move(copies)] {
       result_ = SaveCatching(options, meta, boxes, &warnings_);
       finished_ = true;
     });

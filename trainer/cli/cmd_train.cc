@@ -24,7 +24,10 @@ void AddTrainCommand(CLI::App* app, CommandLine* line) {
       ->add_option("--init", resume.init,
                    "start at step 0 with the weights of CHECKPOINT (a checkpoint of this run "
                    "goes first)")
-      ->type_name("CHECKPOINT");
+      ->type_name("CHECKPOINT")
+      ->check([](const std::string& path) -> std::string {
+        return path.empty() ? "is empty; a checkpoint is needed" : "";
+      });
   train
       ->add_option("--allow-change", resume.allow_change,
                    "let a resumed run change seq_len, batch_tokens, data or seed; once per key")

@@ -115,7 +115,6 @@ TEST_F(CheckpointRobustTest, MemoryThatRunsOutWhileSavingIsAnError) {
     std::fprintf(stderr, "%s\n", MessageOf(status).c_str());
     _exit(static_cast<int>(ExitCodeOf(status)));
   };
-  ::testing::GTEST_FLAG(death_test_style) = "threadsafe";
   EXPECT_EXIT(save(), ::testing::ExitedWithCode(static_cast<int>(ExitCode::kOutOfMemory)),
               "cannot save step 1 in .*: out of memory");
   EXPECT_THAT(*ListCheckpoints(dir_), IsEmpty());

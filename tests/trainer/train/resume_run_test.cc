@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 #include <sys/stat.h>
 
+#include <algorithm>
 #include <chrono>
 #include <filesystem>
 #include <fstream>
@@ -175,7 +176,7 @@ TEST(ResumeRun, DamagedCheckpointsAreNotCountedAsKept) {
             (std::vector<std::string>{"step-00000020", "step-00000030", "step-00000040"}));
   Damage(dir + "/step-00000030");
   Damage(dir + "/step-00000040");
-  // Saves step 25, then step 26.
+  // Saves step 25: with 20, the two that are kept.
   const std::vector<std::string> words = {"checkpoint.every=5", "checkpoint.keep=2"};
   std::vector<std::string> until = words;
   until.insert(until.end(), {"train.steps=25"});
@@ -193,17 +194,29 @@ TEST(ResumeRun, DivergedStepsAreNeitherSavedNorTakeTheGoodOnesPlace) {
   const std::string dir = tiny / "run/checkpoints";
   const std::vector<std::string> words = {"checkpoint.every=3", "checkpoint.keep=2", "log.every=1"};
   std::vector<std::string> good = words, bad = words;
-  good.push_back("train.steps=9");
+  good.push_back("train.steps=12");
   ASSERT_EQ(tiny.Train("run", good).code, 0);
-  ASSERT_EQ(Steps(dir), (std::vector<std::string>{"step-00000006", "step-00000009"}));
+  ASSERT_EQ(Steps(dir), (std::vector<std::string>{"step-00000009", "step-00000012"}));
   bad.insert(bad.end(), {"train.steps=200", "optimizer.lr=1e38", "optimizer.clip=0",
                          "schedule.warmup_steps=0"});
   const ProcessResult result = tiny.Train("run", bad);
   EXPECT_EQ(result.code, 40) << result.out << result.err;
-  EXPECT_THAT(result.err, AllOf(HasSubstr("The last good step is 9"),
-                                HasSubstr("run/checkpoints/step-00000009"),
+  EXPECT_THAT(result.err, AllOf(HasSubstr("The last good step is 12"),
+                                HasSubstr("run/checkpoints/step-00000012"),
                                 HasSubstr("to resume there: "), HasSubstr("train ")));
-  EXPECT_EQ(Steps(dir), (std::vector<std::string>{"step-00000006", "step-00000009"}));
+  EXPECT_EQ(Steps(dir), (std::vector<std::string>{"step-00000009", "step-00000012"}));
+}
+
+TEST(ResumeRun, InitThatDoesNotFitIsRefused) {
+  const TinyRun tiny;
+  ASSERT_EQ(tiny.Train("first", {"train.steps=10"}).code, 0);
+  ProcessResult result = tiny.Train("wide", {"--init", tiny / "first", "model.d_model=32"});
+  EXPECT_EQ(result.code, 20) << result.out << result.err;
+  EXPECT_THAT(result.err, AllOf(HasSubstr("does not fit this run's model"),
+                                Not(HasSubstr("no checkpoint is whole"))));
+  result = tiny.Train("empty", {"train.steps=10", "--init", ""});
+  EXPECT_EQ(result.code, 20) << result.out << result.err;
+  EXPECT_THAT(result.err, HasSubstr("--init"));
 }
 
 TEST(ResumeRun, WhatCannotBeReadStopsTheStart) {
