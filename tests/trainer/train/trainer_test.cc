@@ -246,8 +246,11 @@ TEST_F(TrainerTest, InitLoadsTheWeightsOfTheOtherRunBitForBit) {
     const Tensor a = first.weights().Param(static_cast<int>(p));
     const Tensor b = second.weights().Param(static_cast<int>(p));
     EXPECT_EQ(std::memcmp(a.raw(), b.raw(), static_cast<size_t>(a.bytes())), 0);
-    const Tensor moment = second.optimizer().ExpAvg(static_cast<int>(p));
-    for (int64_t i = 0; i < moment.numel(); ++i) ASSERT_EQ(moment.data<float>()[i], 0);
+  }
+  for (const OptimizerState::Owned& owned : second.optimizer().buckets()) {
+    for (int64_t i = 0; i < owned.exp_avg.numel(); ++i) {
+      ASSERT_EQ(owned.exp_avg.data<float>()[i], 0);
+    }
   }
 }
 
