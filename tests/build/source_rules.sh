@@ -39,7 +39,7 @@ edges=(
   '^yaml-cpp/' '^trainer/config/'
   '^hdf5' '^kernels/base/h5(_[a-z]+)?\.(cc|h)$'
   '^(cblas|openblas)' '^kernels/cpu/'
-  '^(cuda|cublas|cudnn|nccl|cub/|thrust/)' '^kernels/cuda/'
+  '^(cuda|cublas|cudnn|nccl|nvtx3|cub/|thrust/)' '^kernels/cuda/'
   '^mpi\.h$' '^parallel/'
   '^nlohmann/' '^(kernels/base|data|trainer/(report|tools|cli))/'
   '^CLI/' '^trainer/cli/'
@@ -58,7 +58,7 @@ plain_only() {  # FILE ORIGIN
   for header in $(headers "$1"); do
     if [ -f "$header" ]; then
       plain_only "$header" "$2"
-    elif [[ ! $header =~ ^(cuda[a-z0-9_]*\.h|[a-z_0-9]+|(sys/)?[a-z]+\.h)$ ]]; then
+    elif [[ ! $header =~ ^(cuda[a-z0-9_]*\.h|nvtx3/[A-Za-z]+\.h|[a-z_0-9]+|(sys/)?[a-z]+\.h)$ ]]; then
       breach "$2" "includes $header (through $1); a CUDA file includes plain project headers only"
     fi
   done
