@@ -28,6 +28,22 @@ bool Available(std::string* reason) {
   return false;
 }
 
+DeviceInfo Info() {
+  DeviceInfo info;
+  int device = 0;
+  KRAIT_CUDA_CHECK(cudaGetDevice(&device));
+  cudaDeviceProp properties;
+  KRAIT_CUDA_CHECK(cudaGetDeviceProperties(&properties, device));
+  size_t free = 0, total = 0;
+  KRAIT_CUDA_CHECK(cudaMemGetInfo(&free, &total));
+  info.name = properties.name;
+  info.free_bytes = static_cast<int64_t>(free);
+  info.total_bytes = static_cast<int64_t>(total);
+  // The SXM parts of H100 and H200 with all of their multiprocessors.
+  if (properties.major == 9 && properties.multiProcessorCount == 132) info.peak_flops = 989.4e12;
+  return info;
+}
+
 void* Allocate(int64_t bytes, const std::string& segment) {
   KRAIT_CHECK(bytes > 0);
   void* memory = nullptr;

@@ -12,6 +12,15 @@ namespace krait::cuda {
 // Whether this build has CUDA and a usable device is present. `reason`, when given, says why not.
 bool Available(std::string* reason = nullptr);
 
+// The current device.
+struct DeviceInfo {
+  std::string name;  // "NVIDIA H100 80GB HBM3"
+  int64_t free_bytes = 0, total_bytes = 0;
+  // Dense bf16 products of its datasheet, FLOP/s; 0 where none is known here.
+  double peak_flops = 0;
+};
+DeviceInfo Info();
+
 // Device memory of the current device, zero-filled; fatal with kOutOfMemory naming `segment`.
 // Waits for the device.
 void* Allocate(int64_t bytes, const std::string& segment);

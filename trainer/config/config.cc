@@ -7,6 +7,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "kernels/base/number.h"
+#include "kernels/cuda/runtime.h"
 #include "trainer/config/config_check.h"
 #include "trainer/config/config_keys.h"
 #include "trainer/config/config_print.h"
@@ -206,8 +207,21 @@ absl::StatusOr<RunConfig> ParseConfig(const std::string& text, const std::string
 }
 
 Placement PlacementOf(const RunConfig& config) {
-  const bool bf16 = config.train.precision == Precision::kBf16;
-  return {.device = Device::kCpu, .compute = bf16 ? DType::kBF16 : DType::kF32};
+  const bool cuda = config.train.device == DevicePreference::kCuda ||
+                    (config.train.device == DevicePreference::kAuto && cuda::Available());
+  const bool bf16 = config.train.precision == Precision::kBf16 ||
+                    (config.train.precision == Precision::kAuto && cuda);
+  return {.device = cuda ? Device::kCuda : Device::kCpu,
+          .compute = bf16 ? DType::kBF16 : DType::kF32};
+}
+
+absl::Status CheckDevice(const RunConfig& config) {
+  std::string reason;
+  if (config.train.device != DevicePreference::kCuda || cuda::Available(&reason)) {
+    return absl::OkStatus();
+  }
+  return Error(ExitCode::kConfig,
+               "train.device: cuda cannot be used: " + reason + "; cpu and auto work here");
 }
 
 absl::StatusOr<std::string> ExplainConfig(const std::string& path,

@@ -214,11 +214,6 @@ void CheckModel(const ModelSpec& model, ConfigReader* reader) {
 }
 
 void CheckRun(const RunConfig& config, ConfigUse use, int64_t ranks, ConfigReader* reader) {
-  if (config.train.device == DevicePreference::kCuda) {
-    reader->Fail("train.device",
-                 "train.device: cuda is not there yet: this version trains on the CPU (auto or "
-                 "cpu)");
-  }
   CheckMoments(config.optimizer, reader);
   CheckParallel(config.parallel, use, ranks, reader);
   CheckBatch(config, ranks, reader);

@@ -3,12 +3,14 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
+#include <optional>
 
 #include "absl/strings/str_format.h"
 #include "kernels/base/clock.h"
 #include "kernels/base/number.h"
 #include "kernels/base/parallel_for.h"
 #include "kernels/base/random.h"
+#include "kernels/cuda/runtime.h"
 #include "kernels/gemm.h"
 #include "kernels/random_fill.h"
 #include "nlohmann/json.hpp"
@@ -20,6 +22,9 @@ namespace {
 
 constexpr uint64_t kWarmUpSteps = 2;
 constexpr int64_t kSgemmSize = 2048;
+constexpr uint64_t kProfiledSteps = 3;  // on CUDA
+constexpr const char* kCpuPeak = "fp32 matrix product 2048^3, same run and threads";
+constexpr const char* kCudaPeak = "dense bf16 products by the datasheet";
 
 // Uniform random tokens without documents; every token but a row's last has a target.
 TokenBatch SyntheticBatch(const RunConfig& config, uint64_t step) {
@@ -106,40 +111,71 @@ double CopyBytesPerSecond() {
   return 2.0 * static_cast<double>(kBytes) / Median(seconds);
 }
 
+namespace {
+
+// What is not this process's: on CUDA the memory taken before its first allocation.
+int64_t MemoryBefore(Device device) { return device == Device::kCuda ? MemoryOf(device).used : 0; }
+
+}  // namespace
+
 absl::StatusOr<StepBench> RunStepBench(const RunConfig& config, int64_t steps) {
-  StepBench bench{.config = config.path, .steps = steps};
+  KRAIT_RETURN_IF_ERROR(CheckDevice(config));
+  StepBench bench;
+  bench.config = config.path;
+  bench.steps = steps;
+  const int64_t taken = MemoryBefore(PlacementOf(config).device);
   Trainer trainer(config);
   trainer.Init();
   for (uint64_t s = 0; s < kWarmUpSteps; ++s) trainer.Step(SyntheticBatch(config, s));
   bench.params_total = trainer.weights().table().total();
   bench.params_active = trainer.weights().table().active(config.model);
-  bench.peak_memory_bytes = PeakMemoryBytes();  // before the matrices of the peak measurement
+  const Device device = trainer.ctx().device;
+  bench.device = device == Device::kCuda ? cuda::Info().name : "cpu";
+  // Before the matrices of the peak measurement.
+  bench.peak_memory_bytes = MemoryOf(device).used - taken;
 
-  SgemmMeter sgemm;
+  std::optional<SgemmMeter> sgemm;
+  if (device == Device::kCpu) sgemm.emplace();
   Profile profile;
-  trainer.ctx().profile = &profile;
   std::vector<double> step_seconds;
   for (int64_t s = 0; s < steps; ++s) {
     const TokenBatch batch = SyntheticBatch(config, kWarmUpSteps + static_cast<uint64_t>(s));
     // The peak is taken between the steps, so that both see the same machine.
-    sgemm.Measure(1);
+    if (sgemm.has_value()) {
+      sgemm->Measure(1);
+      trainer.ctx().profile = &profile;
+    }
     const double start = MonotonicSeconds();
     trainer.Step(batch);
     step_seconds.push_back(MonotonicSeconds() - start);
+  }
+  // On CUDA the breakdown comes from steps of its own: its events are not free.
+  double profiled_seconds = 0, profiled_steps = 0;
+  for (double seconds : step_seconds) profiled_seconds += seconds, ++profiled_steps;
+  if (device == Device::kCuda) {
+    trainer.ctx().profile = &profile;
+    profiled_seconds = profiled_steps = 0;
+    for (uint64_t s = 0; s < kProfiledSteps; ++s) {
+      const TokenBatch batch = SyntheticBatch(config, kWarmUpSteps + s);
+      const double start = MonotonicSeconds();
+      trainer.Step(batch);
+      profiled_seconds += MonotonicSeconds() - start;
+      ++profiled_steps;
+      profile.Collect();
+    }
   }
   const double step = Median(step_seconds);
   bench.step_ms = step * 1000;
   bench.tokens_per_s = static_cast<double>(config.train.batch_tokens) / step;
   bench.flops_per_token = FlopsPerToken(config.model, config.data.seq_len);
   bench.tflops = bench.flops_per_token * bench.tokens_per_s / 1e12;
-  bench.peak_tflops = sgemm.FlopsPerSecond() / 1e12;
-  bench.mfu = bench.tflops / bench.peak_tflops;
-  double mean = 0;
-  for (double seconds : step_seconds) mean += seconds / static_cast<double>(steps);
+  bench.peak_tflops = (sgemm.has_value() ? sgemm->FlopsPerSecond() : trainer.peak_flops()) / 1e12;
+  bench.mfu = bench.peak_tflops > 0 ? bench.tflops / bench.peak_tflops : 0;
+  const double mean = profiled_seconds / profiled_steps;
   profile.Collect();
   double accounted = 0;
   for (int f = 0; f < kOpFamilies; ++f) {
-    bench.breakdown_ms[f] = profile.seconds[f] * 1000 / static_cast<double>(steps);
+    bench.breakdown_ms[f] = profile.seconds[f] * 1000 / profiled_steps;
     accounted += bench.breakdown_ms[f];
   }
   bench.breakdown_ms[static_cast<int>(OpFamily::kOther)] += std::max(0.0, mean * 1000 - accounted);
@@ -152,7 +188,7 @@ std::string StepBenchJson(const StepBench& b) {
     breakdown[Name(static_cast<OpFamily>(f))] = b.breakdown_ms[f];
   }
   const nlohmann::ordered_json json = {{"config", b.config},
-                                       {"device", "cpu"},
+                                       {"device", b.device},
                                        {"threads", MaxThreads()},
                                        {"steps", b.steps},
                                        {"tokens_per_s", b.tokens_per_s},
@@ -162,7 +198,7 @@ std::string StepBenchJson(const StepBench& b) {
                                        {"tflops_per_rank", b.tflops},
                                        {"mfu", b.mfu},
                                        {"peak_tflops", b.peak_tflops},
-                                       {"peak", "fp32 matrix product 2048^3, same run and threads"},
+                                       {"peak", b.device == "cpu" ? kCpuPeak : kCudaPeak},
                                        {"peak_memory_bytes", b.peak_memory_bytes},
                                        {"params_total", b.params_total},
                                        {"params_active", b.params_active},
@@ -174,15 +210,16 @@ std::string StepBenchJson(const StepBench& b) {
 
 std::string StepBenchText(const StepBench& b) {
   std::string text = absl::StrFormat(
-      "%s: %s parameters (%s active), %d threads\n"
+      "%s: %s parameters (%s active), %s\n"
       "  step          %.1f ms (median of %d)\n"
       "  tokens/s      %s\n"
-      "  TFLOP/s       %.4f of %.4f (2048^3 matrix product in this run): MFU %.1f%%\n"
+      "  TFLOP/s       %.4f of %.4f (%s): MFU %.1f%%\n"
       "  peak memory   %s\n",
       b.config, PrintShort(static_cast<double>(b.params_total)),
-      PrintShort(static_cast<double>(b.params_active)), MaxThreads(), b.step_ms, b.steps,
-      PrintShort(b.tokens_per_s), b.tflops, b.peak_tflops, b.mfu * 100,
-      PrintBytes(b.peak_memory_bytes));
+      PrintShort(static_cast<double>(b.params_active)),
+      b.device == "cpu" ? absl::StrFormat("%d threads", MaxThreads()) : b.device, b.step_ms,
+      b.steps, PrintShort(b.tokens_per_s), b.tflops, b.peak_tflops,
+      b.device == "cpu" ? kCpuPeak : kCudaPeak, b.mfu * 100, PrintBytes(b.peak_memory_bytes));
   double sum = 0;
   for (double ms : b.breakdown_ms) sum += ms;
   for (int f = 0; f < kOpFamilies; ++f) {

@@ -40,6 +40,7 @@ double CopyBytesPerSecond();
 
 struct StepBench {
   std::string config;
+  std::string device;  // "cpu", or the GPU's name
   int64_t steps = 0;
   double tokens_per_s = 0, step_ms = 0, flops_per_token = 0, tflops = 0;
   double peak_tflops = 0, mfu = 0;

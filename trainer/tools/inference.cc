@@ -2,6 +2,7 @@
 
 #include <cstring>
 
+#include "kernels/cuda/runtime.h"
 #include "trainer/train/optimizer_state.h"
 
 namespace krait {
@@ -24,7 +25,9 @@ absl::StatusOr<std::unique_ptr<InferenceModel>> InferenceModel::Load(
                                                         checkpoint.path + "/manifest.json: config",
                                                         {}, ConfigUse::kPlan, /*ranks=*/1));
     loaded->table_ = std::make_unique<ParamTable>(loaded->config_.model);
-    const Placement place = placement.value_or(PlacementOf(loaded->config_));
+    Placement place = placement.value_or(PlacementOf(loaded->config_));
+    // A run of a GPU can be looked at without one.
+    if (place.device == Device::kCuda && !cuda::Available()) place = Placement();
     loaded->weights_ = NewWeights(loaded->table_.get(), place, &loaded->weight_arena_);
     Context ctx;
     ctx.device = place.device;

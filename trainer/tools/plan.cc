@@ -1,11 +1,13 @@
 #include "trainer/tools/plan.h"
 
 #include <cmath>
+#include <limits>
 #include <nlohmann/json.hpp>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "kernels/base/number.h"
+#include "kernels/cuda/runtime.h"
 #include "model/params.h"
 #include "trainer/report/environment.h"
 
@@ -13,6 +15,7 @@ namespace krait {
 namespace {
 
 constexpr int64_t kUsualContext = 262144;  // at which the Jamba papers compare caches
+constexpr int64_t kUnknownMemory = std::numeric_limits<int64_t>::max();
 constexpr int64_t kMaxContext = int64_t{1} << 40;
 
 DecodeMemory DecodeMemoryAt(const ModelSpec& model, int64_t context) {
@@ -111,8 +114,12 @@ absl::StatusOr<PlanReport> MakePlan(const RunConfig& config, const PlanOptions& 
   report.batch_tokens = config.train.batch_tokens;
   report.steps = config.train.steps;
 
+  report.placement = PlacementOf(config);
   report.memory = PlanTraining(config);
-  report.memory_limit = options.memory > 0 ? options.memory : MachineMemory();
+  const bool elsewhere = report.placement.device == Device::kCuda && !cuda::Available();
+  report.memory_limit = options.memory > 0 ? options.memory
+                        : elsewhere        ? kUnknownMemory
+                                           : MemoryOf(report.placement.device).total;
   report.fits = report.memory.total() <= report.memory_limit;
   report.checkpoint_bytes = CheckpointBytes(table, config.optimizer);
   report.checkpoints_kept = config.checkpoint.keep;
@@ -146,7 +153,9 @@ std::string Flops(double flops) {
 
 void AddMemory(const PlanReport& report, std::string* out) {
   const MemoryPlan& memory = report.memory;
-  absl::StrAppend(out, "\nmemory per rank, fp32 on the CPU\n");
+  absl::StrAppendFormat(out, "\nmemory per rank, %s on %s\n",
+                        report.placement.compute == DType::kBF16 ? "bf16" : "fp32",
+                        report.placement.device == Device::kCuda ? "CUDA" : "the CPU");
   for (const auto& [name, bytes] : {std::pair{"weights", memory.weights},
                                     {"gradients", memory.gradients},
                                     {"optimizer", memory.optimizer},
@@ -157,8 +166,12 @@ void AddMemory(const PlanReport& report, std::string* out) {
                                     {"total", memory.total()}}) {
     absl::StrAppendFormat(out, "  %-24s %12s\n", name, PrintBytes(bytes));
   }
-  absl::StrAppendFormat(out, "  %-24s %12s   %s\n", "available", PrintBytes(report.memory_limit),
-                        report.fits ? "fits" : "DOES NOT FIT");
+  if (report.memory_limit == kUnknownMemory) {
+    absl::StrAppend(out, "  no GPU here to compare with: name one's memory with --memory SIZE\n");
+  } else {
+    absl::StrAppendFormat(out, "  %-24s %12s   %s\n", "available", PrintBytes(report.memory_limit),
+                          report.fits ? "fits" : "DOES NOT FIT");
+  }
   if (report.data_ranks > 1) {
     absl::StrAppend(
         out, "  every rank as if alone: sharing out the optimizer state is not planned yet\n");
@@ -230,35 +243,37 @@ std::string PlanJson(const PlanReport& report) {
                       {"conv_state_bytes", memory.conv_state_bytes}});
   }
   const MemoryPlan& memory = report.memory;
-  const ordered_json json = {{"config", report.config},
-                             {"n_layers", report.n_layers},
-                             {"pattern", report.pattern},
-                             {"params_total", report.params_total},
-                             {"params_active", report.params_active},
-                             {"seq_len", report.seq_len},
-                             {"flops_per_token", report.flops_per_token},
-                             {"parts", parts},
-                             {"decode", decode},
-                             {"batch",
-                              {{"tokens", report.batch_tokens},
-                               {"micro_batch", report.micro_batch},
-                               {"data_ranks", report.data_ranks},
-                               {"accumulation", report.accumulation}}},
-                             {"steps", report.steps},
-                             {"memory_bytes",
-                              {{"weights", memory.weights},
-                               {"gradients", memory.gradients},
-                               {"optimizer", memory.optimizer},
-                               {"activations", memory.activations},
-                               {"scratch", memory.scratch},
-                               {"batches", memory.batches},
-                               {"staging", memory.staging},
-                               {"total", memory.total()}}},
-                             {"memory_limit_bytes", report.memory_limit},
-                             {"fits", report.fits},
-                             {"checkpoint_bytes", report.checkpoint_bytes},
-                             {"checkpoints_kept", report.checkpoints_kept},
-                             {"wire_bytes_per_step", report.wire_bytes_per_step}};
+  const ordered_json json = {
+      {"config", report.config},
+      {"n_layers", report.n_layers},
+      {"pattern", report.pattern},
+      {"params_total", report.params_total},
+      {"params_active", report.params_active},
+      {"seq_len", report.seq_len},
+      {"flops_per_token", report.flops_per_token},
+      {"parts", parts},
+      {"decode", decode},
+      {"batch",
+       {{"tokens", report.batch_tokens},
+        {"micro_batch", report.micro_batch},
+        {"data_ranks", report.data_ranks},
+        {"accumulation", report.accumulation}}},
+      {"steps", report.steps},
+      {"memory_bytes",
+       {{"weights", memory.weights},
+        {"gradients", memory.gradients},
+        {"optimizer", memory.optimizer},
+        {"activations", memory.activations},
+        {"scratch", memory.scratch},
+        {"batches", memory.batches},
+        {"staging", memory.staging},
+        {"total", memory.total()}}},
+      {"memory_limit_bytes",
+       report.memory_limit == kUnknownMemory ? ordered_json() : ordered_json(report.memory_limit)},
+      {"fits", report.fits},
+      {"checkpoint_bytes", report.checkpoint_bytes},
+      {"checkpoints_kept", report.checkpoints_kept},
+      {"wire_bytes_per_step", report.wire_bytes_per_step}};
   // A path need not be UTF-8.
   return json.dump(2, ' ', false, ordered_json::error_handler_t::replace);
 }

@@ -50,6 +50,7 @@ struct PlanReport {
   int64_t seq_len = 0, micro_batch = 0, data_ranks = 1, accumulation = 0, batch_tokens = 0;
   int64_t steps = 0;
 
+  Placement placement;
   MemoryPlan memory;         // per rank
   int64_t memory_limit = 0;  // bytes
   bool fits = true;          // memory.total() <= memory_limit

@@ -178,6 +178,7 @@ absl::Status RunProbe(const ProbeOptions& options) {
   RunConfig config;
   KRAIT_ASSIGN_OR_RETURN(config, ProbeConfig(spec, batches.forward, options));
 
+  KRAIT_RETURN_IF_ERROR(CheckDevice(config));
   Trainer trainer(config);
   const ParamTable& table = trainer.weights().table();
   KRAIT_RETURN_IF_ERROR(LoadHfWeights(

@@ -2,15 +2,23 @@
 
 #include "kernels/arena.h"
 #include "kernels/context.h"
+#include "kernels/cuda/runtime.h"
 #include "model/hybrid_model.h"
 #include "model/params.h"
 #include "model/weights.h"
 #include "trainer/checkpoint/checkpoint_async.h"
+#include "trainer/report/environment.h"
 #include "trainer/train/optimizer_state.h"
 #include "trainer/train/pass_batch.h"
 #include "trainer/train/trainer.h"
 
 namespace krait {
+
+MemoryUse MemoryOf(Device device) {
+  if (device == Device::kCpu) return {PeakMemoryBytes(), MachineMemory()};
+  const cuda::DeviceInfo info = cuda::Info();
+  return {info.total_bytes - info.free_bytes, info.total_bytes};
+}
 
 MemoryPlan PlanTraining(const RunConfig& config) {
   const ParamTable table(config.model);

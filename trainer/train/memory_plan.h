@@ -28,6 +28,13 @@ struct MemoryPlan {
 // Of a training run, evaluation included. Touches no memory to speak of whatever the model's size.
 MemoryPlan PlanTraining(const RunConfig& config);
 
+// Of this process on the CPU (at its highest, and what it may have); of the GPU on CUDA (what is
+// taken there at the moment, by whomever, and what there is).
+struct MemoryUse {
+  int64_t used = 0, total = 0;
+};
+MemoryUse MemoryOf(Device device);
+
 }  // namespace krait
 
 #endif  // KRAIT_TRAINER_TRAIN_MEMORY_PLAN_H_

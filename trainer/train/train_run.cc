@@ -61,13 +61,13 @@ class Run {
   int64_t first_step_ = 0, first_tokens_ = 0;  // of this process
   int64_t saving_step_ = 0;                    // of the save under way
   double start_ = MonotonicSeconds();
-  const int64_t machine_memory_ = MachineMemory();
   double drawn_ = 0;           // the live line
   double window_seconds_ = 0;  // since the last log line
   int64_t window_steps_ = 0;
 };
 
 absl::Status Run::Open() {
+  KRAIT_RETURN_IF_ERROR(CheckDevice(config_));
   ErrorList errors;
   const auto open = [&](const std::vector<SourceSpec>& sources, std::unique_ptr<Dataset>* data) {
     auto opened = Dataset::Open(sources, config_.data.seq_len, config_.model.vocab_size,
@@ -136,9 +136,10 @@ absl::Status Run::Describe() {
       PrintShort(static_cast<double>(table.active(config_.model))), config_.model.n_layers,
       PrintShort(static_cast<double>(config_.train.batch_tokens)),
       PrintBytes(trainer_->memory().total()))));
-  if (trainer_->memory().total() <= machine_memory_) return absl::OkStatus();
-  return Say(absl::StrFormat("warning: that is more than the %s of this machine",
-                             PrintBytes(machine_memory_)));
+  const int64_t there = MemoryOf(trainer_->ctx().device).total;
+  if (trainer_->memory().total() <= there) return absl::OkStatus();
+  return Say(
+      absl::StrFormat("warning: that is more than the %s of this machine", PrintBytes(there)));
 }
 
 absl::StatusOr<ExitCode> Run::Loop() {
@@ -202,8 +203,13 @@ absl::Status Run::Report(StepReport report, double seconds) {
   report.tokens_per_s = static_cast<double>(config_.train.batch_tokens) / step_seconds;
   report.step_ms = step_seconds * 1000;
   report.eta_seconds = step_seconds * static_cast<double>(report.steps - report.step);
-  report.peak_memory = PeakMemoryBytes();
-  report.total_memory = machine_memory_;
+  const MemoryUse memory = MemoryOf(trainer_->ctx().device);
+  report.peak_memory = memory.used;
+  report.total_memory = memory.total;
+  if (trainer_->peak_flops() > 0) {
+    report.mfu = FlopsPerToken(config_.model, config_.data.seq_len) * report.tokens_per_s /
+                 trainer_->peak_flops();
+  }
   if (MonotonicSeconds() - drawn_ >= kRedrawSeconds) {
     drawn_ = MonotonicSeconds();
     console_.Status(FormatLiveLine(report));

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "kernels/activation.h"
+#include "kernels/cuda/runtime.h"
 #include "kernels/optimizer.h"
 #include "kernels/transfer.h"
 #include "trainer/train/schedule.h"

@@ -68,6 +68,8 @@ class Trainer {
   HybridModel& model() { return model_; }
   OptimizerState& optimizer() { return optimizer_; }
   const MemoryPlan& memory() const { return memory_; }
+  // Of the device's bf16 products; 0 where none is stated (the CPU, an unknown GPU, f32).
+  double peak_flops() const { return peak_flops_; }
   Context& ctx() { return ctx_; }
 
  private:
@@ -90,6 +92,7 @@ class Trainer {
   StepScalars scalars_;
   PassBatch pass_batch_;
   CheckpointMeta state_;
+  double peak_flops_ = 0;
 };
 
 }  // namespace krait
