@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "support/gradcheck.h"
+#include "support/pieces.h"
 
 namespace krait {
 namespace {
@@ -91,6 +92,10 @@ struct Conv {
     dbias.Fill(0);
     CausalConv1dSiluBackward(dx, dw, dbias, d_initial_state, dy, d_final_state, x, w, bias,
                              initial_state, documents, ctx);
+  }
+  testing::AlongTime OperandsAlongTime() {
+    return {{&x, &dy},    {&y, &dx},        {&dw, &dbias}, &initial_state,
+            &final_state, &d_initial_state, &d_final_state};
   }
   std::vector<const Buf*> Outputs() const {
     return {&y, &final_state, &dx, &dw, &dbias, &d_initial_state};
@@ -230,99 +235,19 @@ TEST(CausalConv1d, ThreadsDoNotChangeABit) {
   }
 }
 
-void CopySteps(Tensor to, int64_t to_begin, Tensor from, int64_t from_begin, int64_t time) {
-  const Tensor target = to.Slice(1, to_begin, time), source = from.Slice(1, from_begin, time);
-  for (int64_t i = 0; i < target.numel(); ++i) testing::Set(target, i, Get(source, i));
-}
-
-// The steps [begin, begin + time) of `whole` as a problem of their own, from a zero state.
-Conv Part(const Conv& whole, int64_t begin, int64_t time) {
-  Conv part(kF32, {whole.s.batch, time, whole.s.channels, whole.s.taps});
-  part.documents.first_position += begin;
-  if (whole.documents.doc_start.defined()) {
-    CopySteps(part.doc_start, 0, whole.doc_start, begin, time);
-    part.documents.doc_start = part.doc_start;
-  }
-  CopySteps(part.x, 0, whole.x, begin, time);
-  CopySteps(part.dy, 0, whole.dy, begin, time);
-  part.initial_state.Fill(0);
-  part.d_final_state.Fill(0);
-  return part;
-}
-
-// The parts' results, put together, against those of the whole: 1e-6, the project's bound.
-void ExpectSame(const Conv& whole, const std::vector<Conv*>& parts) {
-  Conv joined(kF32, whole.s);
-  joined.dw.Fill(0);
-  joined.dbias.Fill(0);
-  int64_t begin = 0;
-  for (const Conv* part : parts) {
-    CopySteps(joined.y, begin, part->y, 0, part->s.time);
-    CopySteps(joined.dx, begin, part->dx, 0, part->s.time);
-    for (auto [to, from] :
-         {std::pair(&joined.dw, &part->dw), std::pair(&joined.dbias, &part->dbias)}) {
-      for (int64_t i = 0; i < to->tensor().numel(); ++i) {
-        testing::Set(*to, i, Get(*to, i) + Get(*from, i));
-      }
-    }
-    begin += part->s.time;
-  }
-  joined.final_state.Assign(Values(parts.back()->final_state));
-  joined.d_initial_state.Assign(Values(parts.front()->d_initial_state));
-  for (size_t k = 0; k < whole.Outputs().size(); ++k) {
-    EXPECT_LE(RelativeError(*joined.Outputs()[k], *whole.Outputs()[k]), 1e-6) << "output " << k;
-  }
-}
-
+// The last document is shorter than the K-1 kept inputs: the rest of the final state is zero and of
+// no document.
 TEST(CausalConv1d, PackedDocumentsEqualSeparateOnes) {
-  const TestContext ctx;
-  Conv whole(kF32, {1, 200, 35, 4});
-  whole.SetDocuments({20, 21, 198});
-  whole.Forward(ctx);
-  whole.Backward(ctx);
-  std::vector<Conv> documents;
-  int64_t begin = 0;
-  for (int64_t end : {20, 21, 198, 200}) {
-    documents.push_back(Part(whole, begin, end - begin));
-    begin = end;
-  }
-  documents.front().initial_state.Assign(Values(whole.initial_state));
-  // The last document is shorter than the K-1 kept inputs: the rest of the whole's final state is
-  // zero and of no document.
-  documents.back().d_final_state.Assign(Values(whole.d_final_state));
-  std::vector<Conv*> parts;
-  for (Conv& document : documents) {
-    document.Forward(ctx);
-    document.Backward(ctx);
-    parts.push_back(&document);
-  }
-  ExpectSame(whole, parts);
+  testing::CheckPackedDocuments<Conv>(Shape{1, 200, 35, 4}, {20, 21, 198});
 }
 
 TEST(CausalConv1d, SequenceCutInTwoEqualsTheWhole) {
-  const TestContext ctx;
-  for (const auto& [cut, starts] : {std::pair<int64_t, std::vector<int64_t>>{1, {}},
-                                    {2, {}},
-                                    {100, {}},
-                                    {199, {}},
-                                    {100, {98, 101}},
-                                    {100, {100, 150}},
-                                    {1, {0}}}) {
-    Conv whole(kF32, {2, 200, 35, 4});
-    if (!starts.empty()) whole.SetDocuments(starts);
-    whole.Forward(ctx);
-    whole.Backward(ctx);
-    Conv first = Part(whole, 0, cut), second = Part(whole, cut, 200 - cut);
-    first.initial_state.Assign(Values(whole.initial_state));
-    first.Forward(ctx);
-    second.initial_state.Assign(Values(first.final_state));
-    second.Forward(ctx);
-    second.d_final_state.Assign(Values(whole.d_final_state));
-    second.Backward(ctx);
-    first.d_final_state.Assign(Values(second.d_initial_state));
-    first.Backward(ctx);
-    ExpectSame(whole, {&first, &second});
-  }
+  const Shape shape{2, 200, 35, 4};
+  for (const int64_t cut : {1, 2, 100, 199}) testing::CheckCutInTwo<Conv>(shape, cut, {});
+  // A document that ends within the taps behind the cut, one that begins at it, one at token 0.
+  testing::CheckCutInTwo<Conv>(shape, 100, {98, 101});
+  testing::CheckCutInTwo<Conv>(shape, 100, {100, 150});
+  testing::CheckCutInTwo<Conv>(shape, 1, {0});
 }
 
 TEST(CausalConv1d, ADocumentAtTheFirstTokenIgnoresTheState) {

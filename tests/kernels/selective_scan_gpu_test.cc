@@ -11,15 +11,18 @@
 #include <string>
 #include <vector>
 
-#include "kernels/cuda/runtime.h"
 #include "kernels/selective_scan.h"
 #include "support/gradcheck.h"
+#include "support/on_gpu.h"
 
 namespace krait {
 namespace {
 
 using testing::Buf;
 using testing::Get;
+using testing::GpuContext;
+using testing::kNaN;
+using testing::OnGpu;
 using testing::RelativeError;
 using testing::SameBits;
 using testing::Set;
@@ -27,7 +30,6 @@ using testing::TestContext;
 using testing::Values;
 
 constexpr DType kF32 = DType::kF32, kF64 = DType::kF64, kBF16 = DType::kBF16;
-const double kNaN = std::numeric_limits<double>::quiet_NaN();
 
 struct Shape {
   int64_t batch, time, channels, states;
@@ -39,55 +41,6 @@ std::ostream& operator<<(std::ostream& out, const Shape& s) {
   return out << "B " << s.batch << " T " << s.time << " I " << s.channels << " N " << s.states
              << " pad " << s.pad << " shift " << s.shift << " from " << s.first_position;
 }
-
-// A copy of a CPU tensor in device memory, padding between rows included.
-class OnGpu {
- public:
-  explicit OnGpu(Tensor host, int64_t shift = 0) : host_(host) {
-    const int64_t size = SizeOf(host.dtype());
-    int64_t last = 0;
-    for (int i = 0; i < host.rank(); ++i) last += (host.dim(i) - 1) * host.stride(i);
-    bytes_ = (last + 1) * size;
-    memory_ = static_cast<char*>(cuda::Allocate(bytes_ + shift * size, "a test tensor"));
-    data_ = memory_ + shift * size;
-    cuda::CopyToDevice(data_, host.raw(), bytes_);
-    switch (host.rank()) {
-      case 1:
-        gpu_ = Tensor(data_, host.dtype(), Device::kCuda, {host.dim(0)});
-        break;
-      case 2:
-        gpu_ = Tensor(data_, host.dtype(), Device::kCuda, {host.dim(0), host.dim(1)});
-        break;
-      case 3:
-        gpu_ =
-            Tensor(data_, host.dtype(), Device::kCuda, {host.dim(0), host.dim(1), host.stride(1)})
-                .Slice(2, 0, host.dim(2));
-        break;
-      default:
-        gpu_ = Tensor(data_, host.dtype(), Device::kCuda,
-                      {host.dim(0), host.dim(1), host.dim(2), host.dim(3)});
-    }
-  }
-  ~OnGpu() { cuda::Free(memory_); }
-  OnGpu(const OnGpu&) = delete;
-  OnGpu& operator=(const OnGpu&) = delete;
-  operator Tensor() const { return gpu_; }  // NOLINT: passed where a view is taken
-  void Download() { cuda::CopyToHost(host_.raw(), data_, bytes_); }
-
- private:
-  Tensor host_, gpu_;
-  char *memory_, *data_;
-  int64_t bytes_;
-};
-
-struct GpuContext {
-  GpuContext() : scratch("test scratch on the device", Device::kCuda, int64_t{256} << 20) {
-    ctx.device = Device::kCuda;
-    ctx.scratch = &scratch;
-  }
-  Arena scratch;
-  Context ctx;
-};
 
 // Values a trained model could have: time steps around softplus(-1), decays from exp(-dt/2) down.
 // `c` is the dtype of the data, `wide` that of the rest.
@@ -228,8 +181,7 @@ std::vector<double> Rounded(Tensor t) {
 class SelectiveScanGpu : public ::testing::TestWithParam<DType> {
  protected:
   void SetUp() override {
-    std::string reason;
-    if (!cuda::Available(&reason)) GTEST_SKIP() << "no GPU: " << reason;
+    KRAIT_NEEDS_GPU();
     gpu_.emplace();
   }
   void Check(const Shape& s, const std::vector<int64_t>& documents, bool states) {

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "support/gradcheck.h"
+#include "support/pieces.h"
 
 namespace krait {
 namespace {
@@ -108,6 +109,15 @@ struct Scan {
   void Backward(const Context& ctx) {
     for (Buf* buf : {&d_a_log, &dd, &d_dt_bias}) buf->Fill(0);
     SelectiveScanBackward(Gradients(), Tensor(), dy, d_final_state, kept_states, Inputs(), ctx);
+  }
+  testing::AlongTime OperandsAlongTime() {
+    return {{&x, &dt_raw, &b, &c, &z, &dy},
+            {&y, &dx, &d_dt_raw, &db, &dc, &dz},
+            {&d_a_log, &dd, &d_dt_bias},
+            &initial_state,
+            &final_state,
+            &d_initial_state,
+            &d_final_state};
   }
   std::vector<const Buf*> Outputs() const {
     return {&y,       &final_state, &dx,        &d_dt_raw,       &db, &dc, &dz,
@@ -284,105 +294,17 @@ TEST(SelectiveScan, ThreadsDoNotChangeABit) {
   }
 }
 
-// Copies steps [begin, begin + time) of a [B,T,X] tensor.
-void CopySteps(Tensor to, int64_t to_begin, Tensor from, int64_t from_begin, int64_t time) {
-  const Tensor target = to.Slice(1, to_begin, time), source = from.Slice(1, from_begin, time);
-  for (int64_t i = 0; i < target.numel(); ++i) testing::Set(target, i, Get(source, i));
-}
-
-// Runs the steps [begin, begin + time) of `whole` as a problem of their own.
-Scan Part(const Scan& whole, int64_t begin, int64_t time) {
-  Scan part(kF32, {whole.s.batch, time, whole.s.channels, whole.s.states});
-  part.documents.first_position += begin;
-  if (whole.documents.doc_start.defined()) {
-    CopySteps(part.doc_start, 0, whole.doc_start, begin, time);
-    part.documents.doc_start = part.doc_start;
-  }
-  for (auto [to, from] : {std::pair(&part.x, &whole.x), std::pair(&part.dt_raw, &whole.dt_raw),
-                          std::pair(&part.b, &whole.b), std::pair(&part.c, &whole.c),
-                          std::pair(&part.z, &whole.z), std::pair(&part.dy, &whole.dy)}) {
-    CopySteps(*to, 0, *from, begin, time);
-  }
-  part.initial_state.Fill(0);
-  part.d_final_state.Fill(0);
-  return part;
-}
-
-// The parts' results, put together, against those of the whole: 1e-6, the project's bound.
-void ExpectSame(const Scan& whole, const std::vector<Scan*>& parts) {
-  Scan joined(kF32, whole.s);
-  for (Buf* buf : {&joined.d_a_log, &joined.dd, &joined.d_dt_bias}) buf->Fill(0);
-  int64_t begin = 0;
-  for (const Scan* part : parts) {
-    for (auto [to, from] :
-         {std::pair(&joined.y, &part->y), std::pair(&joined.dx, &part->dx),
-          std::pair(&joined.d_dt_raw, &part->d_dt_raw), std::pair(&joined.db, &part->db),
-          std::pair(&joined.dc, &part->dc), std::pair(&joined.dz, &part->dz)}) {
-      CopySteps(*to, begin, *from, 0, part->s.time);
-    }
-    for (auto [to, from] :
-         {std::pair(&joined.d_a_log, &part->d_a_log), std::pair(&joined.dd, &part->dd),
-          std::pair(&joined.d_dt_bias, &part->d_dt_bias)}) {
-      for (int64_t i = 0; i < to->tensor().numel(); ++i) {
-        testing::Set(*to, i, Get(*to, i) + Get(*from, i));
-      }
-    }
-    begin += part->s.time;
-  }
-  joined.final_state.Assign(Values(parts.back()->final_state));
-  joined.d_initial_state.Assign(Values(parts.front()->d_initial_state));
-  for (size_t k = 0; k < whole.Outputs().size(); ++k) {
-    EXPECT_LE(RelativeError(*joined.Outputs()[k], *whole.Outputs()[k]), 1e-6) << kOutputNames[k];
-  }
-}
-
 TEST(SelectiveScan, PackedDocumentsEqualSeparateOnes) {
-  const TestContext ctx;
-  Scan whole(kF32, {1, 150, 70, 16});
-  whole.SetDocuments({20, 21, 85});
-  whole.Forward(ctx);
-  whole.Backward(ctx);
-  std::vector<Scan> documents;
-  std::vector<Scan*> parts;
-  const std::vector<int64_t> ends = {20, 21, 85, 150};
-  int64_t begin = 0;
-  for (int64_t end : ends) {
-    documents.push_back(Part(whole, begin, end - begin));
-    begin = end;
-  }
-  documents.front().initial_state.Assign(Values(whole.initial_state));
-  documents.back().d_final_state.Assign(Values(whole.d_final_state));
-  for (Scan& document : documents) {
-    document.Forward(ctx);
-    document.Backward(ctx);
-    parts.push_back(&document);
-  }
-  ExpectSame(whole, parts);
+  testing::CheckPackedDocuments<Scan>(Shape{1, 150, 70, 16}, {20, 21, 85});
 }
 
 TEST(SelectiveScan, SequenceCutInTwoEqualsTheWhole) {
-  const TestContext ctx;
-  for (const auto& [cut, starts] : {std::pair<int64_t, std::vector<int64_t>>{1, {}},
-                                    {64, {}},
-                                    {100, {}},
-                                    {64, {60, 90}},
-                                    {100, {100, 120}},
-                                    {1, {0, 149}}}) {
-    Scan whole(kF32, {2, 150, 70, 16});
-    if (!starts.empty()) whole.SetDocuments(starts);
-    whole.Forward(ctx);
-    whole.Backward(ctx);
-    Scan first = Part(whole, 0, cut), second = Part(whole, cut, 150 - cut);
-    first.initial_state.Assign(Values(whole.initial_state));
-    first.Forward(ctx);
-    second.initial_state.Assign(Values(first.final_state));
-    second.Forward(ctx);
-    second.d_final_state.Assign(Values(whole.d_final_state));
-    second.Backward(ctx);
-    first.d_final_state.Assign(Values(second.d_initial_state));
-    first.Backward(ctx);
-    ExpectSame(whole, {&first, &second});
-  }
+  const Shape shape{2, 150, 70, 16};
+  for (const int64_t cut : {1, 64, 100}) testing::CheckCutInTwo<Scan>(shape, cut, {});
+  // Documents across the cut, one that begins at it, one at token 0.
+  testing::CheckCutInTwo<Scan>(shape, 64, {60, 90});
+  testing::CheckCutInTwo<Scan>(shape, 100, {100, 120});
+  testing::CheckCutInTwo<Scan>(shape, 1, {0, 149});
 }
 
 TEST(SelectiveScan, ADocumentAtTheFirstTokenIgnoresTheState) {
