@@ -6,6 +6,8 @@
 #include "kernels/cpu/attention.h"
 #include "kernels/cpu/dispatch.h"
 #include "kernels/cpu/widened.h"
+#include "kernels/cuda/attention.h"
+#include "kernels/cuda/call.h"
 
 namespace krait {
 namespace {
@@ -17,27 +19,49 @@ void CheckDims(Tensor x, int64_t batch, int64_t time, int64_t heads, int64_t hea
   KRAIT_CHECK(x.dim(0) == batch && x.dim(1) == time && x.dim(2) == heads && x.dim(3) == head_dim);
 }
 
-const int32_t* DocStart(Tensor doc_start, int64_t batch, int64_t queries) {
-  if (!doc_start.defined()) return nullptr;
-  KRAIT_CHECK(doc_start.numel() == batch * queries);
-  return cpu::DenseData<int32_t>(doc_start);
+void CheckDocuments(Tensor doc_start, int64_t batch, int64_t queries) {
+  if (!doc_start.defined()) return;
+  KRAIT_CHECK(doc_start.numel() == batch * queries && doc_start.contiguous());
+  KRAIT_CHECK(doc_start.dtype() == DType::kI32);
 }
 
-AttentionShape ShapeOf(Tensor q, Tensor k, Tensor v, const Documents& documents) {
+// `queries`: all that have the shape of q; `keys`: of k.
+void CheckShapes(std::initializer_list<Tensor> queries, std::initializer_list<Tensor> keys,
+                 Tensor lse, const Documents& documents) {
+  const Tensor q = *queries.begin(), k = *keys.begin();
   KRAIT_CHECK(q.rank() == 4 && k.rank() == 4);
-  const AttentionShape shape{q.dim(0),
-                             q.dim(1),
-                             k.dim(1),
-                             q.dim(2),
-                             k.dim(2),
-                             q.dim(3),
-                             DocStart(documents.doc_start, q.dim(0), q.dim(1)),
-                             documents.first_position};
-  KRAIT_CHECK(shape.keys >= shape.queries && shape.heads % shape.kv_heads == 0);
-  CheckDims(q, shape.batch, shape.queries, shape.heads, shape.head_dim);
-  CheckDims(k, shape.batch, shape.keys, shape.kv_heads, shape.head_dim);
-  CheckDims(v, shape.batch, shape.keys, shape.kv_heads, shape.head_dim);
-  return shape;
+  KRAIT_CHECK(k.dim(1) >= q.dim(1) && k.dim(2) > 0 && q.dim(2) % k.dim(2) == 0);
+  for (const Tensor& x : queries) CheckDims(x, q.dim(0), q.dim(1), q.dim(2), q.dim(3));
+  for (const Tensor& x : keys) CheckDims(x, q.dim(0), k.dim(1), k.dim(2), q.dim(3));
+  KRAIT_CHECK(lse.numel() == q.dim(0) * q.dim(2) * q.dim(1) && lse.contiguous());
+  KRAIT_CHECK(lse.dtype() == Wide(q.dtype()));
+  CheckDocuments(documents.doc_start, q.dim(0), q.dim(1));
+}
+
+const int32_t* DocStart(Tensor doc_start) {
+  return doc_start.defined() ? doc_start.data<int32_t>() : nullptr;
+}
+
+AttentionShape ShapeOf(Tensor q, Tensor k, const Documents& documents) {
+  return {q.dim(0),
+          q.dim(1),
+          k.dim(1),
+          q.dim(2),
+          k.dim(2),
+          q.dim(3),
+          DocStart(documents.doc_start),
+          documents.first_position};
+}
+
+void CheckOnCuda(std::initializer_list<Tensor> operands, const char* op) {
+  const DType dtype = operands.begin()->dtype();
+  if (dtype != DType::kF32 && dtype != DType::kBF16) {
+    KRAIT_FATAL(std::string(op) + " does not take " + Name(dtype) + " on CUDA");
+  }
+  for (const Tensor& x : operands) KRAIT_CHECK(x.dtype() == dtype);
+  if (operands.begin()->dim(3) > cuda::kMaxHeadDim) {
+    KRAIT_FATAL(std::string(op) + " on CUDA takes a head_dim of at most 256");
+  }
 }
 
 template <typename T>
@@ -52,6 +76,20 @@ void AttentionForward(Tensor y, Tensor lse, Tensor q, Tensor k, Tensor v,
   OpScope op(
       ctx, OpFamily::kAttention, "AttentionForward",
       {{"y", y}, {"lse", lse}, {"q", q}, {"k", k}, {"v", v}, {"doc_start", documents.doc_start}});
+  CheckShapes({q, y}, {k, v}, lse, documents);
+  if (ctx.device == Device::kCuda) {
+    CheckOnCuda({q, k, v, y}, op.name());
+    const ArenaScope scope(ctx.scratch);
+    const int64_t splits = cuda::AttentionSplits(q, k);
+    Tensor partial_y, partial_lse;
+    if (splits > 1) {
+      partial_y = ctx.scratch->Alloc(DType::kF32, {splits, lse.numel(), q.dim(3)});
+      partial_lse = ctx.scratch->Alloc(DType::kF32, {splits, lse.numel()});
+    }
+    if (op.planning()) return;
+    KRAIT_CUDA(PlainAttentionForward(y, lse, q, k, v, documents, partial_y, partial_lse, ctx));
+    return;
+  }
   cpu::Widened wide(ctx);
   y = wide.Out(y), q = wide.In(q), k = wide.In(k), v = wide.In(v);
   const ArenaScope scope(ctx.scratch);
@@ -60,11 +98,8 @@ void AttentionForward(Tensor y, Tensor lse, Tensor q, Tensor k, Tensor v,
   if (op.planning()) return;
   cpu::DispatchFloat(q, op.name(), [&](auto zero) {
     using T = decltype(zero);
-    const AttentionShape shape = ShapeOf(q, k, v, documents);
-    CheckDims(y, shape.batch, shape.queries, shape.heads, shape.head_dim);
-    KRAIT_CHECK(lse.numel() == shape.batch * shape.heads * shape.queries);
-    cpu::AttentionForward(shape, HeadsOf<T>(y), cpu::DenseData<T>(lse), HeadsOf<T>(q),
-                          HeadsOf<T>(k), HeadsOf<T>(v), scratch.data<T>());
+    cpu::AttentionForward(ShapeOf(q, k, documents), HeadsOf<T>(y), cpu::DenseData<T>(lse),
+                          HeadsOf<T>(q), HeadsOf<T>(k), HeadsOf<T>(v), scratch.data<T>());
   });
 }
 
@@ -81,6 +116,15 @@ void AttentionBackward(Tensor dq, Tensor dk, Tensor dv, Tensor dy, Tensor y, Ten
               {"k", k},
               {"v", v},
               {"doc_start", documents.doc_start}});
+  CheckShapes({q, y, dq, dy}, {k, v, dk, dv}, lse, documents);
+  if (ctx.device == Device::kCuda) {
+    CheckOnCuda({q, k, v, y, dq, dk, dv, dy}, op.name());
+    const ArenaScope scope(ctx.scratch);
+    const Tensor delta = ctx.scratch->Alloc(DType::kF32, {lse.numel()});
+    if (op.planning()) return;
+    KRAIT_CUDA(PlainAttentionBackward(dq, dk, dv, dy, y, lse, q, k, v, documents, delta, ctx));
+    return;
+  }
   cpu::Widened wide(ctx);
   dq = wide.Out(dq), dk = wide.Out(dk), dv = wide.Out(dv);
   dy = wide.In(dy), y = wide.In(y), q = wide.In(q), k = wide.In(k), v = wide.In(v);
@@ -91,14 +135,8 @@ void AttentionBackward(Tensor dq, Tensor dk, Tensor dv, Tensor dy, Tensor y, Ten
   if (op.planning()) return;
   cpu::DispatchFloat(q, op.name(), [&](auto zero) {
     using T = decltype(zero);
-    const AttentionShape shape = ShapeOf(q, k, v, documents);
-    CheckDims(y, shape.batch, shape.queries, shape.heads, shape.head_dim);
-    CheckDims(dy, shape.batch, shape.queries, shape.heads, shape.head_dim);
-    CheckDims(dq, shape.batch, shape.queries, shape.heads, shape.head_dim);
-    CheckDims(dk, shape.batch, shape.keys, shape.kv_heads, shape.head_dim);
-    CheckDims(dv, shape.batch, shape.keys, shape.kv_heads, shape.head_dim);
-    KRAIT_CHECK(lse.numel() == shape.batch * shape.heads * shape.queries);
-    cpu::AttentionBackward(shape, {HeadsOf<T>(dq), HeadsOf<T>(dk), HeadsOf<T>(dv), HeadsOf<T>(dy)},
+    cpu::AttentionBackward(ShapeOf(q, k, documents),
+                           {HeadsOf<T>(dq), HeadsOf<T>(dk), HeadsOf<T>(dv), HeadsOf<T>(dy)},
                            HeadsOf<T>(y), cpu::DenseData<T>(lse), HeadsOf<T>(q), HeadsOf<T>(k),
                            HeadsOf<T>(v), delta.data<T>(), scratch.data<T>());
   });
@@ -106,6 +144,14 @@ void AttentionBackward(Tensor dq, Tensor dk, Tensor dv, Tensor dy, Tensor y, Ten
 
 void Rope(Tensor x, const Documents& documents, double theta, bool inverse, const Context& ctx) {
   OpScope op(ctx, OpFamily::kAttention, "Rope", {{"x", x}, {"doc_start", documents.doc_start}});
+  KRAIT_CHECK(x.rank() == 4 && x.stride(3) == 1 && x.dim(3) % 2 == 0);
+  CheckDocuments(documents.doc_start, x.dim(0), x.dim(1));
+  if (ctx.device == Device::kCuda) {
+    CheckOnCuda({x}, op.name());
+    if (op.planning()) return;
+    KRAIT_CUDA(Rope(x, documents, theta, inverse, ctx));
+    return;
+  }
   cpu::Widened wide(ctx);
   x = wide.InOut(x);
   const ArenaScope scope(ctx.scratch);
@@ -114,20 +160,11 @@ void Rope(Tensor x, const Documents& documents, double theta, bool inverse, cons
   if (op.planning()) return;
   cpu::DispatchFloat(x, op.name(), [&](auto zero) {
     using T = decltype(zero);
-    KRAIT_CHECK(x.rank() == 4 && x.stride(3) == 1 && head_dim % 2 == 0);
-    const AttentionShape shape{x.dim(0),
-                               x.dim(1),
-                               x.dim(1),
-                               x.dim(2),
-                               x.dim(2),
-                               head_dim,
-                               DocStart(documents.doc_start, x.dim(0), x.dim(1)),
-                               documents.first_position};
     for (int64_t i = 0; i < head_dim / 2; ++i) {
       frequency.data<double>()[i] =
           std::pow(theta, -2.0 * static_cast<double>(i) / static_cast<double>(head_dim));
     }
-    cpu::Rope(shape, HeadsOf<T>(x), frequency.data<double>(), inverse);
+    cpu::Rope(ShapeOf(x, x, documents), HeadsOf<T>(x), frequency.data<double>(), inverse);
   });
 }
 

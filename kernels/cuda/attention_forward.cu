@@ -1,0 +1,254 @@
+// The forward of attention in tiles of 16 or 64 rows times 64 keys (Dao et al., FlashAttention,
+// 2205.14135), see attention_tile.cuh. Keys that no row of a tile sees are not read.
+#include <cmath>
+
+#include "kernels/cuda/attention_tile.cuh"
+
+namespace krait::cuda {
+namespace {
+
+constexpr int kKeys = 64;
+
+template <typename T>
+struct ForwardArgs {
+  AttentionShape shape;
+  Heads<T> y;
+  float* lse;  // [B,H,T]
+  Heads<const T> q, k, v;
+  float* partial_y;    // [splits, B*H*T, P]
+  float* partial_lse;  // [splits, B*H*T]
+  int splits;
+  float scale_log2;  // of scores, times log2(e)
+};
+
+template <typename T>
+int64_t ForwardBytes(const AttentionShape& shape, int rows) {
+  const int width = shape.width(), out = std::min(width, kOutColumns);
+  return static_cast<int64_t>(sizeof(T)) *
+         ((rows + kKeys) * TileStride<T>(width) + kKeys * TileStride<T>(out) +
+          rows * TileStride<T>(kKeys));
+}
+
+// Block x: (tile of rows, last first, since that sees the most keys), (b, g), range of keys; block
+// y: chunk of output columns.
+template <typename T, int kWarps>
+__global__ void __launch_bounds__(kWarps * 32) ForwardKernel(ForwardArgs<T> args) {
+  extern __shared__ __align__(16) unsigned char shared[];
+  constexpr int kRows = 16 * kWarps;
+  const AttentionShape& shape = args.shape;
+  const int width = shape.width(), stride = TileStride<T>(width);
+  const int chunk = blockIdx.y * kOutColumns, out = min(width - chunk, kOutColumns);
+  const int out_stride = TileStride<T>(min(width, kOutColumns));
+  constexpr int kPStride = TileStride<T>(kKeys);
+  T* const q_tile = reinterpret_cast<T*>(shared);
+  T* const k_tile = q_tile + kRows * stride;
+  T* const v_tile = k_tile + kKeys * stride;
+  T* const p_tile = v_tile + kKeys * out_stride;
+  StartDependent();
+
+  const int rows = shape.rows(), group = shape.group(), pairs = shape.batch * shape.kv_heads;
+  const int split = blockIdx.x % args.splits, place = blockIdx.x / args.splits;
+  const int b = place % pairs / shape.kv_heads, g = place % shape.kv_heads;
+  const int row0 = ((rows + kRows - 1) / kRows - 1 - place / pairs) * kRows;
+  const int first_query = row0 / group, last_query = (min(row0 + kRows, rows) - 1) / group;
+  int begin = shape.FirstKey(b, first_query), end = shape.prefix() + last_query + 1;
+  if (args.splits > 1) {
+    const int range = ((end - begin + args.splits - 1) / args.splits + kKeys - 1) / kKeys * kKeys;
+    begin += split * range;
+    end = min(end, begin + range);
+  }
+  // Keys that all rows of the tile see.
+  const int all_begin = shape.FirstKey(b, last_query), all_end = shape.prefix() + first_query + 1;
+
+  FetchRows(q_tile, stride, kRows, width, shape.head_dim, shape.vectors, [&](int i) -> const T* {
+    const int row = row0 + i;
+    return row < rows ? args.q.At(b, row / group, g * group + row % group) : nullptr;
+  });
+  __pipeline_commit();
+
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  int query[2], row_begin[2], row_end[2];
+  for (int half = 0; half < 2; ++half) {
+    const int row = row0 + warp * 16 + lane / 4 + half * 8;
+    query[half] = row / group;
+    row_begin[half] = row < rows ? shape.FirstKey(b, query[half]) : 0;
+    row_end[half] = row < rows ? shape.prefix() + query[half] + 1 : 0;
+  }
+  float y[kOutColumns / 8][4] = {};
+  float max[2] = {-INFINITY, -INFINITY}, sum[2] = {};  // sum: of this lane's columns
+  T* const p_rows = p_tile + warp * 16 * kPStride;
+
+  for (int key = begin; key < end; key += kKeys) {
+    __syncthreads();
+    FetchRows(k_tile, stride, kKeys, width, shape.head_dim, shape.vectors, [&](int i) -> const T* {
+      return key + i < end ? args.k.At(b, key + i, g) : nullptr;
+    });
+    __pipeline_commit();
+    FetchRows(v_tile, out_stride, kKeys, out, shape.head_dim - chunk, shape.vectors,
+              [&](int i) -> const T* {
+                return key + i < end ? args.v.At(b, key + i, g) + chunk : nullptr;
+              });
+    __pipeline_commit();
+    __pipeline_wait_prior(1);
+    __syncthreads();
+    float s[kKeys / 8][4] = {};
+    AddTimesTransposed(s, q_tile + warp * 16 * stride, stride, k_tile, stride, width);
+    const bool all_seen = key >= all_begin && key + kKeys <= min(all_end, end);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float tile_max = max[half];
+#pragma unroll
+      for (int j = 0; j < kKeys / 8; ++j) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float& score = s[j][half * 2 + i];
+          score *= args.scale_log2;
+          if (!all_seen) {
+            const int column = key + 8 * j + lane % 4 * 2 + i;
+            if (column < row_begin[half] || column >= min(row_end[half], end)) score = -INFINITY;
+          }
+          tile_max = fmaxf(tile_max, score);
+        }
+      }
+      tile_max = QuadMax(tile_max);
+      const float base = tile_max == -INFINITY ? 0.0f : tile_max;
+      const float shrink = exp2f(max[half] - base);
+      max[half] = tile_max;
+      sum[half] *= shrink;
+#pragma unroll
+      for (int j = 0; j < kKeys / 8; ++j) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float& score = s[j][half * 2 + i];
+          score = exp2f(score - base);
+          sum[half] += score;
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kOutColumns / 8; ++j) {
+        y[j][half * 2] *= shrink;
+        y[j][half * 2 + 1] *= shrink;
+      }
+    }
+    StoreTile(p_rows, kPStride, s);
+    __pipeline_wait_prior(0);
+    __syncthreads();
+    AddTimes<kKeys>(y, p_rows, kPStride, v_tile, out_stride, out);
+  }
+  __pipeline_wait_prior(0);
+
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float total = QuadSum(sum[half]);
+    if (row_end[half] == 0) continue;
+    const int h = g * group + (row0 + warp * 16 + lane / 4 + half * 8) % group;
+    const int columns = shape.head_dim - chunk;
+    const int64_t at = (static_cast<int64_t>(b) * shape.heads + h) * shape.queries + query[half];
+    const float lse = max[half] * kLn2 + logf(total);  // of no keys: minus infinity
+    if (args.splits == 1) {
+      StoreRow(args.y.At(b, query[half], h) + chunk, y, half, 1 / total, columns, shape.vectors);
+      if (chunk == 0 && lane % 4 == 0) args.lse[at] = lse;
+    } else {
+      const int64_t heads_queries = static_cast<int64_t>(shape.batch) * shape.heads * shape.queries;
+      const int64_t part = split * heads_queries + at;
+      StoreRow(args.partial_y + part * shape.head_dim + chunk, y, half,
+               total > 0 ? 1 / total : 1.0f, columns, shape.vectors);
+      if (chunk == 0 && lane % 4 == 0) args.partial_lse[part] = lse;
+    }
+  }
+}
+
+// y and lse of all ranges of keys from those of each. A warp per row.
+template <typename T>
+__global__ void MergeKernel(ForwardArgs<T> args) {
+  StartDependent();
+  const AttentionShape& shape = args.shape;
+  const int64_t rows = static_cast<int64_t>(shape.batch) * shape.heads * shape.queries;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  if (row >= rows) return;
+  float max = -INFINITY;
+  for (int split = 0; split < args.splits; ++split) {
+    max = fmaxf(max, args.partial_lse[split * rows + row]);
+  }
+  float sum = 0;
+  for (int split = 0; split < args.splits; ++split) {
+    sum += expf(args.partial_lse[split * rows + row] - max);
+  }
+  const int t = static_cast<int>(row % shape.queries);
+  const int h = static_cast<int>(row / shape.queries % shape.heads);
+  const int b = static_cast<int>(row / shape.queries / shape.heads);
+  for (int column = threadIdx.x; column < shape.head_dim; column += 32) {
+    float y = 0;
+    for (int split = 0; split < args.splits; ++split) {
+      const float weight = expf(args.partial_lse[split * rows + row] - max);
+      y += weight * args.partial_y[(split * rows + row) * shape.head_dim + column];
+    }
+    args.y.At(b, t, h)[column] = FromFloat<T>(y / sum);
+  }
+  if (threadIdx.x == 0) args.lse[row] = max + logf(sum);
+}
+
+template <typename T>
+void Forward(Tensor y, Tensor lse, Tensor q, Tensor k, Tensor v, const Documents& documents,
+             Tensor partial_y, Tensor partial_lse, const Context& ctx) {
+  ForwardArgs<T> args{};
+  args.shape = ShapeOf(q, k, documents, {y, q, k, v});
+  args.y = HeadsOf<T>(y);
+  args.lse = lse.device_data<float>();
+  args.q = HeadsOf<const T>(q), args.k = HeadsOf<const T>(k), args.v = HeadsOf<const T>(v);
+  args.splits = static_cast<int>(AttentionSplits(q, k));
+  if (args.splits > 1) {
+    args.partial_y = partial_y.device_data<float>();
+    args.partial_lse = partial_lse.device_data<float>();
+  }
+  const AttentionShape& shape = args.shape;
+  args.scale_log2 = kLog2E / std::sqrt(static_cast<float>(shape.head_dim));
+  const int tile = static_cast<int>(AttentionRows(shape.rows()));
+  const int64_t blocks =
+      int64_t{1} * shape.batch * shape.kv_heads * ((shape.rows() + tile - 1) / tile) * args.splits;
+  const auto launch = [&](auto kernel) {
+    Launch("AttentionForward", kernel, Dependent(blocks, OutChunks(shape)), dim3(2 * tile),
+           ForwardBytes<T>(shape, tile), ctx, args);
+  };
+  tile == 16 ? launch(ForwardKernel<T, 1>) : launch(ForwardKernel<T, 4>);
+  if (args.splits > 1) {
+    const int64_t rows = int64_t{1} * shape.batch * shape.heads * shape.queries;
+    Launch("AttentionMerge", MergeKernel<T>, Dependent((rows + 3) / 4), dim3(32, 4), 0, ctx, args);
+  }
+}
+
+}  // namespace
+
+AttentionShape ShapeOf(const Tensor& q, const Tensor& k, const Documents& documents,
+                       std::initializer_list<Tensor> operands) {
+  const int64_t group = q.dim(2) / k.dim(2);
+  KRAIT_CHECK(q.dim(3) <= kMaxHeadDim && k.dim(1) < INT32_MAX - kKeys &&
+              q.dim(1) * group < INT32_MAX - kKeys && q.dim(0) * q.dim(2) < INT32_MAX);
+  AttentionShape shape{};
+  shape.batch = static_cast<int>(q.dim(0));
+  shape.queries = static_cast<int>(q.dim(1));
+  shape.keys = static_cast<int>(k.dim(1));
+  shape.heads = static_cast<int>(q.dim(2));
+  shape.kv_heads = static_cast<int>(k.dim(2));
+  shape.head_dim = static_cast<int>(q.dim(3));
+  if (documents.doc_start.defined()) {
+    shape.doc_start = documents.doc_start.device_data<int32_t>();
+  }
+  shape.first_key = documents.first_position + shape.queries - shape.keys;
+  shape.vectors = true;
+  for (const Tensor& t : operands) shape.vectors = shape.vectors && VectorHeads(t);
+  return shape;
+}
+
+void PlainAttentionForward(Tensor y, Tensor lse, Tensor q, Tensor k, Tensor v,
+                           const Documents& documents, Tensor partial_y, Tensor partial_lse,
+                           const Context& ctx) {
+  if (lse.numel() == 0) return;
+  if (q.dtype() == DType::kF32) {
+    Forward<float>(y, lse, q, k, v, documents, partial_y, partial_lse, ctx);
+  } else {
+    Forward<BF16>(y, lse, q, k, v, documents, partial_y, partial_lse, ctx);
+  }
+}
+
+}  // namespace krait::cuda
