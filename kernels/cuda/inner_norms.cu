@@ -1,5 +1,6 @@
 // The three norms over the columns dt | B | C of x_proj's output: a warp takes a row, lane l the
-// columns l + 32 i, and keeps their weights and sums of dw in registers.
+// columns l + 32 i, and keeps their weights and sums of dw in registers. The next row is loaded
+// before the sums over the current one, whose latency is what such short rows are bound by.
 #include "kernels/cuda/column_sums.cuh"
 #include "kernels/cuda/inner_norms.h"
 #include "kernels/cuda/launch.cuh"
@@ -96,7 +97,7 @@ __global__ void __launch_bounds__(32 * kWarps)
 
 // Block b writes its rows' sum of dy * xhat to partial[b].
 template <typename T, int kItems>
-__global__ void __launch_bounds__(32 * kWarps)
+__global__ void __launch_bounds__(32 * kWarps, kItems <= 9 ? 2 : 1)
     BackwardKernel(Rows<T> d_projected, Rows<float> partial, Rows<const float> d_normed,
                    Rows<const float> projected, const float* rstd, Parts<const float> w,
                    int64_t rows) {

@@ -15,7 +15,7 @@ void InnerNormsForward(Tensor normed, Tensor rstd, Tensor projected, const Inner
                        double eps, const Context& ctx);
 
 // Blocks of the backward pass; fixed, so that sums do not depend on the device.
-inline constexpr int64_t kInnerNormBlocks = 396;
+inline constexpr int64_t kInnerNormBlocks = 264;
 // Rows of the backward pass's scratch `partial` [rows, R+2N] f32.
 inline int64_t InnerNormPartials(int64_t rows) { return std::min(rows, kInnerNormBlocks); }
 

@@ -6,6 +6,10 @@
 // so keeps its weights and its sums of dw in registers. Rows are fetched into a ring in shared
 // memory ahead of their use. Each thread fetches what it alone reads, so that the ring needs no
 // barrier.
+//
+// Learned: beside bytes, what counts is the chain of each row (wait, sum, barrier, store): at 30
+// instructions an element the backward pass ran at 85 % of the copy, at 20 at 89 %; and launches
+// that overlap the end of the kernel before, 1 to 4 microseconds each.
 #include <algorithm>
 #include <initializer_list>
 #include <string>

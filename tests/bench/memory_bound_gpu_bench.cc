@@ -43,6 +43,7 @@ class Bench {
     Section("M 16384, F 14336", int64_t{16384} * 14336 * 2), SwiGlu(16384, 14336);
     Section("M 16384, F 5632", int64_t{16384} * 5632 * 2), SwiGlu(16384, 5632);
     Section("M 16384, R 256, N 16", int64_t{16384} * 288 * 4), InnerNorms(16384, 256, 16);
+    Section("M 16384, R 128, N 16", int64_t{16384} * 160 * 4), InnerNorms(16384, 128, 16);
     Section("n 2^27", int64_t{1} << 29), Optimizer(int64_t{1} << 27);
     Section("M 16384, D 4096", int64_t{16384} * 4096 * 2), Elementwise(16384, 4096);
   }
@@ -86,12 +87,12 @@ class Bench {
       const double ms = Milliseconds(
           [&](int s) { cuda::CopyOnDevice(to[s].raw(), from[s].raw(), copy_bytes_, ctx_.stream); });
       copy_rate_ = static_cast<double>(2 * copy_bytes_) / ms * 1e-6;
-      std::printf("%s\n  %-26s %8.4f ms %6.0f GB/s\n", title_.c_str(), "device copy", ms,
+      std::printf("%s\n  %-27s %8.4f ms %6.0f GB/s\n", title_.c_str(), "device copy", ms,
                   copy_rate_);
     }
     const double ms = Milliseconds(call);
     const double rate = static_cast<double>(moved) / ms * 1e-6;
-    std::printf("  %-26s %8.4f ms %6.0f GB/s %6.1f %% of the copy\n", name.c_str(), ms, rate,
+    std::printf("  %-27s %8.4f ms %6.0f GB/s %6.1f %% of the copy\n", name.c_str(), ms, rate,
                 100 * rate / copy_rate_);
     std::fflush(stdout);
   }
@@ -129,6 +130,22 @@ class Bench {
       }
       for (Tensor* t : {&y[s], &dy[s]}) *t = Normal({batch, time, channels});
     }
+    // Documents of 1000 tokens.
+    const Tensor starts = memory_.Alloc(DType::kI32, {batch, time});
+    std::vector<int32_t> positions(static_cast<size_t>(batch * time));
+    for (size_t i = 0; i < positions.size(); ++i) {
+      const auto t = static_cast<int32_t>(i % static_cast<size_t>(time));
+      positions[i] = t / 1000 * 1000;
+    }
+    cuda::CopyToDevice(starts.raw(), positions.data(), starts.bytes(), ctx_.stream);
+    const Documents documents{starts, 0};
+    Report("conv1d forward, documents", 2 * bytes, [&](int s) {
+      CausalConv1dSiluForward(y[s], Tensor(), x[s], w, bias, Tensor(), documents, ctx_);
+    });
+    Report("conv1d backward, documents", 3 * bytes, [&](int s) {
+      CausalConv1dSiluBackward(dx[s], dw, dbias, Tensor(), dy[s], Tensor(), x[s], w, bias, Tensor(),
+                               documents, ctx_);
+    });
     Report("conv1d forward", 2 * bytes, [&](int s) {
       CausalConv1dSiluForward(y[s], Tensor(), x[s], w, bias, Tensor(), {}, ctx_);
     });
