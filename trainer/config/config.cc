@@ -181,8 +181,13 @@ absl::StatusOr<RunConfig> Read(const ConfigNode& root, bool complete, const std:
   if (complete) CheckRun(config, use, ranks, &reader);
   if (!errors->empty()) return errors->ToStatus();
 
-  config.train.device = DevicePreference::kCpu;
-  if (config.train.precision == Precision::kAuto) config.train.precision = Precision::kFp32;
+  TrainConfig& train = config.train;
+  if (train.device == DevicePreference::kAuto) {
+    train.device = cuda::Available() ? DevicePreference::kCuda : DevicePreference::kCpu;
+  }
+  if (train.precision == Precision::kAuto) {
+    train.precision = train.device == DevicePreference::kCuda ? Precision::kBf16 : Precision::kFp32;
+  }
   return config;
 }
 
@@ -207,10 +212,8 @@ absl::StatusOr<RunConfig> ParseConfig(const std::string& text, const std::string
 }
 
 Placement PlacementOf(const RunConfig& config) {
-  const bool cuda = config.train.device == DevicePreference::kCuda ||
-                    (config.train.device == DevicePreference::kAuto && cuda::Available());
-  const bool bf16 = config.train.precision == Precision::kBf16 ||
-                    (config.train.precision == Precision::kAuto && cuda);
+  const bool cuda = config.train.device == DevicePreference::kCuda;
+  const bool bf16 = config.train.precision == Precision::kBf16;
   return {.device = cuda ? Device::kCuda : Device::kCpu,
           .compute = bf16 ? DType::kBF16 : DType::kF32};
 }

@@ -112,8 +112,8 @@ absl::StatusOr<RunConfig> ParseConfig(const std::string& text, const std::string
                                       const std::vector<std::string>& overrides, ConfigUse use,
                                       int64_t ranks);
 
-// Where a loaded config's run computes, and in which dtype (train.device, train.precision). `auto`
-// is CUDA in a build with it where a GPU can be used.
+// Where a loaded config's run computes, and in which dtype (train.device, train.precision; loading
+// has resolved `auto`: CUDA in a build with it where a GPU can be used).
 Placement PlacementOf(const RunConfig& config);
 // kConfig when the run asks for CUDA and this build or machine has none. `plan` needs none.
 absl::Status CheckDevice(const RunConfig& config);
