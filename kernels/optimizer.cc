@@ -171,7 +171,8 @@ void AdamW(Tensor weight, Tensor master, Tensor m, Tensor v, Tensor grad, Tensor
     }
     Update<T, T>(master, m, v, grad, decay_ranges, c, settings);
   });
-  if (weight.raw() != master.raw()) cpu::Convert(weight, master);
+  const bool applied = control.data<double>()[kAdamWApplied] != 0;
+  if (applied && weight.raw() != master.raw()) cpu::Convert(weight, master);
 }
 
 }  // namespace krait

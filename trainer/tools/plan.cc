@@ -156,14 +156,16 @@ void AddMemory(const PlanReport& report, std::string* out) {
   absl::StrAppendFormat(out, "\nmemory per rank, %s on %s\n",
                         report.placement.compute == DType::kBF16 ? "bf16" : "fp32",
                         report.placement.device == Device::kCuda ? "CUDA" : "the CPU");
-  for (const auto& [name, bytes] : {std::pair{"weights", memory.weights},
-                                    {"gradients", memory.gradients},
-                                    {"optimizer", memory.optimizer},
-                                    {"activations", memory.activations},
-                                    {"scratch", memory.scratch},
-                                    {"batches", memory.batches},
-                                    {"staging", memory.staging},
-                                    {"total", memory.total()}}) {
+  for (const auto& [name, bytes] :
+       {std::pair{"weights", memory.weights},
+        {"gradients", memory.gradients},
+        {"optimizer", memory.optimizer},
+        {"activations", memory.activations},
+        {"scratch", memory.scratch},
+        {"batches", memory.batches},
+        {"scalars", memory.scalars},
+        {memory.device == Device::kCuda ? "staging (on the host)" : "staging", memory.staging},
+        {"total", memory.total()}}) {
     absl::StrAppendFormat(out, "  %-24s %12s\n", name, PrintBytes(bytes));
   }
   if (report.memory_limit == kUnknownMemory) {

@@ -60,6 +60,7 @@ MemoryPlan PlanTraining(const RunConfig& config) {
   model.Evaluate(batch, scalars.sums, ctx);
 
   MemoryPlan plan;
+  plan.device = placement.device;
   plan.weights = weight_arena.high_water();
   plan.gradients = grad_arena.high_water();
   plan.optimizer = optimizer_arena.high_water();

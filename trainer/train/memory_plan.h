@@ -12,6 +12,7 @@ namespace krait {
 
 // Bytes per rank.
 struct MemoryPlan {
+  Device device = Device::kCpu;
   int64_t weights = 0;
   int64_t gradients = 0;
   int64_t optimizer = 0;    // exp_avg and exp_avg_sq (and fp32 masters where precision is not fp32)
@@ -20,8 +21,10 @@ struct MemoryPlan {
   int64_t batches = 0;      // token batches of the host, or on CUDA those of a pass
   int64_t scalars = 0;      // losses, norm and other numbers of a step
   int64_t staging = 0;      // copy of the state in host memory for checkpoints
+  // Of the device's memory; on CUDA the staging copy is not in it.
   int64_t total() const {
-    return weights + gradients + optimizer + activations + scratch + batches + scalars + staging;
+    return weights + gradients + optimizer + activations + scratch + batches + scalars +
+           (device == Device::kCpu ? staging : 0);
   }
 };
 
