@@ -34,12 +34,17 @@ void InitRows(Tensor rows, const ModelSpec& spec, const Param& param, int64_t fi
   // A small tensor whose values the host computes.
   const auto from_host = [&](const auto& value) {
     const ArenaScope scope(ctx.scratch);
-    std::vector<double> host;
-    for (int64_t r = 0; r < rows.dim(0); ++r) {
-      for (int64_t c = 0; c < rows.dim(1); ++c) host.push_back(value(first + r * row_step + c));
-    }
-    const Tensor wide = ctx.scratch->Alloc(DType::kF64, {rows.dim(0), rows.dim(1)});
-    Upload(wide, host.data(), ctx);
+    const Tensor wide = ctx.scratch->Alloc(Wide(rows.dtype()), {rows.dim(0), rows.dim(1)});
+    const auto fill = [&](auto zero) {
+      std::vector<decltype(zero)> host;
+      for (int64_t r = 0; r < rows.dim(0); ++r) {
+        for (int64_t c = 0; c < rows.dim(1); ++c) {
+          host.push_back(static_cast<decltype(zero)>(value(first + r * row_step + c)));
+        }
+      }
+      Upload(wide, host.data(), ctx);
+    };
+    wide.dtype() == DType::kF64 ? fill(0.0) : fill(0.0f);
     Copy(rows, wide, ctx);
   };
   switch (param.init) {
