@@ -82,6 +82,12 @@ TEST(OpCase, RejectsWrongResults) {
     if (t["y"].dtype() == DType::kF64) CopyRight(t, ctx);
   });
   EXPECT_NONFATAL_FAILURE(CheckFloat(unwritten), "5 of 15 elements, element 10 is nan");
+  // Not written in either dtype.
+  static const OpCase never = CopyCase([](const Operands& t, const Context& ctx) {
+    Copy(t["y"].Slice(0, 0, 2), t["x"].Slice(0, 0, 2), ctx);
+  });
+  EXPECT_NONFATAL_FAILURE(CheckFloat(never), "5 of 15 elements, element 10 is nan");
+  EXPECT_NONFATAL_FAILURE(CheckBFloat16(never), "5 of 15 elements, element 10 is nan");
   // bf16 that is not the rounded f32, by the least there is.
   static const OpCase neighbour = CopyCase([](const Operands& t, const Context& ctx) {
     CopyRight(t, ctx);

@@ -182,11 +182,10 @@ void AddOptimizer(std::vector<OpCase>* cases) {
                          AdamW(t["w"], t["w"], t["m"], t["v"], t["grad"], Tensor(), t["control"],
                                kSettings, ctx);
                        }));
-  const double nan = std::nan("");
   const std::pair<const char*, std::vector<double>> steps[] = {
       {"clipped", {25, 1, 2, 3}},
       {"within the norm", {1, 1, 2, 3}},
-      {"nan norm", {nan, 1, 2, 3}},
+      {"infinite norm", {INFINITY, 1, 2, 3}},
       {"infinite loss", {25, 1, INFINITY, 3}}};
   for (const auto& [what, values] : steps) {
     cases->push_back(
