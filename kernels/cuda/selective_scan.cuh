@@ -2,10 +2,9 @@
 // states, tiles of 16 tokens in shared memory, and the functions of one element.
 //
 // A warp owns 8 channels of one sequence and walks through time; lane = 4 * g + s owns channel g
-// and states 2s, 2s+1, 8+2s, 9+2s (of each group of 16): the rows and columns of the matrix
-// instructions' fragments. A chunk is 16 tokens. What belongs to a token and channel but to no state
-// (softplus, gates, ...) is computed once, by the lane s that has tokens 2s, 2s+1, 8+2s, 9+2s of
-// channel g: where the matrix instructions leave its sums.
+// and states 4s .. 4s+3 (of each group of 16 states). A chunk is 16 tokens. What belongs to a token
+// and channel but to no state (softplus, gates, ...) is computed once, by the lane s that has
+// tokens 2s, 2s+1, 8+2s, 9+2s of channel g: where the matrix instruction leaves its sums.
 #ifndef KRAIT_KERNELS_CUDA_SELECTIVE_SCAN_CUH_
 #define KRAIT_KERNELS_CUDA_SELECTIVE_SCAN_CUH_
 
@@ -22,12 +21,13 @@ namespace krait::cuda {
 inline constexpr int kSteps = static_cast<int>(kScanSteps);
 inline constexpr int kWarpChannels = 8;
 inline constexpr float kLog2E = 0x1.715476p0f, kLn2 = 0x1.62e430p-1f;
+// Chunks in flight.
+inline constexpr int kStages = 4;
 // Floats of a channel's 16 steps in a warp's scratch; the padding spreads channels over the banks.
-inline constexpr int kPitch = 20;
+inline constexpr int kPitch = 24;
 
-// The token of lane s's value v, 0 to 3, and the state (of 16) of its element j.
+// The token of lane s's value v, 0 to 3.
 __device__ inline int TokenOf(int v, int s) { return v / 2 * 8 + 2 * s + v % 2; }
-__device__ inline int StateOf(int j, int s) { return j / 2 * 8 + 2 * s + j % 2; }
 
 // A tensor [B,T,X] in device memory.
 template <typename T>
@@ -88,13 +88,14 @@ ScanArgs<T> ScanArgsOf(const SelectiveScanInputs& in) {
 
 // How a block lies over the data. kPlain: 16 states, aligned rows; else any of 1 to 16 * kGroups
 // states, any alignment. The first kWarps warps compute, kHelpers more move data.
-template <typename Element, int kWarps_, int kGroups_, bool kPlain_>
+template <typename Element, int kWarps_, int kGroups_, bool kPlain_, int kPer_ = 1>
 struct Shape {
   using T = Element;
   static constexpr int kWarps = kWarps_, kGroups = kGroups_, kHelpers = 4;
   static constexpr int kThreads = 32 * (kWarps + kHelpers);
   static constexpr bool kPlain = kPlain_, kExact = std::is_same_v<T, float>;
-  static constexpr int kColumns = kWarpChannels * kWarps, kStates = 16 * kGroups;
+  static constexpr int kPer = kPer_, kColumns = kWarpChannels * kWarps * kPer;
+  static constexpr int kStates = 16 * kGroups;
   static_assert(!kPlain || kGroups == 1);
 };
 
@@ -115,17 +116,6 @@ class Barrier {
   __device__ void ArriveAfterFetches() {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(SharedAddress(this))
                  : "memory");
-  }
-  // Whether use number `use` has ended.
-  __device__ bool Done(int use) {
-    uint32_t done;
-    asm volatile(
-        "{\n\t.reg .pred done;\n\tmbarrier.test_wait.parity.shared.b64 done, [%1], %2;\n"
-        "\tselp.b32 %0, 1, 0, done;\n\t}"
-        : "=r"(done)
-        : "r"(SharedAddress(this)), "r"(use & 1)
-        : "memory");
-    return done != 0;
   }
   // Waits for the end of use number `use` (0, 1, ...).
   __device__ void Wait(int use) {
@@ -208,24 +198,12 @@ struct Tiles {
   }
 };
 
-// B and C of a chunk as floats, zeros where there is no such token or state.
-template <typename S>
-struct BcTile {
-  // b once more, as the second operand of InputProducts: per half of 16 states [token % 2][state %
-  // 8][token / 2]. The padding parts the banks.
-  static constexpr int kOdd = 80, kHalf = 2 * kOdd;
-  alignas(16) float b[kSteps][S::kStates], c[kSteps][S::kStates];
-  alignas(16) float b_of_pair[S::kExact ? 1 : S::kGroups * 2][kHalf];
-
-  __device__ void SetOfPair(int token, int state, float value) {
-    b_of_pair[state / 8][token % 2 * kOdd + state % 8 * 8 + token / 2] = value;
-  }
-};
-
-// B and C of a chunk, and where its documents begin: fetched into a helper's registers, then stored.
+// B and C of a chunk, and where its documents begin: fetched into a helper's registers, then
+// stored, B and C as floats [2][16][kStates], zeros where there is no such token or state.
 template <typename S>
 struct ChunkInputs {
   using T = typename S::T;
+  static constexpr int kFloats = 2 * kSteps * S::kStates;
   static constexpr int kVec = kVectorOf<T>, kPacks = 16 / kVec;
   Pack<T, kVec> packs[kPacks];  // kPlain: of token lane / 2, b or c
   int32_t start;
@@ -250,97 +228,33 @@ struct ChunkInputs {
     }
   }
   // Bit t of `cuts`: token t0 + t begins a document.
-  __device__ void Put(BcTile<S>& tile, uint32_t* cuts, const ScanArgs<T>& args, int b, int t0,
+  __device__ void Put(float* bc, uint32_t* cuts, const ScanArgs<T>& args, int b, int t0,
                       int lane) const {
-    const unsigned mask = __ballot_sync(
-        ~0u, args.doc_start != nullptr && lane < kSteps && t0 + lane < args.time &&
-                 start == args.first_position + t0 + lane);
+    const unsigned mask =
+        __ballot_sync(~0u, args.doc_start != nullptr && lane < kSteps && t0 + lane < args.time &&
+                               start == args.first_position + t0 + lane);
     if (lane == 0) *cuts = mask;
     if constexpr (S::kPlain) {
-      const int t = lane / 2;
-      float* to = lane % 2 == 0 ? tile.b[t] : tile.c[t];
+      float* to = bc + lane % 2 * (kSteps * S::kStates) + lane / 2 * S::kStates;
 #pragma unroll
       for (int i = 0; i < 16; i += 4) {
         const auto at = [&](int k) { return ToFloat(packs[(i + k) / kVec].v[(i + k) % kVec]); };
         *reinterpret_cast<float4*>(to + i) = {at(0), at(1), at(2), at(3)};
       }
-      if (!S::kExact && lane % 2 == 0) {
-#pragma unroll
-        for (int n = 0; n < 16; ++n) tile.SetOfPair(t, n, ToFloat(packs[n / kVec].v[n % kVec]));
-      }
     } else {
 #pragma unroll 1
-      for (int i = lane; i < kSteps * S::kStates; i += 32) {
-        const int n = i % S::kStates, t = i / S::kStates;
+      for (int i = lane; i < kFloats; i += 32) {
+        const int n = i % S::kStates, t = i / S::kStates % kSteps;
         const bool exists = t0 + t < args.time && n < args.states;
-        const float value = exists ? ToFloat(args.b.At(b, t0 + t)[n]) : 0.0f;
-        tile.b[t][n] = value;
-        tile.c[t][n] = exists ? ToFloat(args.c.At(b, t0 + t)[n]) : 0.0f;
-        if (!S::kExact) tile.SetOfPair(t, n, value);
+        bc[i] = exists ? ToFloat((i < kFloats / 2 ? args.b : args.c).At(b, t0 + t)[n]) : 0.0f;
       }
-    }
-  }
-};
-
-// dt * x of a warp's channels and 16 tokens. bf16: as the first operand of InputProducts, with the
-// zeros of which half of it consists, in two parts that together keep 21 bits: [channel][token % 2
-// and part][token / 2][token % 2]. f32: [channel][token].
-struct ChannelInputs {
-  static constexpr int kChannel = 68;  // the padding parts the banks
-  alignas(16) float dtx[kWarpChannels * kChannel];
-
-  __device__ void Clear(int lane) {
-    for (int i = lane; i < kWarpChannels * kChannel; i += 32) dtx[i] = 0.0f;
-  }
-  // Of this lane's tokens.
-  template <bool kExact>
-  __device__ void Set(const float (&value)[4], int g, int s) {
-#pragma unroll
-    for (int v = 0; v < 4; ++v) {
-      float* to = dtx + g * kChannel;
-      if constexpr (kExact) {
-        to[TokenOf(v, s)] = value[v];
-      } else {
-        const float high = __uint_as_float(__float_as_uint(value[v]) & 0xffffe000u);
-        to += v % 2 * 17 + v / 2 * 8 + 2 * s;
-        to[0] = high, to[32] = value[v] - high;
-      }
-    }
-  }
-};
-
-// B_t * dt_t * x_t for 8 tokens, by m16n8k4: the rows of the first operand are the channels at even,
-// then at odd tokens; the contraction runs over {even, odd} and the parts of dt * x.
-struct InputProducts {
-  Pack<float, 4> inputs[2], b[2];
-
-  template <typename S>
-  __device__ InputProducts(const ChannelInputs& from, const BcTile<S>& tile, int group, int half,
-                           int g, int s) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      inputs[i] = Load<4>(from.dtx + g * ChannelInputs::kChannel + s * 16 + 8 * half + 4 * i);
-      b[i] = Load<4>(tile.b_of_pair[2 * group + i] + s % 2 * BcTile<S>::kOdd + g * 8 + 4 * half);
-    }
-  }
-  // Of the tokens 2 * pair and 2 * pair + 1 of the 8.
-  __device__ void Pair(int pair, float (&of_even)[4], float (&of_odd)[4]) const {
-    const float* a = inputs[pair / 2].v + pair % 2 * 2;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      asm("mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, "
-          "{%7,%7,%7,%7};"
-          : "=f"(of_even[2 * i]), "=f"(of_even[2 * i + 1]), "=f"(of_odd[2 * i]),
-            "=f"(of_odd[2 * i + 1])
-          : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])),
-            "r"(__float_as_uint(b[i].v[pair])), "f"(0.0f));
     }
   }
 };
 
 // Initialises the stages' barriers; all threads call.
-template <typename S, typename Stage, int kStages>
-__device__ void InitBarriers(Stage (&stages)[kStages]) {
+template <typename S, typename Stage>
+__device__ void Prepare(Stage (&stages)[kStages]) {
   if (threadIdx.x == 0) {
     for (Stage& stage : stages) stage.full.Init(33 * S::kHelpers), stage.done.Init(S::kWarps);
   }
@@ -367,36 +281,31 @@ __device__ inline float DecayRate(const float* a_log, bool exists, int64_t index
   return fminf(-expf(a_log[index]) * kLog2E, -1e-30f);  // kCut must still cut
 }
 
-// The lane's four elements of a state [.., I, N], from its first on; `count`: states from the lane's
-// first on that exist (kPlain: 16 or none). Null counts as zeros.
+// Four floats of a state [.., I, N], of which those below `count` exist (kPlain: all or none).
+// Null counts as zeros.
 template <bool kPlain>
-__device__ inline void LoadState(float (&h)[4], const float* from, int count) {
-#pragma unroll
-  for (int j = 0; j < 4; j += 2) {
-    h[j] = h[j + 1] = 0.0f;
-    const int n = 4 * j;
-    if (from == nullptr || n >= count) continue;
-    if (kPlain) {
-      const float2 two = *reinterpret_cast<const float2*>(from + n);
-      h[j] = two.x, h[j + 1] = two.y;
-    } else {
-      h[j] = from[n];
-      if (n + 1 < count) h[j + 1] = from[n + 1];
-    }
+__device__ inline float4 LoadState(const float* from, int count) {
+  float4 state = {0.0f, 0.0f, 0.0f, 0.0f};
+  if (from == nullptr || count <= 0) return state;
+  if constexpr (kPlain) {
+    state = *reinterpret_cast<const float4*>(from);
+  } else {
+    state.x = from[0];
+    if (count > 1) state.y = from[1];
+    if (count > 2) state.z = from[2];
+    if (count > 3) state.w = from[3];
   }
+  return state;
 }
 template <bool kPlain>
 __device__ inline void StoreState(float* to, int count, const float (&h)[4]) {
-  if (to == nullptr) return;
+  if (to == nullptr || count <= 0) return;
+  if constexpr (kPlain) {
+    *reinterpret_cast<float4*>(to) = {h[0], h[1], h[2], h[3]};
+  } else {
 #pragma unroll
-  for (int j = 0; j < 4; j += 2) {
-    const int n = 4 * j;
-    if (n >= count) continue;
-    if (kPlain) {
-      *reinterpret_cast<float2*>(to + n) = {h[j], h[j + 1]};
-    } else {
-      to[n] = h[j];
-      if (n + 1 < count) to[n + 1] = h[j + 1];
+    for (int j = 0; j < 4; ++j) {
+      if (j < count) to[j] = h[j];
     }
   }
 }

@@ -11,7 +11,6 @@ namespace {
 // Floats that a warp adds to db and dc of 16 tokens and 16 states: 4 quarters (db, dc of tokens 0-7
 // and 8-15 each) of 4 floats a lane.
 constexpr int kBcSums = 512;
-constexpr int kStages = 3;  // chunks in flight
 
 template <typename T>
 struct BackwardArgs : ScanArgs<T> {
@@ -103,33 +102,26 @@ struct TokenAndState {
 template <bool kExact>
 __device__ inline TokenAndState BcElement(int e) {
   const int half = e / 128 % 2, lane = e / 4 % 32, g = lane / 4, s = lane % 4, j = e % 4;
-  if constexpr (kExact) return {8 * half + g, StateOf(j, s)};
+  if constexpr (kExact) return {8 * half + g, 4 * s + j};
   const int pair = 2 * (2 * half + j / 2) + s % 2;
-  return {2 * pair + s / 2, j % 2 * 8 + g};
+  return {2 * pair + s / 2, g / 2 * 4 + j % 2 * 2 + g % 2};
 }
-
-// What a computing warp knows of a chunk's tokens and channels.
-struct WarpChunk {
-  alignas(16) float dt[kWarpChannels][kPitch];  // as the decay takes it
-  alignas(16) float ds[kWarpChannels][kPitch];  // gradient of s
-  ChannelWeights dtx;                           // bf16: of db
-  alignas(16) float own[4][32][4];              // each lane's: dt, slope, dz without s, gate
-};
 
 template <typename S>
 struct BackwardShared {
   struct Stage {
     alignas(16) typename S::T tile[4][Tiles<S>::kSize];  // in, then out
-    BcTile<S> bc;
+    alignas(16) float bc[ChunkInputs<S>::kFloats];
     alignas(16) float kept[S::kPlain ? S::kColumns * 16 : 4];
     alignas(16) float sums[S::kWarps][S::kGroups][kBcSums];
     uint32_t cuts;
     Barrier full, done;  // 33 arrivals per helper; one per computing warp
   };
   Stage stages[kStages];
-  WarpChunk chunk[2][S::kWarps];  // the one that is computed and the next
-  ChannelInputs inputs[S::kWarps];
-  ChannelWeights ds[S::kWarps];  // bf16: of dc
+  alignas(16) float dt[S::kWarps][kWarpChannels][kPitch];   // as the decay takes it
+  alignas(16) float dtx[S::kWarps][kWarpChannels][kPitch];  // dt * x
+  alignas(16) float ds[S::kWarps][kWarpChannels][kPitch];   // gradient of s
+  ChannelWeights of_dtx[S::kWarps], of_ds[S::kWarps];       // bf16: the same two
   alignas(16) uint32_t zeros[8];
 };
 
@@ -221,7 +213,7 @@ __global__ void __launch_bounds__(S::kThreads, kBlocks)
   using Shared = BackwardShared<S>;
   using Tile = Tiles<S>;
   constexpr bool kExact = S::kExact, kPlain = S::kPlain;
-  constexpr int kRow = Tile::kRow, kGroups = S::kGroups;
+  constexpr int kRow = Tile::kRow, kStates = S::kStates, kGroups = S::kGroups;
   extern __shared__ __align__(16) char dynamic[];
   Shared& shared = *reinterpret_cast<Shared*>(dynamic);
 
@@ -229,7 +221,7 @@ __global__ void __launch_bounds__(S::kThreads, kBlocks)
   const int b = blockIdx.x / args.channel_blocks, block = blockIdx.x % args.channel_blocks;
   const int in_block = warp * kWarpChannels + g, channel = block * S::kColumns + in_block;
   if (threadIdx.x < 8) shared.zeros[threadIdx.x] = 0;
-  InitBarriers<S>(shared.stages);
+  Prepare<S>(shared.stages);
   if (warp >= S::kWarps) {
     LimitRegisters<S, kKeepDecay>(false);
     return Help<S>(shared, args, b, block, warp - S::kWarps, lane);
@@ -238,155 +230,128 @@ __global__ void __launch_bounds__(S::kThreads, kBlocks)
   const bool exists = channel < args.channels;
   const float d = exists ? args.d[channel] : 0.0f, bias = exists ? args.dt_bias[channel] : 0.0f;
   const int64_t state_size = static_cast<int64_t>(args.channels) * args.states;
-  const int64_t own = static_cast<int64_t>(channel) * args.states + 2 * s;  // within a state
+  const int64_t own = static_cast<int64_t>(channel) * args.states + 4 * s;  // within a state
   float a2[kGroups][4], carry[kGroups][4], da[kGroups][4];
-  int count[kGroups];  // of states from the lane's first on
+  int count[kGroups];  // of the lane's states that exist
 #pragma unroll
   for (int q = 0; q < kGroups; ++q) {
-    count[q] = exists ? args.states - 16 * q - 2 * s : 0;
-    LoadState<kPlain>(carry[q], Offset(args.d_final_state, b * state_size + own + 16 * q),
-                      count[q]);
+    count[q] = exists ? args.states - 16 * q - 4 * s : 0;
+    const float4 last =
+        LoadState<kPlain>(Offset(args.d_final_state, b * state_size + own + 16 * q), count[q]);
+    carry[q][0] = last.x, carry[q][1] = last.y, carry[q][2] = last.z, carry[q][3] = last.w;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      a2[q][j] = DecayRate(args.a_log, StateOf(j, 0) < count[q], own + 16 * q + StateOf(j, 0));
+      a2[q][j] = DecayRate(args.a_log, j < count[q], own + 16 * q + j);
       da[q][j] = 0.0f;
     }
   }
   float dd = 0.0f, d_bias = 0.0f;
+
   const int last = args.chunks - 1;
   const float* kept = args.kept_states + static_cast<int64_t>(b) * args.chunks * state_size + own;
+  float* dts = shared.dt[warp][g];
+  float* dtxs = shared.dtx[warp][g];
+  float* dss = shared.ds[warp][g];
 
-  // What belongs to a token and channel is computed a chunk ahead, so that its latencies hide among
-  // the steps of the chunk before.
-  const auto prepare = [&](int k, int buffer) {
+  for (int k = last; k >= 0; --k) {
     auto& stage = shared.stages[(last - k) % kStages];
-    WarpChunk& chunk = shared.chunk[buffer][warp];
-    float dt[4], dtx[4], slope[4], ds[4], dz[4], gate[4];
+    stage.full.Wait((last - k) / kStages);
+    const int steps = args.time - k * kSteps;
+
+    // What belongs to a token and channel.
+    float x[4], dt[4], slope[4], ds[4], dz[4], gate[4];
 #pragma unroll
     for (int v = 0; v < 4; ++v) {
       const int at = in_block + TokenOf(v, s) * kRow;
+      x[v] = ToFloat(stage.tile[0][at]);
       const auto softplus = Softplus<kExact>(ToFloat(stage.tile[1][at]) + bias);
       dt[v] = softplus.value, slope[v] = softplus.slope;
-      dtx[v] = dt[v] * ToFloat(stage.tile[0][at]);
       const float z = ToFloat(stage.tile[2][at]), sigmoid = Sigmoid<kExact>(z);
       const float dy = ToFloat(stage.tile[3][at]);
       gate[v] = z * sigmoid;
       ds[v] = dy * gate[v];
-      dz[v] = dy * fmaf(gate[v], 1.0f - sigmoid, sigmoid);
+      dz[v] = dy * fmaf(gate[v], 1.0f - sigmoid, sigmoid);  // times s, to come
     }
 #pragma unroll
     for (int v = 0; v < 4; v += 2) {
       const int t = TokenOf(v, s);
-      *reinterpret_cast<float2*>(chunk.dt[g] + t) = {dt[v], dt[v + 1]};
-      *reinterpret_cast<float2*>(chunk.ds[g] + t) = {ds[v], ds[v + 1]};
+      *reinterpret_cast<float2*>(dts + t) = {dt[v], dt[v + 1]};
+      *reinterpret_cast<float2*>(dtxs + t) = {dt[v] * x[v], dt[v + 1] * x[v + 1]};
+      *reinterpret_cast<float2*>(dss + t) = {ds[v], ds[v + 1]};
     }
-    shared.inputs[warp].template Set<kExact>(dtx, g, s);
     if constexpr (!kExact) {
 #pragma unroll
       for (int v = 0; v < 4; ++v) {
-        chunk.dtx.Set(TokenOf(v, s), g, dtx[v]);
-        shared.ds[warp].Set(TokenOf(v, s), g, ds[v]);
+        shared.of_dtx[warp].Set(TokenOf(v, s), g, dt[v] * x[v]);
+        shared.of_ds[warp].Set(TokenOf(v, s), g, ds[v]);
       }
     }
-    *reinterpret_cast<float4*>(chunk.own[0][lane]) = {dt[0], dt[1], dt[2], dt[3]};
-    *reinterpret_cast<float4*>(chunk.own[1][lane]) = {slope[0], slope[1], slope[2], slope[3]};
-    *reinterpret_cast<float4*>(chunk.own[2][lane]) = {dz[0], dz[1], dz[2], dz[3]};
-    *reinterpret_cast<float4*>(chunk.own[3][lane]) = {gate[0], gate[1], gate[2], gate[3]};
-  };
-  shared.inputs[warp].Clear(lane);
-  __syncwarp();
-  shared.stages[0].full.Wait(0);
-  prepare(last, 0);
-
-  bool next_is_full = false;
-  for (int i = 0; i <= last; ++i) {
-    const int k = last - i, next = min(i + 1, last), later = min(i + 2, last);
-    auto& stage = shared.stages[i % kStages];
-    WarpChunk& chunk = shared.chunk[i % 2][warp];
-    float* dts = chunk.dt[g];
-    const float* dss = chunk.ds[g];
-    const int steps = args.time - k * kSteps;
     const uint32_t cuts = stage.cuts;
     if (steps < kSteps || cuts != 0) AdjustDecay(dts, s, steps, cuts);
-    if (!next_is_full) shared.stages[next % kStages].full.Wait(next / kStages);
     __syncwarp();
-    next_is_full = shared.stages[later % kStages].full.Done(later / kStages);
 
+    const float* bs = stage.bc + 4 * s;
+    const float* cs = bs + kSteps * kStates;
     float sum[4] = {}, d_dtx[4] = {}, d_dt[4] = {};  // of this lane's tokens
 #pragma unroll 1
     for (int q = 0; q < kGroups; ++q) {
       float* sums = stage.sums[warp][q] + 4 * lane;
       // Forward: states h[t + 1] after token t, y, and dc.
       float h[kSteps + 1][4], decay[kSteps][4];
-      if constexpr (kPlain) {
-        LoadState<true>(h[0], stage.kept + 16 * in_block + 2 * s, 16);
-      } else {
-        LoadState<false>(h[0], kept + k * state_size + 16 * q, count[q]);
-      }
-      SumOverChannels<kExact> dc(shared.ds[warp], shared.zeros, g, s);
+      const float4 start =
+          kPlain ? *reinterpret_cast<const float4*>(stage.kept + 16 * in_block + 4 * s)
+                 : LoadState<kPlain>(kept + k * state_size + 16 * q, count[q]);
+      h[0][0] = start.x, h[0][1] = start.y, h[0][2] = start.z, h[0][3] = start.w;
+      SumOverChannels<kExact> dc(shared.of_ds[warp], shared.zeros, g, s);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        if constexpr (kExact) {
+        const auto even_weights = Load<4>(dc.even_weights + 4 * half);
+        const auto odd_weights = Load<4>(dc.odd_weights + 4 * half);
+        const auto weights = Load<4>(cs + (8 * half + g) * kStates + 16 * q);
 #pragma unroll
-          for (int t = 8 * half; t < 8 * half + 8; ++t) {
-            const float dtx = shared.inputs[warp].dtx[g * ChannelInputs::kChannel + t];
-            float part = 0.0f;
+        for (int quad = 0; quad < 2; ++quad) {
+          const int first = 8 * half + 4 * quad;
+          const auto dt4 = Load<4>(dts + first), dtx4 = Load<4>(dtxs + first);
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
-              const int n = 16 * q + StateOf(j, s);
-              decay[t][j] = Decay<true>(dts[t] * a2[q][j]);
-              h[t + 1][j] = fmaf(decay[t][j], h[t][j], stage.bc.b[t][n] * dtx);
-              part = fmaf(stage.bc.c[t][n], h[t + 1][j], part);
-            }
-            part = QuadSum(part);
-            if (s == t % 8 / 2) sum[2 * half + t % 2] += part;
-            dc.AddExact(h[t + 1], dss[t], t, g);
-          }
-        } else {
-          const float* c = &stage.bc.c[8 * half + g][16 * q + 2 * s];
-          const auto c_low = Load<2>(c), c_high = Load<2>(c + 8);
-          const InputProducts products(shared.inputs[warp], stage.bc, q, half, g, s);
-          const auto even_weights = Load<4>(dc.even_weights + 4 * half);
-          const auto odd_weights = Load<4>(dc.odd_weights + 4 * half);
-#pragma unroll
-          for (int pair = 0; pair < 4; ++pair) {
-            const int t = 8 * half + 2 * pair;
-            const auto dt = Load<2>(dts + t);
-            products.Pair(pair, h[t + 1], h[t + 2]);
+          for (int i = 0; i < 4; ++i) {
+            const int t = first + i, pair = 2 * quad + i / 2;
+            const auto bt = Load<4>(bs + t * kStates + 16 * q);
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
-              decay[t][j] = FastExp2(dt.v[0] * a2[q][j]);
-              decay[t + 1][j] = FastExp2(dt.v[1] * a2[q][j]);
-              h[t + 1][j] = fmaf(decay[t][j], h[t][j], h[t + 1][j]);
-              h[t + 2][j] = fmaf(decay[t + 1][j], h[t + 1][j], h[t + 2][j]);
+              decay[t][j] = Decay<kExact>(dt4.v[i] * a2[q][j]);
+              h[t + 1][j] = fmaf(decay[t][j], h[t][j], bt.v[j] * dtx4.v[i]);
             }
-            float two[4];
-            SumOverStates(two, h[t + 1], h[t + 2],
-                          {c_low.v[0], c_low.v[1], c_high.v[0], c_high.v[1]});
-            if (s == pair) {
-              sum[2 * half] = kGroups == 1 ? two[0] : sum[2 * half] + two[0];
-              sum[2 * half + 1] = kGroups == 1 ? two[3] : sum[2 * half + 1] + two[3];
+            if constexpr (kExact) {
+              const auto ct = Load<4>(cs + t * kStates + 16 * q);
+              float part = 0.0f;
+#pragma unroll
+              for (int j = 0; j < 4; ++j) part = fmaf(ct.v[j], h[t + 1][j], part);
+              part = QuadSum(part);
+              if (s == pair) sum[2 * half + i % 2] += part;
+              dc.AddExact(h[t + 1], dss[t], t, g);
+            } else if (i % 2 == 1) {
+              float two[4];
+              SumOverStates(two, h[t], h[t + 1],
+                            {weights.v[0], weights.v[1], weights.v[2], weights.v[3]});
+              if (s == pair) {
+                sum[2 * half] = kGroups == 1 ? two[0] : sum[2 * half] + two[0];
+                sum[2 * half + 1] = kGroups == 1 ? two[3] : sum[2 * half + 1] + two[3];
+              }
+              dc.AddPair(h[t], h[t + 1], t / 2, even_weights.v[pair], odd_weights.v[pair], s);
             }
-            dc.AddPair(h[t + 1], h[t + 2], t / 2, even_weights.v[pair], odd_weights.v[pair], s);
           }
         }
       }
       dc.Store(sums + kBcSums / 2);
-      __syncwarp();  // shared.inputs and shared.ds are read
 
       // Backward: carry is the gradient of the state before token t + 1.
       float da_chunk[4] = {};
-      SumOverChannels<kExact> db(chunk.dtx, shared.zeros, g, s);
+      SumOverChannels<kExact> db(shared.of_dtx[warp], shared.zeros, g, s);
 #pragma unroll
       for (int half = 1; half >= 0; --half) {
-        if (half == 0 && q == kGroups - 1) prepare(last - next, (i + 1) % 2);
-        const float* own_b = &stage.bc.b[8 * half + g][16 * q + 2 * s];
-        const auto b_low = Load<2>(own_b), b_high = Load<2>(own_b + 8);
-        Pack<uint32_t, 4> even_weights, odd_weights;
-        if constexpr (!kExact) {
-          even_weights = Load<4>(db.even_weights + 4 * half);
-          odd_weights = Load<4>(db.odd_weights + 4 * half);
-        }
+        const auto even_weights = Load<4>(db.even_weights + 4 * half);
+        const auto odd_weights = Load<4>(db.odd_weights + 4 * half);
+        const auto weights = Load<4>(bs + (8 * half + g) * kStates + 16 * q);
         float dt_sums[4] = {};
 #pragma unroll
         for (int quad = 1; quad >= 0; --quad) {
@@ -394,42 +359,36 @@ __global__ void __launch_bounds__(S::kThreads, kBlocks)
           const auto dt4 = Load<4>(dts + first), ds4 = Load<4>(dss + first);
           float grad[4][4], part[4];
 #pragma unroll
-          for (int m = 3; m >= 0; --m) {
-            const int t = first + m, pair = 2 * quad + m / 2;
-            const float* ct = &stage.bc.c[t][16 * q + 2 * s];
-            const auto ct_low = Load<2>(ct), ct_high = Load<2>(ct + 8);
-            const float c[4] = {ct_low.v[0], ct_low.v[1], ct_high.v[0], ct_high.v[1]};
-            part[m] = 0.0f;
+          for (int i = 3; i >= 0; --i) {
+            const int t = first + i, pair = 2 * quad + i / 2;
+            const auto ct = Load<4>(cs + t * kStates + 16 * q);
+            part[i] = 0.0f;
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
-              grad[m][j] = fmaf(ds4.v[m], c[j], carry[q][j]);
-              const float a = kKeepDecay ? decay[t][j] : Decay<kExact>(dt4.v[m] * a2[q][j]);
-              carry[q][j] = a * grad[m][j];
+              grad[i][j] = fmaf(ds4.v[i], ct.v[j], carry[q][j]);
+              const float a = kKeepDecay ? decay[t][j] : Decay<kExact>(dt4.v[i] * a2[q][j]);
+              carry[q][j] = a * grad[i][j];
               const float product = carry[q][j] * h[t][j];
-              part[m] = j == 0 ? a2[q][j] * product : fmaf(a2[q][j], product, part[m]);
-              da_chunk[j] = fmaf(dt4.v[m], product, da_chunk[j]);
+              part[i] = fmaf(a2[q][j], product, part[i]);
+              da_chunk[j] = fmaf(dt4.v[i], product, da_chunk[j]);
             }
             if constexpr (kExact) {
+              const auto bt = Load<4>(bs + t * kStates + 16 * q);
               float x_part = 0.0f;
 #pragma unroll
-              for (int j = 0; j < 4; ++j) {
-                x_part = fmaf(stage.bc.b[t][16 * q + StateOf(j, s)], grad[m][j], x_part);
-              }
-              const float of_dtx = QuadSum(x_part), of_dt = QuadSum(part[m]);
-              if (s == pair) d_dtx[2 * half + m % 2] += of_dtx, d_dt[2 * half + m % 2] += of_dt;
-              const float dtx = chunk.own[0][lane / 4 * 4 + pair][2 * half + m % 2] *
-                                ToFloat(stage.tile[0][in_block + t * kRow]);
-              db.AddExact(grad[m], dtx, t, g);
-            } else if (m % 2 == 0) {
+              for (int j = 0; j < 4; ++j) x_part = fmaf(bt.v[j], grad[i][j], x_part);
+              const float of_dtx = QuadSum(x_part), of_dt = QuadSum(part[i]);
+              if (s == pair) d_dtx[2 * half + i % 2] += of_dtx, d_dt[2 * half + i % 2] += of_dt;
+              db.AddExact(grad[i], dtxs[t], t, g);
+            } else if (i % 2 == 0) {
               float two[4];
-              SumOverStates(two, grad[m], grad[m + 1],
-                            {b_low.v[0], b_low.v[1], b_high.v[0], b_high.v[1]});
+              SumOverStates(two, grad[i], grad[i + 1],
+                            {weights.v[0], weights.v[1], weights.v[2], weights.v[3]});
               if (s == pair) {
                 d_dtx[2 * half] = kGroups == 1 ? two[0] : d_dtx[2 * half] + two[0];
                 d_dtx[2 * half + 1] = kGroups == 1 ? two[3] : d_dtx[2 * half + 1] + two[3];
               }
-              db.AddPair(grad[m], grad[m + 1], t / 2, even_weights.v[pair], odd_weights.v[pair],
-                         s);
+              db.AddPair(grad[i], grad[i + 1], t / 2, even_weights.v[pair], odd_weights.v[pair], s);
             }
           }
           // As in SumOverStates, but four tokens at once: the second operand's columns select.
@@ -445,20 +404,17 @@ __global__ void __launch_bounds__(S::kThreads, kBlocks)
       for (int j = 0; j < 4; ++j) da[q][j] += da_chunk[j];
     }
 
-    const auto dt = Load<4>(chunk.own[0][lane]), slope = Load<4>(chunk.own[1][lane]);
-    const auto dz = Load<4>(chunk.own[2][lane]), gate = Load<4>(chunk.own[3][lane]);
 #pragma unroll
     for (int v = 0; v < 4; ++v) {
       const int at = in_block + TokenOf(v, s) * kRow;
-      const float x = ToFloat(stage.tile[0][at]), ds = dss[TokenOf(v, s)];
-      const float total = fmaf(d, x, sum[v]);
-      const float d_raw = fmaf(d_dtx[v], x, d_dt[v] * kLn2) * slope.v[v];
-      dd = fmaf(ds, x, dd);
+      const float total = fmaf(d, x[v], sum[v]);
+      const float d_raw = fmaf(d_dtx[v], x[v], d_dt[v] * kLn2) * slope[v];
+      dd = fmaf(ds[v], x[v], dd);
       d_bias += TokenOf(v, s) < steps ? d_raw : 0.0f;
-      stage.tile[0][at] = FromFloat<T>(fmaf(d_dtx[v], dt.v[v], ds * d));
+      stage.tile[0][at] = FromFloat<T>(fmaf(d_dtx[v], dt[v], ds[v] * d));
       stage.tile[1][at] = FromFloat<T>(d_raw);
-      stage.tile[2][at] = FromFloat<T>(dz.v[v] * total);
-      stage.tile[3][at] = FromFloat<T>(gate.v[v] * total);
+      stage.tile[2][at] = FromFloat<T>(dz[v] * total);
+      stage.tile[3][at] = FromFloat<T>(gate[v] * total);
     }
     __syncwarp();
     if (lane == 0) stage.done.Arrive();

@@ -7,8 +7,6 @@
 namespace krait::cuda {
 namespace {
 
-constexpr int kStages = 4;  // chunks in flight
-
 template <typename T>
 struct ForwardArgs : ScanArgs<T> {
   TokenRows<const T> in[3];  // x, dt_raw, z
@@ -20,14 +18,13 @@ template <typename S>
 struct ForwardShared {
   struct Stage {
     alignas(16) typename S::T tile[3][Tiles<S>::kSize];
-    BcTile<S> bc;
+    alignas(16) float bc[ChunkInputs<S>::kFloats];
     uint32_t cuts;
     Barrier full, done;  // 33 arrivals per helper; one per computing warp
   };
   Stage stages[kStages];
-  // Two chunks': one is computed with, the next prepared.
-  alignas(16) float dt[2][S::kWarps][kWarpChannels][kPitch];
-  ChannelInputs inputs[2][S::kWarps];
+  alignas(16) float dt[S::kColumns][kPitch];  // as the decay takes it
+  alignas(16) float dtx[S::kColumns][kPitch];
 };
 
 // A helper's part: the first three move x, dt_raw, and z and y, the last B, C and documents.
@@ -65,17 +62,6 @@ __device__ void Help(ForwardShared<S>& shared, const ForwardArgs<typename S::T>&
   }
 }
 
-#ifndef SCAN_POLY
-#define SCAN_POLY 0
-#endif
-__device__ inline float StepDecay(int pair, int j, float x) {
-  if (SCAN_POLY == 4 ? (j == 0 && pair % 2 == 0)
-                     : SCAN_POLY == 8 ? j == 0 : SCAN_POLY == 16 ? j % 2 == 0 : false) {
-    return Decay<true>(x);
-  }
-  return FastExp2(x);
-}
-
 template <typename S, int kBlocks>
 __global__ void __launch_bounds__(S::kThreads, kBlocks)
     ForwardKernel(const __grid_constant__ ForwardArgs<typename S::T> args) {
@@ -83,139 +69,169 @@ __global__ void __launch_bounds__(S::kThreads, kBlocks)
   using Shared = ForwardShared<S>;
   using Tile = Tiles<S>;
   constexpr bool kExact = S::kExact, kPlain = S::kPlain;
-  constexpr int kRow = Tile::kRow, kGroups = S::kGroups;
+  constexpr int kRow = Tile::kRow, kStates = S::kStates, kGroups = S::kGroups;
   extern __shared__ __align__(16) char dynamic[];
   Shared& shared = *reinterpret_cast<Shared*>(dynamic);
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, s = lane % 4;
   const int b = blockIdx.x / args.channel_blocks;
   const int c0 = blockIdx.x % args.channel_blocks * S::kColumns;
-  InitBarriers<S>(shared.stages);
+  Prepare<S>(shared.stages);
+  // With two blocks on a multiprocessor, registers move from the helpers to the computing warps.
+  constexpr bool kMove = S::kWarps == 8 && kBlocks == 2;
   if (warp >= S::kWarps) {
-    if (S::kWarps == 8 && kBlocks == 2) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    if (kMove) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     return Help<S>(shared, args, b, c0, warp - S::kWarps, lane);
   }
-  if (S::kWarps == 8 && kBlocks == 2) asm volatile("setmaxnreg.inc.sync.aligned.u32 96;");
-  const int channel = c0 + warp * kWarpChannels + g;
-  const bool exists = channel < args.channels;
-  const float d = exists ? args.d[channel] : 0.0f, bias = exists ? args.dt_bias[channel] : 0.0f;
+  if (kMove) asm volatile("setmaxnreg.inc.sync.aligned.u32 96;");
   const int64_t state_size = static_cast<int64_t>(args.channels) * args.states;
-  const int64_t own = static_cast<int64_t>(channel) * args.states + 2 * s;  // within a state
-  float a2[kGroups][4], h[kGroups][4];
-  int count[kGroups];  // of states from the lane's first on
+  constexpr int kPer = S::kPer;
+  const int in_block = warp * kWarpChannels * kPer + g;  // channels of the lane: + 8 * p
+  const int64_t own = static_cast<int64_t>(c0 + in_block) * args.states + 4 * s;  // within a state
+  float a2[kPer][kGroups][4], h[kPer][kGroups][4], d[kPer], bias[kPer];
+  int count[kPer][kGroups];  // of the lane's states that exist
 #pragma unroll
-  for (int q = 0; q < kGroups; ++q) {
-    count[q] = exists ? args.states - 16 * q - 2 * s : 0;
+  for (int p = 0; p < kPer; ++p) {
+    const int channel = c0 + in_block + 8 * p;
+    const bool exists = channel < args.channels;
+    d[p] = exists ? args.d[channel] : 0.0f, bias[p] = exists ? args.dt_bias[channel] : 0.0f;
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      a2[q][j] = DecayRate(args.a_log, StateOf(j, 0) < count[q], own + 16 * q + StateOf(j, 0));
+    for (int q = 0; q < kGroups; ++q) {
+      const int64_t at = own + 8 * p * args.states + 16 * q;
+      count[p][q] = exists ? args.states - 16 * q - 4 * s : 0;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) a2[p][q][j] = DecayRate(args.a_log, j < count[p][q], at + j);
+      const float4 start =
+          LoadState<kPlain>(Offset(args.initial_state, b * state_size + at), count[p][q]);
+      h[p][q][0] = start.x, h[p][q][1] = start.y, h[p][q][2] = start.z, h[p][q][3] = start.w;
     }
-    LoadState<kPlain>(h[q], Offset(args.initial_state, b * state_size + own + 16 * q), count[q]);
   }
   float* kept = Offset(args.kept_states, b * args.chunks * state_size + own);
+  float(*dts)[kPitch] = shared.dt + in_block;
+  float(*dtxs)[kPitch] = shared.dtx + in_block;
 
-  // What belongs to a token and channel is computed a chunk ahead, so that its latencies hide among
+  // What belongs to a token and channel, computed a chunk ahead, so that its latencies hide among
   // the steps of the chunk before.
-  const int at0 = warp * kWarpChannels + g;
-  float x[4], gate[4], next_x[4], next_gate[4];
-  const auto prepare = [&](int k, int buffer) {
+  float x[kPer][4], gate[kPer][4], next_dt[kPer][4], next_x[kPer][4], next_gate[kPer][4];
+  const auto prepare = [&](int k) {
     auto& stage = shared.stages[k % kStages];
-    float dt[4], dtx[4];
+    stage.full.Wait(k / kStages);
 #pragma unroll
-    for (int v = 0; v < 4; ++v) {
-      const int at = at0 + TokenOf(v, s) * kRow;
-      next_x[v] = ToFloat(stage.tile[0][at]);
-      dt[v] = Softplus<kExact>(ToFloat(stage.tile[1][at]) + bias).value;
-      dtx[v] = dt[v] * next_x[v];
-      const float z = ToFloat(stage.tile[2][at]);
-      next_gate[v] = z * Sigmoid<kExact>(z);
+    for (int p = 0; p < kPer; ++p) {
+#pragma unroll
+      for (int v = 0; v < 4; ++v) {
+        const int at = in_block + 8 * p + TokenOf(v, s) * kRow;
+        next_x[p][v] = ToFloat(stage.tile[0][at]);
+        next_dt[p][v] = Softplus<kExact>(ToFloat(stage.tile[1][at]) + bias[p]).value;
+        const float z = ToFloat(stage.tile[2][at]);
+        next_gate[p][v] = z * Sigmoid<kExact>(z);
+      }
     }
-    float* dts = shared.dt[buffer][warp][g];
-    *reinterpret_cast<float2*>(dts + 2 * s) = {dt[0], dt[1]};
-    *reinterpret_cast<float2*>(dts + 8 + 2 * s) = {dt[2], dt[3]};
-    shared.inputs[buffer][warp].template Set<kExact>(dtx, g, s);
   };
-  for (int i = 0; i < 2; ++i) shared.inputs[i][warp].Clear(lane);
-  __syncwarp();
-  const int last = args.chunks - 1;
-  shared.stages[0].full.Wait(0);
-  prepare(0, 0);
+  prepare(0);
 
-  bool next_is_full = false;
-  for (int k = 0; k <= last; ++k) {
+#pragma unroll 1
+  for (int k = 0; k < args.chunks; ++k) {
     auto& stage = shared.stages[k % kStages];
-    float* dts = shared.dt[k % 2][warp][g];
-    const ChannelInputs& inputs = shared.inputs[k % 2][warp];
-    const int steps = args.time - k * kSteps, next = min(k + 1, last), later = min(k + 2, last);
+    const int steps = args.time - k * kSteps;
     const uint32_t cuts = stage.cuts;
-    if (steps < kSteps || cuts != 0) AdjustDecay(dts, s, steps, cuts);
-    if (!next_is_full) shared.stages[next % kStages].full.Wait(next / kStages);
+    __syncwarp();  // the last chunk's steps are read
+#pragma unroll
+    for (int p = 0; p < kPer; ++p) {
+#pragma unroll
+      for (int v = 0; v < 4; ++v) x[p][v] = next_x[p][v], gate[p][v] = next_gate[p][v];
+#pragma unroll
+      for (int v = 0; v < 4; v += 2) {
+        const int t = TokenOf(v, s);
+        const float dt0 = next_dt[p][v], dt1 = next_dt[p][v + 1];
+        *reinterpret_cast<float2*>(dts[8 * p] + t) = {dt0, dt1};
+        *reinterpret_cast<float2*>(dtxs[8 * p] + t) = {dt0 * x[p][v], dt1 * x[p][v + 1]};
+      }
+      if (steps < kSteps || cuts != 0) AdjustDecay(dts[8 * p], s, steps, cuts);
+    }
     __syncwarp();
-    next_is_full = shared.stages[later % kStages].full.Done(later / kStages);
-    float sum[4] = {};
-#pragma unroll
-    for (int v = 0; v < 4; ++v) x[v] = next_x[v], gate[v] = next_gate[v];
+    prepare(min(k + 1, args.chunks - 1));
 
-    // Tokens 8 * half to 8 * half + 7 of the states of group q.
-    const auto run = [&](int q, int half) {
-      if constexpr (kExact) {
+    const float* bs = stage.bc + 4 * s;
+    const float* cs = bs + kSteps * kStates;
+    float sum[kPer][4] = {};
+#pragma unroll 1
+    for (int q = 0; q < kGroups; ++q) {
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          const int t = 8 * half + i;
-          float part = 0.0f;
+      for (int p = 0; p < kPer; ++p) {
+        StoreState<kPlain>(Offset(kept, 8 * p * args.states + 16 * q), count[p][q], h[p][q]);
+      }
 #pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            const int n = 16 * q + StateOf(j, s);
-            h[q][j] = fmaf(Decay<kExact>(dts[t] * a2[q][j]), h[q][j],
-                           stage.bc.b[t][n] * inputs.dtx[g * ChannelInputs::kChannel + t]);
-            part = fmaf(stage.bc.c[t][n], h[q][j], part);
-          }
-          part = QuadSum(part);
-          if (s == i / 2) sum[2 * half + i % 2] += part;
+      for (int half = 0; half < 2; ++half) {
+        float4 weights;
+        if constexpr (!kExact) {
+          weights = *reinterpret_cast<const float4*>(cs + (8 * half + g) * kStates + 16 * q);
         }
-      } else {
-        const float* c = &stage.bc.c[8 * half + g][16 * q + 2 * s];
-        const auto c_low = Load<2>(c), c_high = Load<2>(c + 8);
-        const InputProducts products(inputs, stage.bc, q, half, g, s);
 #pragma unroll
-        for (int pair = 0; pair < 4; ++pair) {
-          const auto dt = Load<2>(dts + 8 * half + 2 * pair);
-          float even[4], odd[4], sums[4];
-          products.Pair(pair, even, odd);
+        for (int quad = 0; quad < 2; ++quad) {
+          const int first = 8 * half + 4 * quad;
+          Pack<float, 4> dt[kPer], dtx[kPer];
 #pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            even[j] = fmaf(StepDecay(pair, j, dt.v[0] * a2[q][j]), h[q][j], even[j]);
-            odd[j] = fmaf(FastExp2(dt.v[1] * a2[q][j]), even[j], odd[j]);
-            h[q][j] = odd[j];
+          for (int p = 0; p < kPer; ++p) {
+            dt[p] = Load<4>(dts[8 * p] + first), dtx[p] = Load<4>(dtxs[8 * p] + first);
           }
-          SumOverStates(sums, even, odd, {c_low.v[0], c_low.v[1], c_high.v[0], c_high.v[1]});
-          if (s == pair) {
-            sum[2 * half] = kGroups == 1 ? sums[0] : sum[2 * half] + sums[0];
-            sum[2 * half + 1] = kGroups == 1 ? sums[3] : sum[2 * half + 1] + sums[3];
+          float even[kPer][4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int pair = 2 * quad + i / 2;
+            const auto bt = Load<4>(bs + (first + i) * kStates + 16 * q);
+#pragma unroll
+            for (int p = 0; p < kPer; ++p) {
+              float(&state)[4] = h[p][q];
+#pragma unroll
+              for (int j = 0; j < 4; ++j) {
+                state[j] = fmaf(Decay<kExact>(dt[p].v[i] * a2[p][q][j]), state[j],
+                                bt.v[j] * dtx[p].v[i]);
+              }
+              if constexpr (kExact) {
+                const auto ct = Load<4>(cs + (first + i) * kStates + 16 * q);
+                float part = 0.0f;
+#pragma unroll
+                for (int j = 0; j < 4; ++j) part = fmaf(ct.v[j], state[j], part);
+                part = QuadSum(part);
+                if (s == pair) sum[p][2 * half + i % 2] += part;
+              } else if (i % 2 == 0) {
+#pragma unroll
+                for (int j = 0; j < 4; ++j) even[p][j] = state[j];
+              } else {
+                float sums[4];
+                SumOverStates(sums, even[p], state, weights);
+                if (s == pair) {
+                  float* to = sum[p] + 2 * half;
+                  to[0] = kGroups == 1 ? sums[0] : to[0] + sums[0];
+                  to[1] = kGroups == 1 ? sums[3] : to[1] + sums[3];
+                }
+              }
+            }
           }
         }
       }
-    };
-#pragma unroll 1
-    for (int q = 0; q < kGroups; ++q) {
-      StoreState<kPlain>(Offset(kept, 16 * q), count[q], h[q]);
-      run(q, 0);
-      if (q == kGroups - 1) prepare(next, (k + 1) % 2);
-      run(q, 1);
     }
     kept = Offset(kept, state_size);
 
-    T* y = stage.tile[2] + at0;
 #pragma unroll
-    for (int v = 0; v < 4; ++v) {
-      y[TokenOf(v, s) * kRow] = FromFloat<T>(fmaf(d, x[v], sum[v]) * gate[v]);
+    for (int p = 0; p < kPer; ++p) {
+#pragma unroll
+      for (int v = 0; v < 4; ++v) {
+        stage.tile[2][in_block + 8 * p + TokenOf(v, s) * kRow] =
+            FromFloat<T>(fmaf(d[p], x[p][v], sum[p][v]) * gate[p][v]);
+      }
     }
     __syncwarp();
     if (lane == 0) stage.done.Arrive();
   }
 #pragma unroll
-  for (int q = 0; q < kGroups; ++q) {
-    StoreState<kPlain>(Offset(args.final_state, b * state_size + own + 16 * q), count[q], h[q]);
+  for (int p = 0; p < kPer; ++p) {
+#pragma unroll
+    for (int q = 0; q < kGroups; ++q) {
+      const int64_t at = b * state_size + own + 8 * p * args.states + 16 * q;
+      StoreState<kPlain>(Offset(args.final_state, at), count[p][q], h[p][q]);
+    }
   }
 }
 
@@ -243,13 +259,14 @@ void SelectiveScanForward(Tensor y, Tensor final_state, Tensor kept_states,
     const int64_t batch = in.x.dim(0);
     const bool plain = args.states == 16 && AlignedRows(in.x) && AlignedRows(in.dt_raw) &&
                        AlignedRows(in.z) && AlignedRows(y);
+    const int64_t blocks = batch * ((args.channels + 63) / 64);
     if (args.states > 16) {
       Run<Shape<T, 4, 4, false>, 1>(args, batch, ctx);
     } else if (!plain) {
       Run<Shape<T, 8, 1, false>, 1>(args, batch, ctx);
-    } else if (batch * ((args.channels + 63) / 64) < 96) {
+    } else if (blocks < 96) {
       Run<Shape<T, 4, 1, true>, 1>(args, batch, ctx);
-    } else if (batch * ((args.channels + 63) / 64) <= 132) {
+    } else if (blocks <= 132) {
       Run<Shape<T, 8, 1, true>, 1>(args, batch, ctx);
     } else {
       Run<Shape<T, 8, 1, true>, 2>(args, batch, ctx);
