@@ -215,9 +215,9 @@ TEST_P(SelectiveScanGpu, AgreesWithTheCpu) {
   // aligned, strided or shifted.
   Check({2, 64, 128, 16}, {}, true);
   Check({2, 300, 70, 16}, {100, 101, 250}, true);
-  Check({1, 1, 64, 16}, {}, true);
-  Check({1, 1, 8, 16}, {0}, true);
-  Check({3, 17, 8, 16, 8}, {}, false);
+  Check({2, 1, 512, 16}, {}, true);
+  Check({2, 1, 520, 16}, {0}, true);
+  Check({3, 17, 24, 16, 8}, {}, false);
   Check({2, 47, 72, 16, 8}, {0, 16, 17, 31, 32}, true);
   Check({2, 33, 67, 16, 3}, {5}, true);
   Check({1, 40, 64, 16, 0, 1}, {}, true);
