@@ -72,6 +72,27 @@ if(KRAIT_CUDA)
   target_include_directories(krait_cuda SYSTEM INTERFACE ${KRAIT_CUDA_INCLUDE})
   target_link_libraries(krait_cuda INTERFACE
     ${KRAIT_CUBLASLT} ${KRAIT_CUDART} Threads::Threads ${CMAKE_DL_LIBS} rt)
+  # cuDNN's attention: its library, its headers and NVRTC as above, and the headers of cudnn-frontend,
+  # which a Python wheel has too (in the include folder beside its modules).
+  find_library(KRAIT_CUDNN NAMES cudnn libcudnn.so.9 HINTS ${krait_cuda_root}/lib64
+    ${krait_cuda_root}/../cudnn/lib ${CMAKE_CUDA_IMPLICIT_LINK_DIRECTORIES})
+  find_library(KRAIT_NVRTC NAMES nvrtc libnvrtc.so.13 HINTS ${krait_cuda_root}/lib64
+    ${krait_cuda_root}/lib ${CMAKE_CUDA_IMPLICIT_LINK_DIRECTORIES})
+  find_path(KRAIT_CUDNN_INCLUDE cudnn.h HINTS ${krait_cuda_root}/include
+    ${krait_cuda_root}/../cudnn/include ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
+  find_path(KRAIT_CUDNN_FRONTEND_INCLUDE cudnn_frontend.h)
+  foreach(python ${CMAKE_SOURCE_DIR}/.venv/bin/python3 python3)
+    if(NOT KRAIT_CUDNN_FRONTEND_INCLUDE)
+      execute_process(COMMAND ${python} -c "import sysconfig; print(sysconfig.get_path('platlib'))"
+        OUTPUT_VARIABLE krait_wheels OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
+      find_path(KRAIT_CUDNN_FRONTEND_INCLUDE cudnn_frontend.h PATHS ${krait_wheels}/include
+        NO_DEFAULT_PATH)
+    endif()
+  endforeach()
+  set(KRAIT_CUDNN_ATTENTION OFF)
+  if(KRAIT_CUDNN AND KRAIT_NVRTC AND KRAIT_CUDNN_INCLUDE AND KRAIT_CUDNN_FRONTEND_INCLUDE)
+    set(KRAIT_CUDNN_ATTENTION ON)
+  endif()
   target_compile_options(krait_flags INTERFACE
     "$<$<COMPILE_LANGUAGE:CUDA>:SHELL:-Werror all-warnings -Xcompiler=-Wall,-Wextra,-Werror>")
 endif()
@@ -96,7 +117,14 @@ macro(krait_cuda_library name file get)
     krait_found("${name}" "" "${get} (${krait_later})")
   endif()
 endmacro()
-krait_cuda_library(cuDNN cudnn "pip install nvidia-cudnn-cu13")
+if(NOT KRAIT_CUDA)
+  krait_found("cuDNN" "" "used by the preset cuda, see there")
+elseif(KRAIT_CUDNN_ATTENTION)
+  krait_found("cuDNN" "${KRAIT_CUDNN}, cudnn-frontend in ${KRAIT_CUDNN_FRONTEND_INCLUDE}" "")
+else()
+  krait_found("cuDNN" "" "attention by the plain kernels, several times slower. For cuDNN's: \
+.venv/bin/pip install nvidia-cudnn-cu13 nvidia-cudnn-frontend nvidia-cuda-nvrtc")
+endif()
 krait_cuda_library(NCCL nccl "pip install nvidia-nccl-cu13")
 
 macro(krait_program name program get)

@@ -64,6 +64,20 @@ void CheckOnCuda(std::initializer_list<Tensor> operands, const char* op) {
   }
 }
 
+// What cuDNN's calls take; the same whether or not the build has it, so that a plan holds for any.
+cuda::AttentionScratch TakeScratch(const cuda::CudnnCalls& calls, Tensor q,
+                                   const Documents& documents, const Context& ctx) {
+  cuda::AttentionScratch scratch;
+  if (calls.sequences == 0) return scratch;
+  const int64_t time = q.dim(1);
+  scratch.workspace = ctx.scratch->Alloc(DType::kF32, {calls.workspace / 4});
+  if (documents.doc_start.defined()) {
+    scratch.mask =
+        ctx.scratch->Alloc(DType::kBF16, {calls.sequences, time, cuda::CudnnMaskStride(time)});
+  }
+  return scratch;
+}
+
 template <typename T>
 cpu::Heads<T> HeadsOf(Tensor x) {
   return {x.data<T>(), x.stride(0), x.stride(1), x.stride(2)};
@@ -80,14 +94,15 @@ void AttentionForward(Tensor y, Tensor lse, Tensor q, Tensor k, Tensor v,
   if (ctx.device == Device::kCuda) {
     CheckOnCuda({q, k, v, y}, op.name());
     const ArenaScope scope(ctx.scratch);
-    const int64_t splits = cuda::AttentionSplits(q, k);
-    Tensor partial_y, partial_lse;
-    if (splits > 1) {
-      partial_y = ctx.scratch->Alloc(DType::kF32, {splits, lse.numel(), q.dim(3)});
-      partial_lse = ctx.scratch->Alloc(DType::kF32, {splits, lse.numel()});
+    const cuda::CudnnCalls calls = cuda::CudnnCallsOf(
+        {q, k, v, y}, q, k, documents.doc_start.defined(), /*backward=*/false, ctx.deterministic);
+    cuda::AttentionScratch scratch = TakeScratch(calls, q, documents, ctx);
+    if (const int64_t splits = cuda::AttentionSplits(q, k); splits > 1) {
+      scratch.partial_y = ctx.scratch->Alloc(DType::kF32, {splits, lse.numel(), q.dim(3)});
+      scratch.partial_lse = ctx.scratch->Alloc(DType::kF32, {splits, lse.numel()});
     }
     if (op.planning()) return;
-    KRAIT_CUDA(PlainAttentionForward(y, lse, q, k, v, documents, partial_y, partial_lse, ctx));
+    KRAIT_CUDA(AttentionForward(y, lse, q, k, v, documents, calls, scratch, ctx));
     return;
   }
   cpu::Widened wide(ctx);
@@ -120,9 +135,13 @@ void AttentionBackward(Tensor dq, Tensor dk, Tensor dv, Tensor dy, Tensor y, Ten
   if (ctx.device == Device::kCuda) {
     CheckOnCuda({q, k, v, y, dq, dk, dv, dy}, op.name());
     const ArenaScope scope(ctx.scratch);
-    const Tensor delta = ctx.scratch->Alloc(DType::kF32, {lse.numel()});
+    const cuda::CudnnCalls calls =
+        cuda::CudnnCallsOf({q, k, v, y, dq, dk, dv, dy}, q, k, documents.doc_start.defined(),
+                           /*backward=*/true, ctx.deterministic);
+    cuda::AttentionScratch scratch = TakeScratch(calls, q, documents, ctx);
+    scratch.delta = ctx.scratch->Alloc(DType::kF32, {lse.numel()});
     if (op.planning()) return;
-    KRAIT_CUDA(PlainAttentionBackward(dq, dk, dv, dy, y, lse, q, k, v, documents, delta, ctx));
+    KRAIT_CUDA(AttentionBackward(dq, dk, dv, dy, y, lse, q, k, v, documents, calls, scratch, ctx));
     return;
   }
   cpu::Widened wide(ctx);

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <initializer_list>
 
 #include "kernels/context.h"
 #include "kernels/documents.h"
@@ -12,9 +13,113 @@
 
 namespace krait::cuda {
 
-// --- The plain kernels: any sizes, strides and addresses, head_dim up to 256 ---
-
 inline constexpr int64_t kMaxHeadDim = 256;
+
+// --- Which calls of cuDNN an attention takes ---
+//
+// bf16 without a prefix is computed by cuDNN where the build has it and it accepts the shape; the
+// rest, and the rest of cuDNN's answers, by the plain kernels. Documents are an additive mask
+// [sequences, 1, T, T]: cuDNN can take them as ragged sequences only if the host knows their
+// lengths. At long T the mask is large and most of what it masks is computed for nothing.
+//
+// cuDNN's deterministic backward holds the gradients of all scores of a call. Its rate grows with
+// heads times sequences of a call (16 at T 4096: 335 TFLOP/s, 32: 395, 64: 432), so calls are as
+// large as fit: of all heads of some sequences, or of some key heads of one sequence.
+inline constexpr int64_t kCudnnWorkspace = int64_t{2304} << 20, kCudnnMask = int64_t{256} << 20;
+inline constexpr int64_t kCudnnMaskedTime = 8192;
+
+struct CudnnCalls {
+  int64_t sequences = 0, kv_heads = 0;  // of one call; no sequences: the plain kernels
+  int64_t workspace = 0;                // bytes of scratch
+};
+
+// Elements between rows of the mask.
+inline int64_t CudnnMaskStride(int64_t time) { return (time + 7) / 8 * 8; }
+
+// The workspace that one head of one sequence asks for (cuDNN 9.19: that of the deterministic
+// backward is 2 T^2 + 516 T bytes at head_dim 128, of the other 1028 T).
+inline int64_t CudnnWorkspaceOfHead(int64_t time, int64_t head_dim, bool deterministic) {
+  const int64_t t = (time + 127) / 128 * 128, p = (head_dim + 127) / 128 * 128;
+  return deterministic ? 2 * t * t + (4 * p + 16) * t : (8 * p + 16) * t;
+}
+
+inline bool CudnnTakesStrides(const Tensor& x) {
+  return x.dtype() == DType::kBF16 && x.stride(0) % 8 == 0 && x.stride(1) % 8 == 0 &&
+         x.stride(2) % 8 == 0;
+}
+
+// A function of sizes, strides and dtypes, so that a plan has it without a GPU; `operands` are all
+// of the call that have heads. The workspace is an upper bound of what is used: cuDNN is asked at
+// run time, and what asks for more is cut into smaller calls.
+inline CudnnCalls CudnnCallsOf(std::initializer_list<Tensor> operands, const Tensor& q,
+                               const Tensor& k, bool documents, bool backward, bool deterministic) {
+  const int64_t batch = q.dim(0), time = q.dim(1), heads = q.dim(2), kv_heads = k.dim(2);
+  const int64_t head_dim = q.dim(3);
+  CudnnCalls calls;
+  if (k.dim(1) != time || time < 2 || batch * heads == 0) return calls;
+  if (head_dim % 8 != 0 || head_dim > kMaxHeadDim) return calls;
+  if (documents && time > kCudnnMaskedTime) return calls;
+  for (const Tensor& x : operands) {
+    if (!CudnnTakesStrides(x)) return calls;
+  }
+  // As few calls as fit, of equal size.
+  const auto share = [](int64_t all, int64_t fit) {
+    const int64_t count = (all + fit - 1) / fit;
+    return (all + count - 1) / count;
+  };
+  int64_t sequences = batch;
+  calls.kv_heads = kv_heads;
+  const int64_t mask = documents ? time * CudnnMaskStride(time) * 2 : 0;
+  if (documents) sequences = share(batch, std::max<int64_t>(1, kCudnnMask / mask));
+  if (backward) {
+    const int64_t of_head = CudnnWorkspaceOfHead(time, head_dim, deterministic);
+    const int64_t fit = kCudnnWorkspace / of_head, group = heads / kv_heads;
+    if (fit < group) return calls;
+    if (fit >= heads) {
+      sequences = std::min(sequences, share(batch, fit / heads));
+    } else {
+      sequences = 1;
+      calls.kv_heads = share(kv_heads, fit / group);
+    }
+    calls.workspace = sequences * calls.kv_heads * group * of_head + (int64_t{1} << 20);
+    calls.workspace = std::min(calls.workspace, kCudnnWorkspace);
+  } else {
+    calls.workspace = int64_t{1} << 20;  // it has asked for none
+  }
+  calls.sequences = sequences;
+  return calls;
+}
+
+// Scratch tensors; undefined where they are not needed.
+struct AttentionScratch {
+  Tensor mask;                    // [sequences, T, CudnnMaskStride(T)] bf16
+  Tensor workspace;               // [bytes / 4] f32
+  Tensor partial_y, partial_lse;  // of the plain forward: [splits, B*H*T, P], [splits, B*H*T] f32
+  Tensor delta;                   // of the plain backward: [B,H,T] f32
+};
+
+// By cuDNN where `calls` has some and it takes them, else by the plain kernels.
+void AttentionForward(Tensor y, Tensor lse, Tensor q, Tensor k, Tensor v,
+                      const Documents& documents, const CudnnCalls& calls,
+                      const AttentionScratch& scratch, const Context& ctx);
+void AttentionBackward(Tensor dq, Tensor dk, Tensor dv, Tensor dy, Tensor y, Tensor lse, Tensor q,
+                       Tensor k, Tensor v, const Documents& documents, const CudnnCalls& calls,
+                       const AttentionScratch& scratch, const Context& ctx);
+
+// Both return false, with nothing enqueued, where the build has no cuDNN or it refuses the call.
+bool CudnnAttentionForward(Tensor y, Tensor lse, Tensor q, Tensor k, Tensor v,
+                           const Documents& documents, const CudnnCalls& calls,
+                           const AttentionScratch& scratch, const Context& ctx);
+bool CudnnAttentionBackward(Tensor dq, Tensor dk, Tensor dv, Tensor dy, Tensor y, Tensor lse,
+                            Tensor q, Tensor k, Tensor v, const Documents& documents,
+                            const CudnnCalls& calls, const AttentionScratch& scratch,
+                            const Context& ctx);
+
+// mask [sequences, T, CudnnMaskStride(T)] bf16 for the sequences from `first`: minus infinity where
+// a key lies before the query's document, else 0 (also after the query).
+void DocumentMask(Tensor mask, const Documents& documents, int64_t first, const Context& ctx);
+
+// --- The plain kernels: any sizes, strides and addresses, head_dim up to 256 ---
 
 // Rows of a block of the forward: queries times the heads that share a key head; few where there
 // are few (decoding).
@@ -22,22 +127,13 @@ inline int64_t AttentionRows(int64_t rows) { return rows <= 16 ? 16 : 64; }
 
 // In how many ranges of keys the forward cuts each row's, so that few queries with a long prefix
 // fill the device. Each range has results of its own, which a second kernel merges.
-inline int64_t AttentionSplits(Tensor q, Tensor k) {
+inline constexpr int64_t kMaxAttentionSplits = 528;
+inline int64_t AttentionSplits(const Tensor& q, const Tensor& k) {
   const int64_t rows = q.dim(1) * (q.dim(2) / k.dim(2)), keys = k.dim(1);
-  const int64_t tile = AttentionRows(rows), wanted = tile == 16 ? 1056 : 264;
+  const int64_t tile = AttentionRows(rows), wanted = tile == 16 ? kMaxAttentionSplits : 264;
   const int64_t blocks = std::max<int64_t>(1, q.dim(0) * k.dim(2) * ((rows + tile - 1) / tile));
-  return std::clamp<int64_t>(wanted / blocks, 1, (keys + 255) / 256);
+  return std::max<int64_t>(1, std::min(wanted / blocks, (keys + 255) / 256));
 }
-
-// partial_y [splits, B*H*T, P] and partial_lse [splits, B*H*T] f32 are scratch, undefined when
-// there is one range.
-void PlainAttentionForward(Tensor y, Tensor lse, Tensor q, Tensor k, Tensor v,
-                           const Documents& documents, Tensor partial_y, Tensor partial_lse,
-                           const Context& ctx);
-// delta [B,H,T] f32 is scratch.
-void PlainAttentionBackward(Tensor dq, Tensor dk, Tensor dv, Tensor dy, Tensor y, Tensor lse,
-                            Tensor q, Tensor k, Tensor v, const Documents& documents, Tensor delta,
-                            const Context& ctx);
 
 void Rope(Tensor x, const Documents& documents, double theta, bool inverse, const Context& ctx);
 

@@ -253,13 +253,17 @@ void Backward(Tensor dq, Tensor dk, Tensor dv, Tensor dy, Tensor y, Tensor lse, 
 
 }  // namespace
 
-void PlainAttentionBackward(Tensor dq, Tensor dk, Tensor dv, Tensor dy, Tensor y, Tensor lse,
-                            Tensor q, Tensor k, Tensor v, const Documents& documents, Tensor delta,
-                            const Context& ctx) {
+void AttentionBackward(Tensor dq, Tensor dk, Tensor dv, Tensor dy, Tensor y, Tensor lse, Tensor q,
+                       Tensor k, Tensor v, const Documents& documents, const CudnnCalls& calls,
+                       const AttentionScratch& scratch, const Context& ctx) {
+  if (calls.sequences > 0 &&
+      CudnnAttentionBackward(dq, dk, dv, dy, y, lse, q, k, v, documents, calls, scratch, ctx)) {
+    return;
+  }
   if (q.dtype() == DType::kF32) {
-    Backward<float>(dq, dk, dv, dy, y, lse, q, k, v, documents, delta, ctx);
+    Backward<float>(dq, dk, dv, dy, y, lse, q, k, v, documents, scratch.delta, ctx);
   } else {
-    Backward<BF16>(dq, dk, dv, dy, y, lse, q, k, v, documents, delta, ctx);
+    Backward<BF16>(dq, dk, dv, dy, y, lse, q, k, v, documents, scratch.delta, ctx);
   }
 }
 

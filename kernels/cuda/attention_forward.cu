@@ -158,39 +158,54 @@ __global__ void __launch_bounds__(kWarps * 32) ForwardKernel(ForwardArgs<T> args
   }
 }
 
-// y and lse of all ranges of keys from those of each. A warp per row.
+// y and lse of all ranges of keys from those of each. A block has a row; its threads in y take
+// turns at the ranges.
+constexpr int kMergeColumns = 64, kMergeStrides = 8;
+
 template <typename T>
-__global__ void MergeKernel(ForwardArgs<T> args) {
+__global__ void __launch_bounds__(kMergeColumns* kMergeStrides) MergeKernel(ForwardArgs<T> args) {
+  __shared__ float weights[kMaxAttentionSplits];
+  __shared__ float sums[kMergeStrides][kMergeColumns];
   StartDependent();
   const AttentionShape& shape = args.shape;
   const int64_t rows = static_cast<int64_t>(shape.batch) * shape.heads * shape.queries;
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
-  if (row >= rows) return;
+  const int64_t row = blockIdx.x;
+  const float* const lse = args.partial_lse + row;
   float max = -INFINITY;
-  for (int split = 0; split < args.splits; ++split) {
-    max = fmaxf(max, args.partial_lse[split * rows + row]);
+  for (int split = 0; split < args.splits; ++split) max = fmaxf(max, lse[split * rows]);
+  for (int split = threadIdx.y * kMergeColumns + threadIdx.x; split < args.splits;
+       split += kMergeColumns * kMergeStrides) {
+    weights[split] = expf(lse[split * rows] - max);
   }
+  __syncthreads();
   float sum = 0;
-  for (int split = 0; split < args.splits; ++split) {
-    sum += expf(args.partial_lse[split * rows + row] - max);
-  }
-  const int t = static_cast<int>(row % shape.queries);
-  const int h = static_cast<int>(row / shape.queries % shape.heads);
-  const int b = static_cast<int>(row / shape.queries / shape.heads);
-  for (int column = threadIdx.x; column < shape.head_dim; column += 32) {
+  for (int split = 0; split < args.splits; ++split) sum += weights[split];
+  if (threadIdx.x == 0 && threadIdx.y == 0) args.lse[row] = max + logf(sum);
+  const auto t = static_cast<int>(row % shape.queries);
+  const auto h = static_cast<int>(row / shape.queries % shape.heads);
+  const auto b = static_cast<int>(row / shape.queries / shape.heads);
+  for (int first = 0; first < shape.head_dim; first += kMergeColumns) {
+    const int column = first + threadIdx.x;
     float y = 0;
-    for (int split = 0; split < args.splits; ++split) {
-      const float weight = expf(args.partial_lse[split * rows + row] - max);
-      y += weight * args.partial_y[(split * rows + row) * shape.head_dim + column];
+    if (column < shape.head_dim) {
+#pragma unroll 4
+      for (int split = threadIdx.y; split < args.splits; split += kMergeStrides) {
+        y += weights[split] * args.partial_y[(split * rows + row) * shape.head_dim + column];
+      }
     }
-    args.y.At(b, t, h)[column] = FromFloat<T>(y / sum);
+    sums[threadIdx.y][threadIdx.x] = y;
+    __syncthreads();
+    if (threadIdx.y == 0 && column < shape.head_dim) {
+      for (int i = 1; i < kMergeStrides; ++i) y += sums[i][threadIdx.x];
+      args.y.At(b, t, h)[column] = FromFloat<T>(y / sum);
+    }
+    __syncthreads();
   }
-  if (threadIdx.x == 0) args.lse[row] = max + logf(sum);
 }
 
 template <typename T>
 void Forward(Tensor y, Tensor lse, Tensor q, Tensor k, Tensor v, const Documents& documents,
-             Tensor partial_y, Tensor partial_lse, const Context& ctx) {
+             const AttentionScratch& scratch, const Context& ctx) {
   ForwardArgs<T> args{};
   args.shape = ShapeOf(q, k, documents, {y, q, k, v});
   args.y = HeadsOf<T>(y);
@@ -198,8 +213,8 @@ void Forward(Tensor y, Tensor lse, Tensor q, Tensor k, Tensor v, const Documents
   args.q = HeadsOf<const T>(q), args.k = HeadsOf<const T>(k), args.v = HeadsOf<const T>(v);
   args.splits = static_cast<int>(AttentionSplits(q, k));
   if (args.splits > 1) {
-    args.partial_y = partial_y.device_data<float>();
-    args.partial_lse = partial_lse.device_data<float>();
+    args.partial_y = scratch.partial_y.device_data<float>();
+    args.partial_lse = scratch.partial_lse.device_data<float>();
   }
   const AttentionShape& shape = args.shape;
   args.scale_log2 = kLog2E / std::sqrt(static_cast<float>(shape.head_dim));
@@ -213,11 +228,35 @@ void Forward(Tensor y, Tensor lse, Tensor q, Tensor k, Tensor v, const Documents
   tile == 16 ? launch(ForwardKernel<T, 1>) : launch(ForwardKernel<T, 4>);
   if (args.splits > 1) {
     const int64_t rows = int64_t{1} * shape.batch * shape.heads * shape.queries;
-    Launch("AttentionMerge", MergeKernel<T>, Dependent((rows + 3) / 4), dim3(32, 4), 0, ctx, args);
+    Launch("AttentionMerge", MergeKernel<T>, Dependent(rows), dim3(kMergeColumns, kMergeStrides), 0,
+           ctx, args);
+  }
+}
+
+// Block x: a row of the mask.
+__global__ void MaskKernel(BF16* mask, int64_t stride, AttentionShape shape, int64_t first) {
+  StartDependent();
+  const int64_t row = blockIdx.x;
+  const auto b = static_cast<int>(first + row / shape.queries);
+  const int begin = shape.FirstKey(b, static_cast<int>(row % shape.queries));
+  for (int column = threadIdx.x * 8; column < stride; column += blockDim.x * 8) {
+    Pack<BF16, 8> pack;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) pack.v[j].bits = column + j < begin ? 0xff80 : 0;
+    Store(mask + row * stride + column, pack);
   }
 }
 
 }  // namespace
+
+void DocumentMask(Tensor mask, const Documents& documents, int64_t first, const Context& ctx) {
+  AttentionShape shape{};
+  shape.queries = static_cast<int>(documents.doc_start.dim(1));
+  shape.doc_start = documents.doc_start.device_data<int32_t>();
+  shape.first_key = documents.first_position;
+  Launch("DocumentMask", MaskKernel, Dependent(mask.rows()), dim3(128), 0, ctx,
+         mask.device_data<BF16>(), mask.dim(-1), shape, first);
+}
 
 AttentionShape ShapeOf(const Tensor& q, const Tensor& k, const Documents& documents,
                        std::initializer_list<Tensor> operands) {
@@ -240,14 +279,18 @@ AttentionShape ShapeOf(const Tensor& q, const Tensor& k, const Documents& docume
   return shape;
 }
 
-void PlainAttentionForward(Tensor y, Tensor lse, Tensor q, Tensor k, Tensor v,
-                           const Documents& documents, Tensor partial_y, Tensor partial_lse,
-                           const Context& ctx) {
+void AttentionForward(Tensor y, Tensor lse, Tensor q, Tensor k, Tensor v,
+                      const Documents& documents, const CudnnCalls& calls,
+                      const AttentionScratch& scratch, const Context& ctx) {
   if (lse.numel() == 0) return;
+  if (calls.sequences > 0 &&
+      CudnnAttentionForward(y, lse, q, k, v, documents, calls, scratch, ctx)) {
+    return;
+  }
   if (q.dtype() == DType::kF32) {
-    Forward<float>(y, lse, q, k, v, documents, partial_y, partial_lse, ctx);
+    Forward<float>(y, lse, q, k, v, documents, scratch, ctx);
   } else {
-    Forward<BF16>(y, lse, q, k, v, documents, partial_y, partial_lse, ctx);
+    Forward<BF16>(y, lse, q, k, v, documents, scratch, ctx);
   }
 }
 

@@ -40,6 +40,7 @@ edges=(
   '^hdf5' '^kernels/base/h5(_[a-z]+)?\.(cc|h)$'
   '^(cblas|openblas)' '^kernels/cpu/'
   '^(cuda|cublas|cudnn|nccl|nvtx3|cub/|thrust/)' '^kernels/cuda/'
+  '^cudnn' '^kernels/cuda/cudnn_attention\.cc$'
   '^mpi\.h$' '^parallel/'
   '^nlohmann/' '^(kernels/base|data|trainer/(report|tools|cli))/'
   '^CLI/' '^trainer/cli/'
