@@ -42,6 +42,9 @@ Trainer::Trainer(const RunConfig& config)
           {.batch = config.train.micro_batch, .seq_len = config.data.seq_len}, &activation_arena_)),
       scalars_(model_, &scalar_arena_),
       pass_batch_(placement_.device, config.train.micro_batch, config.data.seq_len, &batch_arena_) {
+  if (placement_.device == Device::kCuda && placement_.compute == DType::kBF16) {
+    peak_flops_ = cuda::Info().peak_flops;
+  }
 }
 
 StepReport Trainer::Step(const TokenBatch& batch) {

@@ -107,14 +107,16 @@ TEST(Plan, MemoryFollowsTheConfig) {
   EXPECT_GE(none.weights, 4 * table.total());
   EXPECT_LE(none.weights, 4 * table.total() + padding);
   EXPECT_EQ(none.gradients, none.weights);
-  EXPECT_EQ(none.optimizer, 2 * none.weights);
+  // Two moments, and the few numbers that say which elements decay.
+  EXPECT_GE(none.optimizer, 2 * none.weights);
+  EXPECT_LE(none.optimizer, 2 * none.weights + 4096);
   EXPECT_EQ(none.staging, 3 * 4 * table.total());
   // Two passes of a step and one of evaluation.
   EXPECT_EQ(none.batches, 3 * 3 * 4 * 4 * 128);
   EXPECT_GT(none.activations, 0);
   EXPECT_GT(none.scratch, 0);
   EXPECT_EQ(none.total(), none.weights + none.gradients + none.optimizer + none.activations +
-                              none.scratch + none.batches + none.staging);
+                              none.scratch + none.batches + none.scalars + none.staging);
 
   int64_t last = none.activations;
   for (const char* mode : {"norms", "mixers", "layer"}) {
