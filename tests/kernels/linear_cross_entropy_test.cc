@@ -138,8 +138,8 @@ TEST(LinearCrossEntropy, AccumulatesOrOverwrites) {
 // every row once, in order, unrounded.
 TEST(LinearCrossEntropy, ChunksAndSink) {
   TestContext ctx;
-  const int64_t v = int64_t{2} << 20, m = 7;
-  ASSERT_EQ(LogitRows(Device::kCpu, kF32, m, v + 4), 3);
+  const int64_t v = (int64_t{2} << 20) + 4, m = 7;
+  ASSERT_EQ(LogitRows(Device::kCpu, kF32, m, v), 3);
   Head head(kF32, m, 2, v, 4);
   const Composed want(head, kF32, ctx);
   Buf logits(kF32, {m, v});
