@@ -129,17 +129,18 @@ __device__ inline float WarpSum(float value) {
 }
 
 // The sum over a group of threads: the blockDim.x threads (a multiple of 32) with the same
-// threadIdx.y, all of which call; the same bits in each. Groups of more than one warp meet at a
-// barrier of their own, so that a block has at most 15 of them. `shared` holds a float for each
-// warp of the group and may be used again only after another barrier: callers alternate between
-// two.
+// threadIdx.y; the same bits in each. All threads of the block call, and meet at a barrier where
+// groups have more than one warp. `shared` holds a float for each warp of the block and may be used
+// again only after another barrier: callers alternate between two.
 __device__ inline float GroupSum(float value, float* shared) {
   value = WarpSum(value);
   if (blockDim.x == 32) return value;
-  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;
-  asm volatile("bar.sync %0, %1;" ::"r"(threadIdx.y + 1), "r"(blockDim.x) : "memory");
-  float sum = shared[0];
-  for (int warp = 1; warp < blockDim.x / 32; ++warp) sum += shared[warp];
+  const int warps = blockDim.x / 32;
+  float* const of_group = shared + threadIdx.y * warps;
+  if (threadIdx.x % 32 == 0) of_group[threadIdx.x / 32] = value;
+  __syncthreads();
+  float sum = of_group[0];
+  for (int warp = 1; warp < warps; ++warp) sum += of_group[warp];
   return sum;
 }
 
