@@ -1,5 +1,6 @@
 #include "kernels/attention.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "kernels/base/parallel_for.h"
@@ -64,16 +65,25 @@ void CheckOnCuda(std::initializer_list<Tensor> operands, const char* op) {
   }
 }
 
-// What cuDNN's calls take; the same whether or not the build has it, so that a plan holds for any.
-cuda::AttentionScratch TakeScratch(const cuda::CudnnCalls& calls, Tensor q,
-                                   const Documents& documents, const Context& ctx) {
+// What cuDNN's calls take of scratch: the same whether or not the build has it, and at least as
+// much with documents as without, so that a plan made with documents holds for any run.
+cuda::AttentionScratch TakeScratch(const cuda::CudnnCalls& calls, const cuda::CudnnCalls& plain,
+                                   Tensor q, Tensor k, const Documents& documents,
+                                   const Context& ctx) {
   cuda::AttentionScratch scratch;
-  if (calls.sequences == 0) return scratch;
-  const int64_t time = q.dim(1);
-  scratch.workspace = ctx.scratch->Alloc(DType::kF32, {calls.workspace / 4});
-  if (documents.doc_start.defined()) {
+  const int64_t time = q.dim(1), keys = k.dim(1), head_dim = q.dim(3);
+  if (const int64_t bytes = std::max(calls.workspace, plain.workspace); bytes > 0) {
+    scratch.workspace = ctx.scratch->Alloc(DType::kF32, {bytes / 4});
+  }
+  if (calls.sequences > 0 && documents.doc_start.defined()) {
     scratch.mask =
         ctx.scratch->Alloc(DType::kBF16, {calls.sequences, time, cuda::CudnnMaskStride(time)});
+  }
+  if (plain.sequences > 0 && plain.queries < time) {
+    const int64_t g = plain.kv_heads, heads = g * (q.dim(2) / k.dim(2));
+    scratch.block_lse = ctx.scratch->Alloc(DType::kF32, {heads, plain.queries});
+    scratch.block_sums = ctx.scratch->Alloc(DType::kF32, {2, keys, g, head_dim});
+    scratch.block_part = ctx.scratch->Alloc(DType::kBF16, {2, keys, g, head_dim});
   }
   return scratch;
 }
@@ -94,9 +104,11 @@ void AttentionForward(Tensor y, Tensor lse, Tensor q, Tensor k, Tensor v,
   if (ctx.device == Device::kCuda) {
     CheckOnCuda({q, k, v, y}, op.name());
     const ArenaScope scope(ctx.scratch);
-    const cuda::CudnnCalls calls = cuda::CudnnCallsOf(
-        {q, k, v, y}, q, k, documents.doc_start.defined(), /*backward=*/false, ctx.deterministic);
-    cuda::AttentionScratch scratch = TakeScratch(calls, q, documents, ctx);
+    const auto calls_of = [&](bool with_documents) {
+      return cuda::CudnnCallsOf({q, k, v, y}, with_documents, /*backward=*/false, ctx);
+    };
+    const cuda::CudnnCalls calls = calls_of(documents.doc_start.defined());
+    cuda::AttentionScratch scratch = TakeScratch(calls, calls_of(false), q, k, documents, ctx);
     if (const int64_t splits = cuda::AttentionSplits(q, k); splits > 1) {
       scratch.partial_y = ctx.scratch->Alloc(DType::kF32, {splits, lse.numel(), q.dim(3)});
       scratch.partial_lse = ctx.scratch->Alloc(DType::kF32, {splits, lse.numel()});
@@ -135,10 +147,12 @@ void AttentionBackward(Tensor dq, Tensor dk, Tensor dv, Tensor dy, Tensor y, Ten
   if (ctx.device == Device::kCuda) {
     CheckOnCuda({q, k, v, y, dq, dk, dv, dy}, op.name());
     const ArenaScope scope(ctx.scratch);
-    const cuda::CudnnCalls calls =
-        cuda::CudnnCallsOf({q, k, v, y, dq, dk, dv, dy}, q, k, documents.doc_start.defined(),
-                           /*backward=*/true, ctx.deterministic);
-    cuda::AttentionScratch scratch = TakeScratch(calls, q, documents, ctx);
+    const auto calls_of = [&](bool with_documents) {
+      return cuda::CudnnCallsOf({q, k, v, y, dq, dk, dv, dy}, with_documents, /*backward=*/true,
+                                ctx);
+    };
+    const cuda::CudnnCalls calls = calls_of(documents.doc_start.defined());
+    cuda::AttentionScratch scratch = TakeScratch(calls, calls_of(false), q, k, documents, ctx);
     scratch.delta = ctx.scratch->Alloc(DType::kF32, {lse.numel()});
     if (op.planning()) return;
     KRAIT_CUDA(AttentionBackward(dq, dk, dv, dy, y, lse, q, k, v, documents, calls, scratch, ctx));

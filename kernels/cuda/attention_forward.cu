@@ -7,7 +7,10 @@
 namespace krait::cuda {
 namespace {
 
-constexpr int kKeys = 64;
+// Keys of a tile: few for the block of one warp, so that many blocks are resident and hide each
+// other's latency (decoding reads at twice the rate that it has with 64).
+template <int kWarps>
+constexpr int kTileKeys = kWarps == 1 ? 16 : 64;
 
 template <typename T>
 struct ForwardArgs {
@@ -23,10 +26,10 @@ struct ForwardArgs {
 
 template <typename T>
 int64_t ForwardBytes(const AttentionShape& shape, int rows) {
+  const int keys = rows == 16 ? kTileKeys<1> : kTileKeys<4>;
   const int width = shape.width(), out = std::min(width, kOutColumns);
-  return static_cast<int64_t>(sizeof(T)) *
-         ((rows + kKeys) * TileStride<T>(width) + kKeys * TileStride<T>(out) +
-          rows * TileStride<T>(kKeys));
+  return static_cast<int64_t>(sizeof(T)) * ((rows + keys) * TileStride<T>(width) +
+                                            keys * TileStride<T>(out) + rows * TileStride<T>(keys));
 }
 
 // Block x: (tile of rows, last first, since that sees the most keys), (b, g), range of keys; block
@@ -34,7 +37,7 @@ int64_t ForwardBytes(const AttentionShape& shape, int rows) {
 template <typename T, int kWarps>
 __global__ void __launch_bounds__(kWarps * 32) ForwardKernel(ForwardArgs<T> args) {
   extern __shared__ __align__(16) unsigned char shared[];
-  constexpr int kRows = 16 * kWarps;
+  constexpr int kRows = 16 * kWarps, kKeys = kTileKeys<kWarps>;
   const AttentionShape& shape = args.shape;
   const int width = shape.width(), stride = TileStride<T>(width);
   const int chunk = blockIdx.y * kOutColumns, out = min(width - chunk, kOutColumns);
@@ -171,16 +174,18 @@ __global__ void __launch_bounds__(kMergeColumns* kMergeStrides) MergeKernel(Forw
   const int64_t rows = static_cast<int64_t>(shape.batch) * shape.heads * shape.queries;
   const int64_t row = blockIdx.x;
   const float* const lse = args.partial_lse + row;
-  float max = -INFINITY;
-  for (int split = 0; split < args.splits; ++split) max = fmaxf(max, lse[split * rows]);
-  for (int split = threadIdx.y * kMergeColumns + threadIdx.x; split < args.splits;
-       split += kMergeColumns * kMergeStrides) {
-    weights[split] = expf(lse[split * rows] - max);
-  }
+  const int thread = threadIdx.y * kMergeColumns + threadIdx.x;
+  const auto each_split = [&](auto fn) {
+    for (int i = thread; i < args.splits; i += kMergeColumns * kMergeStrides) fn(i);
+    __syncthreads();
+  };
+  each_split([&](int i) { weights[i] = lse[i * rows]; });
+  float max = -INFINITY, sum = 0;
+  for (int split = 0; split < args.splits; ++split) max = fmaxf(max, weights[split]);
   __syncthreads();
-  float sum = 0;
+  each_split([&](int i) { weights[i] = expf(weights[i] - max); });
   for (int split = 0; split < args.splits; ++split) sum += weights[split];
-  if (threadIdx.x == 0 && threadIdx.y == 0) args.lse[row] = max + logf(sum);
+  if (thread == 0) args.lse[row] = max + logf(sum);
   const auto t = static_cast<int>(row % shape.queries);
   const auto h = static_cast<int>(row / shape.queries % shape.heads);
   const auto b = static_cast<int>(row / shape.queries / shape.heads);
@@ -261,8 +266,8 @@ void DocumentMask(Tensor mask, const Documents& documents, int64_t first, const 
 AttentionShape ShapeOf(const Tensor& q, const Tensor& k, const Documents& documents,
                        std::initializer_list<Tensor> operands) {
   const int64_t group = q.dim(2) / k.dim(2);
-  KRAIT_CHECK(q.dim(3) <= kMaxHeadDim && k.dim(1) < INT32_MAX - kKeys &&
-              q.dim(1) * group < INT32_MAX - kKeys && q.dim(0) * q.dim(2) < INT32_MAX);
+  KRAIT_CHECK(q.dim(3) <= kMaxHeadDim && k.dim(1) < INT32_MAX - 64 &&
+              q.dim(1) * group < INT32_MAX - 64 && q.dim(0) * q.dim(2) < INT32_MAX);
   AttentionShape shape{};
   shape.batch = static_cast<int>(q.dim(0));
   shape.queries = static_cast<int>(q.dim(1));

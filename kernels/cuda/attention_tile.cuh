@@ -71,6 +71,7 @@ __device__ inline void FetchRows(T* tile, int stride, int rows, int width, int c
   int shift = 0;  // 2^shift threads copy a row
   while (shift < 5 && (1 << shift) < accesses) ++shift;
   const int lane = threadIdx.x & ((1 << shift) - 1);
+#pragma unroll 4
   for (int i = threadIdx.x >> shift; i < rows; i += blockDim.x >> shift) {
     const T* from = row(i);
     for (int access = lane; access < accesses; access += 1 << shift) {

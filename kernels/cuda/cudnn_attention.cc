@@ -16,6 +16,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "kernels/cuda/activation.h"
 #include "kernels/cuda/attention.h"
 #include "kernels/cuda/check.h"
 
@@ -37,11 +38,13 @@ void CheckCudnn(cudnnStatus_t status, const char* what, const char* file, int li
 // The tensors of a graph.
 enum Operand : int64_t { kQ = 1, kK, kV, kY, kLse, kDy, kDq, kDk, kDv, kMask };
 constexpr int kOperands = 10;
+bool OfKeys(Operand operand) {
+  return operand == kK || operand == kV || operand == kDk || operand == kDv;
+}
 
 // All that a plan depends on.
 struct Key {
-  int64_t sequences, time, heads, kv_heads, head_dim;
-  int64_t lse_stride;                                          // of sequences
+  int64_t sequences, queries, keys, heads, kv_heads, head_dim;
   std::array<std::array<int64_t, 3>, kOperands> strides = {};  // of sequences, tokens, heads
   bool documents, backward, deterministic;
   auto operator<=>(const Key&) const = default;
@@ -54,26 +57,25 @@ class Plan {
     graph_.set_io_data_type(fe::DataType_t::BFLOAT16)
         .set_intermediate_data_type(fe::DataType_t::FLOAT)
         .set_compute_data_type(fe::DataType_t::FLOAT);
-    const Attributes q = Input(key, kQ, key.heads), k = Input(key, kK, key.kv_heads),
-                     v = Input(key, kV, key.kv_heads);
+    const Attributes q = Input(key, kQ), k = Input(key, kK), v = Input(key, kV);
     Attributes mask;
     if (key.documents) {
-      const int64_t stride = CudnnMaskStride(key.time);
+      const int64_t stride = CudnnMaskStride(key.queries), rows = key.queries * stride;
       mask = graph_.tensor(fe::graph::Tensor_attributes()
                                .set_uid(kMask)
-                               .set_dim({key.sequences, 1, key.time, key.time})
-                               .set_stride({key.time * stride, key.time * stride, stride, 1}));
+                               .set_dim({key.sequences, 1, key.queries, key.keys})
+                               .set_stride({rows, rows, stride, 1}));
     }
     const float scale = 1 / std::sqrt(static_cast<float>(key.head_dim));
     if (!key.backward) {
       auto attributes = fe::graph::SDPA_attributes().set_name("attention").set_generate_stats(true);
-      Causal(&attributes, scale, mask);
+      Causal(key, &attributes, scale, mask);
       const auto [y, lse] = graph_.sdpa(q, k, v, attributes);
-      Output(key, kY, key.heads, y);
+      Output(key, kY, y);
       lse->set_output(true).set_uid(kLse).set_data_type(fe::DataType_t::FLOAT);
       lse->set_dim(LseDims(key)).set_stride(LseStrides(key));
     } else {
-      const Attributes y = Input(key, kY, key.heads), dy = Input(key, kDy, key.heads);
+      const Attributes y = Input(key, kY), dy = Input(key, kDy);
       const Attributes lse = graph_.tensor(fe::graph::Tensor_attributes()
                                                .set_uid(kLse)
                                                .set_data_type(fe::DataType_t::FLOAT)
@@ -82,11 +84,11 @@ class Plan {
       auto attributes = fe::graph::SDPA_backward_attributes()
                             .set_name("attention_backward")
                             .set_deterministic_algorithm(key.deterministic);
-      Causal(&attributes, scale, mask);
+      Causal(key, &attributes, scale, mask);
       const auto [dq, dk, dv] = graph_.sdpa_backward(q, k, v, y, dy, lse, attributes);
-      Output(key, kDq, key.heads, dq);
-      Output(key, kDk, key.kv_heads, dk);
-      Output(key, kDv, key.kv_heads, dv);
+      Output(key, kDq, dq);
+      Output(key, kDk, dk);
+      Output(key, kDv, dv);
     }
     possible_ = graph_.validate().is_good() && graph_.build_operation_graph(library).is_good() &&
                 graph_.create_execution_plans({fe::HeurMode_t::A}).is_good() &&
@@ -106,28 +108,35 @@ class Plan {
     const auto& [sequence, token, head] = key.strides[static_cast<size_t>(operand) - 1];
     return {sequence, head, token, 1};
   }
+  static std::vector<int64_t> Dims(const Key& key, Operand operand) {
+    const bool of_keys = OfKeys(operand);
+    return {key.sequences, of_keys ? key.kv_heads : key.heads, of_keys ? key.keys : key.queries,
+            key.head_dim};
+  }
   static std::vector<int64_t> LseDims(const Key& key) {
-    return {key.sequences, key.heads, key.time, 1};
+    return {key.sequences, key.heads, key.queries, 1};
   }
-  static std::vector<int64_t> LseStrides(const Key& key) {
-    return {key.lse_stride, key.time, 1, 1};
+  static std::vector<int64_t> LseStrides(const Key& key) {  // cuDNN takes it packed alone
+    return {key.heads * key.queries, key.queries, 1, 1};
   }
-  Attributes Input(const Key& key, Operand operand, int64_t heads) {
+  Attributes Input(const Key& key, Operand operand) {
     return graph_.tensor(fe::graph::Tensor_attributes()
                              .set_uid(operand)
-                             .set_dim({key.sequences, heads, key.time, key.head_dim})
+                             .set_dim(Dims(key, operand))
                              .set_stride(Strides(key, operand)));
   }
-  static void Output(const Key& key, Operand operand, int64_t heads, const Attributes& tensor) {
+  static void Output(const Key& key, Operand operand, const Attributes& tensor) {
     tensor->set_output(true)
         .set_uid(operand)
-        .set_dim({key.sequences, heads, key.time, key.head_dim})
+        .set_dim(Dims(key, operand))
         .set_stride(Strides(key, operand));
   }
+  // The last query sees the last key.
   template <typename T>
-  static void Causal(T* attributes, float scale, const Attributes& mask) {
+  static void Causal(const Key& key, T* attributes, float scale, const Attributes& mask) {
     attributes->set_attn_scale(scale)
-        .set_diagonal_alignment(fe::DiagonalAlignment_t::TOP_LEFT)
+        .set_diagonal_alignment(key.queries == key.keys ? fe::DiagonalAlignment_t::TOP_LEFT
+                                                        : fe::DiagonalAlignment_t::BOTTOM_RIGHT)
         .set_diagonal_band_right_bound(0);
     if (mask) attributes->set_bias(mask);
   }
@@ -170,87 +179,184 @@ struct Bound {
   Tensor tensor;
 };
 
-// All calls of one attention; the first two of `operands` are q and k.
-bool Run(std::initializer_list<Bound> operands, Tensor lse, const Documents& documents,
-         const CudnnCalls& calls, const AttentionScratch& scratch, bool backward,
-         const Context& ctx) {
-  const Tensor q = operands.begin()[0].tensor, k = operands.begin()[1].tensor;
-  const int64_t batch = q.dim(0), time = q.dim(1), kv_heads = k.dim(2);
-  const int64_t group = q.dim(2) / kv_heads;
-  for (const auto& [operand, tensor] : operands) {
-    if (reinterpret_cast<uintptr_t>(tensor.raw()) % 16 != 0) return false;
+// One attention: its calls.
+class Attention {
+ public:
+  // The first two operands are q and k.
+  Attention(std::initializer_list<Bound> operands, Tensor lse, const Documents& documents,
+            const CudnnCalls& calls, const AttentionScratch& scratch, bool backward,
+            const Context& ctx)
+      : operands_(operands),
+        lse_(lse),
+        documents_(documents),
+        scratch_(scratch),
+        backward_(backward),
+        ctx_(ctx),
+        batch_(operands_[0].tensor.dim(0)),
+        time_(operands_[0].tensor.dim(1)),
+        keys_(operands_[1].tensor.dim(1)),
+        kv_heads_(operands_[1].tensor.dim(2)),
+        group_(operands_[0].tensor.dim(2) / kv_heads_),
+        library_(Library::OfCurrentDevice()),
+        handle_(library_.OnStream(ctx.stream)),
+        sequences_(calls.sequences),
+        heads_(calls.kv_heads),
+        queries_(calls.queries) {}
+
+  // False, with nothing enqueued, when cuDNN takes none of it.
+  bool Run() {
+    for (const auto& [operand, tensor] : operands_) {
+      if (reinterpret_cast<uintptr_t>(tensor.raw()) % 16 != 0) return false;
+    }
+    // Smaller calls where this version of cuDNN wants a larger workspace than is planned for.
+    while (!Fits()) {
+      if (!library_.PlanOf(KeyOf(sequences_, heads_, 0, queries_)).possible()) return false;
+      if (sequences_ > 1) {
+        sequences_ = (sequences_ + 1) / 2;
+      } else if (heads_ > 1) {
+        heads_ = (heads_ + 1) / 2;
+      } else {
+        return false;
+      }
+    }
+    for (int64_t b = 0; b < batch_; b += sequences_) {
+      const int64_t count = std::min(sequences_, batch_ - b);
+      if (documents_.doc_start.defined()) {
+        DocumentMask(scratch_.mask.Slice(0, 0, count), documents_, b, ctx_);
+      }
+      for (int64_t g = 0; g < kv_heads_; g += heads_) {
+        const int64_t heads = std::min(heads_, kv_heads_ - g);
+        queries_ == time_ ? Call(b, count, g, heads) : Blocks(b, g, heads);
+      }
+    }
+    return true;
   }
-  const auto key_of = [&](int64_t sequences, int64_t g) {
+
+ private:
+  // What the strides of a call's tensors are: those of the operands, but blocks of queries have
+  // packed gradients of keys and values.
+  Key KeyOf(int64_t sequences, int64_t heads, int64_t first, int64_t queries) const {
+    const Tensor q = operands_[0].tensor;
     Key key{.sequences = sequences,
-            .time = time,
-            .heads = g * group,
-            .kv_heads = g,
+            .queries = queries,
+            .keys = keys_ - time_ + first + queries,
+            .heads = heads * group_,
+            .kv_heads = heads,
             .head_dim = q.dim(3),
-            .lse_stride = g * group * time,
-            .documents = documents.doc_start.defined(),
-            .backward = backward,
-            .deterministic = backward && ctx.deterministic};
-    for (const auto& [operand, t] : operands) {
-      key.strides[static_cast<size_t>(operand) - 1] = {t.stride(0), t.stride(1), t.stride(2)};
+            .documents = documents_.doc_start.defined(),
+            .backward = backward_,
+            .deterministic = backward_ && CudnnDeterministic(documents_.doc_start.defined(), ctx_)};
+    for (const auto& [operand, t] : operands_) {
+      auto& strides = key.strides[static_cast<size_t>(operand) - 1];
+      strides = {t.stride(0), t.stride(1), t.stride(2)};
+      if (queries < time_ && (operand == kDk || operand == kDv)) {
+        strides = {keys_ * heads * q.dim(3), heads * q.dim(3), q.dim(3)};
+      }
     }
     return key;
-  };
-  Library& library = Library::OfCurrentDevice();
-  const cudnnHandle_t handle = library.OnStream(ctx.stream);
-  const auto fits = [&](int64_t sequences, int64_t g) {
-    Plan& plan = library.PlanOf(key_of(sequences, g));
-    return plan.possible() && plan.workspace() <= scratch.workspace.bytes();
-  };
-  // Smaller calls where this version of cuDNN wants a larger workspace than is planned for.
-  int64_t sequences = calls.sequences, g = calls.kv_heads;
-  while (!fits(sequences, g) || (batch % sequences != 0 && !fits(batch % sequences, g)) ||
-         (kv_heads % g != 0 && !fits(sequences, kv_heads % g))) {
-    if (!library.PlanOf(key_of(sequences, g)).possible()) return false;
-    if (sequences > 1) {
-      sequences = (sequences + 1) / 2;
-    } else if (g > 1) {
-      g = (g + 1) / 2;
-    } else {
-      return false;
-    }
   }
-  for (int64_t b = 0; b < batch; b += sequences) {
-    const int64_t count = std::min(sequences, batch - b);
-    if (documents.doc_start.defined()) {
-      DocumentMask(scratch.mask.Slice(0, 0, count), documents, b, ctx);
-    }
-    for (int64_t head = 0; head < kv_heads; head += g) {
-      const int64_t heads = std::min(g, kv_heads - head);
-      Pointers pointers = {{kMask, scratch.mask.raw()}};
-      for (const auto& [operand, t] : operands) {
-        const bool of_keys = operand == kK || operand == kV || operand == kDk || operand == kDv;
-        pointers[operand] =
-            t.Slice(0, b, count)
-                .Slice(2, of_keys ? head : head * group, of_keys ? heads : heads * group)
-                .raw();
+
+  bool Fits() {
+    for (const int64_t sequences : {sequences_, batch_ % sequences_}) {
+      for (const int64_t heads : {heads_, kv_heads_ % heads_}) {
+        for (int64_t first = 0; first < time_ && sequences * heads > 0; first += queries_) {
+          const Key key = KeyOf(sequences, heads, first, std::min(queries_, time_ - first));
+          const Plan& plan = library_.PlanOf(key);
+          if (!plan.possible() || plan.workspace() > scratch_.workspace.bytes()) return false;
+        }
       }
-      pointers[kLse] = lse.device_data<float>() + (b * kv_heads + head) * group * time;
-      library.PlanOf(key_of(count, heads)).Run(handle, pointers, scratch.workspace.raw());
+    }
+    return true;
+  }
+
+  // Addresses of what belongs to the sequences, key heads and queries of a call.
+  Pointers PointersOf(int64_t b, int64_t count, int64_t g, int64_t heads, int64_t first) const {
+    Pointers pointers = {{kMask, scratch_.mask.raw()}};
+    for (const auto& [operand, t] : operands_) {
+      Tensor part = t.Slice(0, b, count);
+      if (OfKeys(operand)) {
+        part = part.Slice(2, g, heads);
+      } else {
+        part = part.Slice(2, g * group_, heads * group_).Slice(1, first, time_ - first);
+      }
+      pointers[operand] = part.raw();
+    }
+    pointers[kLse] = Lse(b, g);
+    return pointers;
+  }
+  float* Lse(int64_t b, int64_t g) const {
+    return lse_.device_data<float>() + (b * kv_heads_ + g) * group_ * time_;
+  }
+
+  void Call(int64_t b, int64_t count, int64_t g, int64_t heads) {
+    library_.PlanOf(KeyOf(count, heads, 0, time_))
+        .Run(handle_, PointersOf(b, count, g, heads, 0), scratch_.workspace.raw());
+  }
+
+  // The backward of some heads of a sequence by blocks of queries, the last of which sees all keys.
+  void Blocks(int64_t b, int64_t g, int64_t heads) {
+    const int64_t head_dim = operands_[0].tensor.dim(3), row = heads * head_dim;
+    const auto rows_of = [&](const Tensor& all, int64_t i, int64_t keys) {
+      return all.View({all.numel()}).Slice(0, i * keys_ * row, keys * row);
+    };
+    const int64_t last = (time_ - 1) / queries_ * queries_;
+    for (int64_t first = last; first >= 0; first -= queries_) {
+      const int64_t queries = std::min(queries_, time_ - first);
+      const int64_t keys = keys_ - time_ + first + queries;
+      Pointers pointers = PointersOf(b, 1, g, heads, first);
+      KRAIT_CUDA_CHECK(
+          cudaMemcpy2DAsync(scratch_.block_lse.raw(), static_cast<size_t>(queries) * 4,
+                            Lse(b, g) + first, static_cast<size_t>(time_) * 4,
+                            static_cast<size_t>(queries) * 4, static_cast<size_t>(heads * group_),
+                            cudaMemcpyDeviceToDevice, static_cast<cudaStream_t>(ctx_.stream)));
+      pointers[kLse] = scratch_.block_lse.raw();
+      pointers[kDk] = rows_of(scratch_.block_part, 0, keys).raw();
+      pointers[kDv] = rows_of(scratch_.block_part, 1, keys).raw();
+      library_.PlanOf(KeyOf(1, heads, first, queries))
+          .Run(handle_, pointers, scratch_.workspace.raw());
+      for (int64_t i = 0; i < 2; ++i) {
+        const Tensor sums = rows_of(scratch_.block_sums, i, keys);
+        const Tensor part = rows_of(scratch_.block_part, i, keys);
+        first == last ? Copy(sums, part, ctx_) : AddInPlace(sums, part, ctx_);
+      }
+    }
+    for (const auto& [operand, t] : operands_) {
+      if (operand != kDk && operand != kDv) continue;
+      Copy(t.Slice(0, b, 1).Slice(2, g, heads),
+           rows_of(scratch_.block_sums, operand == kDv, keys_).View({1, keys_, heads, head_dim}),
+           ctx_);
     }
   }
-  return true;
-}
+
+  const std::vector<Bound> operands_;
+  const Tensor lse_;
+  const Documents& documents_;
+  const AttentionScratch& scratch_;
+  const bool backward_;
+  const Context& ctx_;
+  const int64_t batch_, time_, keys_, kv_heads_, group_;
+  Library& library_;
+  const cudnnHandle_t handle_;
+  int64_t sequences_, heads_, queries_;  // of a call; heads_ counts key heads
+};
 
 }  // namespace
 
 bool CudnnAttentionForward(Tensor y, Tensor lse, Tensor q, Tensor k, Tensor v,
                            const Documents& documents, const CudnnCalls& calls,
                            const AttentionScratch& scratch, const Context& ctx) {
-  return Run({{kQ, q}, {kK, k}, {kV, v}, {kY, y}}, lse, documents, calls, scratch,
-             /*backward=*/false, ctx);
+  return Attention({{kQ, q}, {kK, k}, {kV, v}, {kY, y}}, lse, documents, calls, scratch,
+                   /*backward=*/false, ctx)
+      .Run();
 }
 
 bool CudnnAttentionBackward(Tensor dq, Tensor dk, Tensor dv, Tensor dy, Tensor y, Tensor lse,
                             Tensor q, Tensor k, Tensor v, const Documents& documents,
                             const CudnnCalls& calls, const AttentionScratch& scratch,
                             const Context& ctx) {
-  return Run({{kQ, q}, {kK, k}, {kV, v}, {kY, y}, {kDy, dy}, {kDq, dq}, {kDk, dk}, {kDv, dv}}, lse,
-             documents, calls, scratch, /*backward=*/true, ctx);
+  return Attention({{kQ, q}, {kK, k}, {kV, v}, {kY, y}, {kDy, dy}, {kDq, dq}, {kDk, dk}, {kDv, dv}},
+                   lse, documents, calls, scratch, /*backward=*/true, ctx)
+      .Run();
 }
 
 }  // namespace krait::cuda

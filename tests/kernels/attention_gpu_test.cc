@@ -168,7 +168,7 @@ const Shape kShapes[] = {
     {1, 300, 300, 8, 2, 64},  {1, 100, 100, 2, 1, 256},   {1, 90, 90, 2, 2, 200},
     {1, 1, 3000, 8, 2, 128},  {2, 3, 1000, 12, 4, 96},    {1, 33, 2000, 2, 1, 33},
     {2, 257, 257, 4, 2, 128}, {1, 100, 170, 2, 1, 64, 1}, {1, 1, 700, 16, 1, 128},
-    {1, 1, 40, 32, 1, 72}};
+    {1, 1, 40, 32, 1, 72},    {2, 150, 600, 4, 2, 128},   {1, 301, 333, 4, 4, 64}};
 
 class AttentionGpu : public ::testing::TestWithParam<DType> {
  protected:
@@ -362,14 +362,14 @@ TEST_P(AttentionGpu, RopeAgreesWithTheCpu) {
   }
 }
 
-// The deterministic backward is cut into calls for part of the sequences or of the key heads, also
-// of unequal size; the other one is a single call.
+// The deterministic backward is cut into calls for part of the sequences, of the key heads or of
+// the queries, also of unequal size; the other one is a single call.
 TEST(AttentionGpuCalls, CutIntoCallsEqualsTheWhole) {
   KRAIT_NEEDS_GPU();
   struct Case {
     int64_t b, t, h, g;
   };
-  for (const auto& [b, t, h, g] : {Case{3, 4096, 32, 8}, {1, 8192, 20, 5}}) {
+  for (const auto& [b, t, h, g] : {Case{3, 4096, 32, 8}, {1, 8192, 20, 5}, {1, 9000, 16, 1}}) {
     constexpr int64_t kP = 64;
     GpuContext gpu(int64_t{3} << 30);
     Arena memory("operands", Device::kCuda, int64_t{2} << 30);
