@@ -21,8 +21,6 @@ namespace krait::cuda {
 inline constexpr int kSteps = static_cast<int>(kScanSteps);
 inline constexpr int kWarpChannels = 8;
 inline constexpr float kLog2E = 0x1.715476p0f, kLn2 = 0x1.62e430p-1f;
-// Chunks in flight.
-inline constexpr int kStages = 4;
 // Floats of a channel's 16 steps in a warp's scratch; the padding spreads channels over the banks.
 inline constexpr int kPitch = 24;
 
@@ -116,6 +114,17 @@ class Barrier {
   __device__ void ArriveAfterFetches() {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(SharedAddress(this))
                  : "memory");
+  }
+  // Whether use number `use` has ended: the answer takes long, but can be asked for ahead.
+  __device__ bool Done(int use) {
+    uint32_t done;
+    asm volatile(
+        "{\n\t.reg .pred done;\n\tmbarrier.test_wait.parity.shared.b64 done, [%1], %2;\n"
+        "\tselp.b32 %0, 1, 0, done;\n\t}"
+        : "=r"(done)
+        : "r"(SharedAddress(this)), "r"(use & 1)
+        : "memory");
+    return done != 0;
   }
   // Waits for the end of use number `use` (0, 1, ...).
   __device__ void Wait(int use) {
@@ -253,8 +262,8 @@ struct ChunkInputs {
 };
 
 // Initialises the stages' barriers; all threads call.
-template <typename S, typename Stage>
-__device__ void Prepare(Stage (&stages)[kStages]) {
+template <typename S, typename Stage, int kStages>
+__device__ void InitBarriers(Stage (&stages)[kStages]) {
   if (threadIdx.x == 0) {
     for (Stage& stage : stages) stage.full.Init(33 * S::kHelpers), stage.done.Init(S::kWarps);
   }

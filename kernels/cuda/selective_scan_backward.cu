@@ -11,6 +11,7 @@ namespace {
 // Floats that a warp adds to db and dc of 16 tokens and 16 states: 4 quarters (db, dc of tokens 0-7
 // and 8-15 each) of 4 floats a lane.
 constexpr int kBcSums = 512;
+constexpr int kStages = 4;  // chunks in flight
 
 template <typename T>
 struct BackwardArgs : ScanArgs<T> {
@@ -184,13 +185,11 @@ __device__ void Help(BackwardShared<S>& shared, const BackwardArgs<typename S::T
       }
       kept -= state_size;
     }
-    if (helper == 0) {
-      inputs.Put(stage.bc, &stage.cuts, args, b, t0, lane);
-      if (k > 0) inputs.Fetch(args, b, t0 - kSteps, lane);
-    }
+    if (helper == 0) inputs.Put(stage.bc, &stage.cuts, args, b, t0, lane);
     stage.full.ArriveAfterFetches();
     __syncwarp();
     if (lane == 0) stage.full.Arrive();
+    if (helper == 0 && k > 0) inputs.Fetch(args, b, t0 - kSteps, lane);
   }
 }
 
@@ -221,7 +220,7 @@ __global__ void __launch_bounds__(S::kThreads, kBlocks)
   const int b = blockIdx.x / args.channel_blocks, block = blockIdx.x % args.channel_blocks;
   const int in_block = warp * kWarpChannels + g, channel = block * S::kColumns + in_block;
   if (threadIdx.x < 8) shared.zeros[threadIdx.x] = 0;
-  Prepare<S>(shared.stages);
+  InitBarriers<S>(shared.stages);
   if (warp >= S::kWarps) {
     LimitRegisters<S, kKeepDecay>(false);
     return Help<S>(shared, args, b, block, warp - S::kWarps, lane);
@@ -253,9 +252,14 @@ __global__ void __launch_bounds__(S::kThreads, kBlocks)
   float* dtxs = shared.dtx[warp][g];
   float* dss = shared.ds[warp][g];
 
-  for (int k = last; k >= 0; --k) {
-    auto& stage = shared.stages[(last - k) % kStages];
-    stage.full.Wait((last - k) / kStages);
+  bool is_full = false;
+#pragma unroll 1
+  for (int i = 0; i <= last; ++i) {
+    const int k = last - i, next = min(i + 1, last);
+    auto& stage = shared.stages[i % kStages];
+    if (!is_full) stage.full.Wait(i / kStages);
+    __syncwarp();
+    is_full = shared.stages[next % kStages].full.Done(next / kStages);
     const int steps = args.time - k * kSteps;
 
     // What belongs to a token and channel.

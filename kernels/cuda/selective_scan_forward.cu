@@ -7,6 +7,8 @@
 namespace krait::cuda {
 namespace {
 
+constexpr int kStages = 6;  // chunks in flight
+
 template <typename T>
 struct ForwardArgs : ScanArgs<T> {
   TokenRows<const T> in[3];  // x, dt_raw, z
@@ -54,11 +56,11 @@ __device__ void Help(ForwardShared<S>& shared, const ForwardArgs<typename S::T>&
       in += static_cast<int64_t>(from.row) * kSteps;
     } else {
       inputs.Put(stage.bc, &stage.cuts, args, b, k * kSteps, lane);
-      if (k + 1 < args.chunks) inputs.Fetch(args, b, (k + 1) * kSteps, lane);
     }
     stage.full.ArriveAfterFetches();
     __syncwarp();
     if (lane == 0) stage.full.Arrive();
+    if (helper == 3 && k + 1 < args.chunks) inputs.Fetch(args, b, (k + 1) * kSteps, lane);
   }
 }
 
@@ -76,7 +78,7 @@ __global__ void __launch_bounds__(S::kThreads, kBlocks)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, s = lane % 4;
   const int b = blockIdx.x / args.channel_blocks;
   const int c0 = blockIdx.x % args.channel_blocks * S::kColumns;
-  Prepare<S>(shared.stages);
+  InitBarriers<S>(shared.stages);
   // With two blocks on a multiprocessor, registers move from the helpers to the computing warps.
   constexpr bool kMove = S::kWarps == 8 && kBlocks == 2;
   if (warp >= S::kWarps) {
@@ -115,7 +117,6 @@ __global__ void __launch_bounds__(S::kThreads, kBlocks)
   float x[kPer][4], gate[kPer][4], next_dt[kPer][4], next_x[kPer][4], next_gate[kPer][4];
   const auto prepare = [&](int k) {
     auto& stage = shared.stages[k % kStages];
-    stage.full.Wait(k / kStages);
 #pragma unroll
     for (int p = 0; p < kPer; ++p) {
 #pragma unroll
@@ -128,8 +129,11 @@ __global__ void __launch_bounds__(S::kThreads, kBlocks)
       }
     }
   };
+  shared.stages[0].full.Wait(0);
   prepare(0);
 
+  const int last = args.chunks - 1;
+  bool next_is_full = false;
 #pragma unroll 1
   for (int k = 0; k < args.chunks; ++k) {
     auto& stage = shared.stages[k % kStages];
@@ -149,8 +153,11 @@ __global__ void __launch_bounds__(S::kThreads, kBlocks)
       }
       if (steps < kSteps || cuts != 0) AdjustDecay(dts[8 * p], s, steps, cuts);
     }
+    const int next = min(k + 1, last), later = min(k + 2, last);
+    if (!next_is_full) shared.stages[next % kStages].full.Wait(next / kStages);
     __syncwarp();
-    prepare(min(k + 1, args.chunks - 1));
+    next_is_full = shared.stages[later % kStages].full.Done(later / kStages);
+    prepare(next);
 
     const float* bs = stage.bc + 4 * s;
     const float* cs = bs + kSteps * kStates;
