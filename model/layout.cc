@@ -228,12 +228,13 @@ void Layout::CutRun(int f, ElementRange run, int64_t bucket_elements) {
     for (int64_t rank = 0; rank <= ranks; ++rank) {
       bucket.cuts.push_back(CutAt(flat, bucket.begin + size * rank / ranks));
     }
-    for (const int s : flat.storages) {
+    for (auto at = StorageAt(flat, bucket.begin); at != flat.storages.end(); ++at) {
+      const int s = *at;
       LocalStorage& storage = storages_[s];
+      if (storage.offset >= bucket.end) break;
       const int64_t begin = std::max(storage.offset, bucket.begin);
       const int64_t end =
           std::min(storage.offset + RoundUp(storage.numel(), kAlignment), bucket.end);
-      if (begin >= end) continue;
       if (begin < storage.offset + storage.numel()) {
         storage.buckets.push_back(static_cast<int>(buckets_.size()));
       }
@@ -243,16 +244,22 @@ void Layout::CutRun(int f, ElementRange run, int64_t bucket_elements) {
   }
 }
 
-// The last place at or before `element` where a row of a published tensor begins; padding behind a
-// storage is not parted from it.
-int64_t Layout::CutAt(const Flat& flat, int64_t element) const {
+// The last storage of a flat that begins at or before `element`.
+std::vector<int>::const_iterator Layout::StorageAt(const Flat& flat, int64_t element) const {
   const auto after = std::upper_bound(
       flat.storages.begin(), flat.storages.end(), element,
       [&](int64_t value, int storage) { return value < storages_[storage].offset; });
-  const LocalStorage& storage = storages_[*(after - 1)];
+  return after - 1;
+}
+
+// The last place at or before `element` where a row of a published tensor begins; padding behind a
+// storage is not parted from it.
+int64_t Layout::CutAt(const Flat& flat, int64_t element) const {
+  const auto at = StorageAt(flat, element);
+  const LocalStorage& storage = storages_[*at];
   const int64_t end = storage.offset + storage.numel();
   if (element >= end) {
-    return after == flat.storages.end() ? flat.numel : storages_[*after].offset;
+    return at + 1 == flat.storages.end() ? flat.numel : storages_[*(at + 1)].offset;
   }
   for (const ParamBox& box : storage.boxes) {
     if (element < box.begin + box.numel()) {

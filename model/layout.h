@@ -122,6 +122,7 @@ class Layout {
   void Place(int storage);
   void Arrange(int flat, int64_t bucket_elements);
   void CutRun(int flat, ElementRange run, int64_t bucket_elements);
+  std::vector<int>::const_iterator StorageAt(const Flat& flat, int64_t element) const;
   int64_t CutAt(const Flat& flat, int64_t element) const;
   int SetId(const std::vector<int>& ranks);
   void SortBuckets();

@@ -44,16 +44,27 @@ OptimizerState::OptimizerState(const Weights* weights, const OptimizerConfig& co
         owned.exp_avg_sq = exp_avg_sq.Slice(0, done, n);
       }
       done += n;
+    }
+  }
 
-      std::vector<int64_t> decay;
-      for (const ElementRange& range : bucket.decay) {
-        const int64_t begin = std::max(range.begin, own.begin);
-        const int64_t end = std::min(range.end, own.end);
-        if (begin < end) decay.insert(decay.end(), {begin - own.begin, end - own.begin});
-      }
-      if (decay.empty()) continue;
-      owned.decay = arena->Alloc(DType::kI64, {static_cast<int64_t>(decay.size()) / 2, 2});
-      Upload(owned.decay, decay.data(), ctx);
+  // All decay ranges together: one upload.
+  std::vector<int64_t> ranges, first;
+  for (size_t b = 0; b < buckets_.size(); ++b) {
+    const ElementRange own = layout.Own(static_cast<int>(b));
+    first.push_back(static_cast<int64_t>(ranges.size()) / 2);
+    for (const ElementRange& range : layout.buckets()[b].decay) {
+      const int64_t begin = std::max(range.begin, own.begin);
+      const int64_t end = std::min(range.end, own.end);
+      if (begin < end) ranges.insert(ranges.end(), {begin - own.begin, end - own.begin});
+    }
+  }
+  if (ranges.empty()) return;
+  first.push_back(static_cast<int64_t>(ranges.size()) / 2);
+  const Tensor decay = arena->Alloc(DType::kI64, {first.back(), 2});
+  Upload(decay, ranges.data(), ctx);
+  for (size_t b = 0; b < buckets_.size(); ++b) {
+    if (first[b + 1] > first[b]) {
+      buckets_[b].decay = decay.Slice(0, first[b], first[b + 1] - first[b]);
     }
   }
 }

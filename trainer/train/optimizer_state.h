@@ -23,7 +23,7 @@ class OptimizerState {
     Tensor weight, grad;         // in their flats
     Tensor master;               // Wide: the weight itself where that is Wide
     Tensor exp_avg, exp_avg_sq;  // undefined, as `grad`, where not trainable
-    Tensor decay;                // [R,2] i64: the ranges of these elements with weight decay
+    Tensor decay;  // [R,2] i64: the ranges of these elements with weight decay; R 0: undefined
   };
 
   // Memory from `arena`, which comes zeroed; it may be a measuring one. `weights` outlives the
