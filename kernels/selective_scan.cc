@@ -369,8 +369,7 @@ void SelectiveScanBackward(const SelectiveScanGradients& gradients, Tensor y, Te
         DType::kF32,
         {cuda::ScanBackwardScratch(in.x.dtype(), s.batch, s.time, s.channels, s.states)});
     if (op.planning()) return;
-    KRAIT_CUDA(
-        SelectiveScanBackward(grad, y, dy, d_final_state, kept_states, in, scratch, ctx));
+    KRAIT_CUDA(SelectiveScanBackward(grad, y, dy, d_final_state, kept_states, in, scratch, ctx));
     return;
   }
   cpu::DispatchFloat(in.x, op.name(), [&](auto zero) {

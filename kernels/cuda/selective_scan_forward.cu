@@ -192,8 +192,8 @@ __global__ void __launch_bounds__(S::kThreads, kBlocks)
               float(&state)[4] = h[p][q];
 #pragma unroll
               for (int j = 0; j < 4; ++j) {
-                state[j] = fmaf(Decay<kExact>(dt[p].v[i] * a2[p][q][j]), state[j],
-                                bt.v[j] * dtx[p].v[i]);
+                state[j] =
+                    fmaf(Decay<kExact>(dt[p].v[i] * a2[p][q][j]), state[j], bt.v[j] * dtx[p].v[i]);
               }
               if constexpr (kExact) {
                 const auto ct = Load<4>(cs + (first + i) * kStates + 16 * q);

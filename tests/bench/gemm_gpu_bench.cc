@@ -1,6 +1,6 @@
 // The rates of the dense and grouped products on the GPU at the shapes of a training step, in
-// TFLOP/s, hot: each figure is the median of calls that follow 0.15 s of the same call, after 2 s of
-// load. bf16, random values; weight gradients in f32.
+// TFLOP/s, hot: each figure is the median of calls that follow 0.15 s of the same call, after 2 s
+// of load. bf16, random values; weight gradients in f32.
 //
 //   build/cuda/tests/bench_gemm_gpu_bench [dense|grouped]
 #include <algorithm>

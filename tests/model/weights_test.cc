@@ -134,9 +134,9 @@ TEST_F(WeightsTest, MeasuringArenasTakeTheTableSize) {
   Arena grads("gradients");
   const Weights weights(&table, Placement(), true, &values, &grads);
   EXPECT_GE(values.high_water(), 4 * table.total());
-  EXPECT_LE(values.high_water(),
-            4 * (table.total() +
-                 Layout::kAlignment * static_cast<int64_t>(table.storages().size())));
+  EXPECT_LE(
+      values.high_water(),
+      4 * (table.total() + Layout::kAlignment * static_cast<int64_t>(table.storages().size())));
   EXPECT_EQ(values.high_water(), grads.high_water());
 }
 
