@@ -2,6 +2,9 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <filesystem>
+
+#include "kernels/cuda/runtime.h"
 #include "nlohmann/json.hpp"
 #include "support/tiny_run.h"
 
@@ -133,6 +136,19 @@ TEST(Cli, SeveralRanksAreRefused) {
                  {{"OMPI_COMM_WORLD_SIZE", "1"}, {"SLURM_NTASKS", "8"}, {"SLURM_PROCID", "0"}})
           .code,
       0);
+}
+
+TEST(Cli, CudaWhereThereIsNoneIsRefusedBeforeAnythingIsWritten) {
+  if (cuda::Available()) GTEST_SKIP() << "this machine has a GPU";
+  const TinyRun tiny;
+  const ProcessResult result = tiny.Train("run", {"train.device=cuda"});
+  EXPECT_EQ(result.code, 20);
+  EXPECT_THAT(result.err, HasSubstr("train.device: cuda cannot be used"));
+  EXPECT_FALSE(std::filesystem::exists(tiny / "run"));
+  // A plan needs no GPU.
+  const ProcessResult plan = Krait({"plan", tiny.config(), "train.device=cuda"});
+  EXPECT_EQ(plan.code, 0) << plan.err;
+  EXPECT_THAT(plan.out, AllOf(HasSubstr("bf16 on CUDA"), HasSubstr("--memory SIZE")));
 }
 
 TEST(Cli, ConfigErrorsNameTheirPlace) {
