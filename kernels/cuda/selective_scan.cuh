@@ -86,14 +86,13 @@ ScanArgs<T> ScanArgsOf(const SelectiveScanInputs& in) {
 
 // How a block lies over the data. kPlain: 16 states, aligned rows; else any of 1 to 16 * kGroups
 // states, any alignment. The first kWarps warps compute, kHelpers more move data.
-template <typename Element, int kWarps_, int kGroups_, bool kPlain_, int kPer_ = 1>
+template <typename Element, int kWarps_, int kGroups_, bool kPlain_>
 struct Shape {
   using T = Element;
   static constexpr int kWarps = kWarps_, kGroups = kGroups_, kHelpers = 4;
   static constexpr int kThreads = 32 * (kWarps + kHelpers);
   static constexpr bool kPlain = kPlain_, kExact = std::is_same_v<T, float>;
-  static constexpr int kPer = kPer_, kColumns = kWarpChannels * kWarps * kPer;
-  static constexpr int kStates = 16 * kGroups;
+  static constexpr int kColumns = kWarpChannels * kWarps, kStates = 16 * kGroups;
   static_assert(!kPlain || kGroups == 1);
 };
 

@@ -15,10 +15,15 @@ namespace krait::cuda {
 inline constexpr int64_t kScanSteps = 16;
 inline int64_t ScanStates(int64_t t) { return (t + kScanSteps - 1) / kScanSteps; }
 
+// Multiprocessors of an H100 or H200, and blocks of 64 channels below which smaller blocks are
+// used.
+inline constexpr int64_t kMultiprocessors = 132, kFewBlocks = 96;
+
 // Channels of one block of the backward. A warp has 8; blocks of fewer warps where there are few
 // channels, so that every multiprocessor has one, and where the states of a channel are many.
 inline int64_t ScanBackwardChannels(DType dtype, int64_t batch, int64_t channels, int64_t states) {
-  const bool wide = dtype == DType::kBF16 && states <= 16 && batch * ((channels + 63) / 64) >= 96;
+  const bool wide =
+      dtype == DType::kBF16 && states <= 16 && batch * ((channels + 63) / 64) >= kFewBlocks;
   return wide ? 64 : 32;
 }
 

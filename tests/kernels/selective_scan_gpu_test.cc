@@ -224,6 +224,8 @@ TEST_P(SelectiveScanGpu, AgreesWithTheCpu) {
   // Enough channels for blocks of 64 of them.
   Check({3, 50, 2056, 16}, {20}, true);
   Check({3, 50, 2059, 16, 5}, {20}, false);
+  // Enough blocks for two on a multiprocessor.
+  Check({5, 50, 2056, 16}, {20}, true);
 }
 
 TEST_P(SelectiveScanGpu, OtherNumbersOfStates) {
@@ -291,6 +293,70 @@ TEST_P(SelectiveScanGpu, SlowDecays) {
 
 INSTANTIATE_TEST_SUITE_P(, SelectiveScanGpu, ::testing::Values(kF32, kBF16),
                          [](const auto& dtype) { return std::string(Name(dtype.param)); });
+
+// Two equal sequences, together more than 2^31 elements: a wrapped offset would read and write the
+// wrong rows of the second alone.
+TEST(SelectiveScanGpuLarge, BeyondTwoToThe31Elements) {
+  std::string reason;
+  if (!cuda::Available(&reason)) GTEST_SKIP() << "no GPU: " << reason;
+  constexpr int64_t kTime = 16400, kChannels = 65600, kN = 16, kPeriod = 1'000'003;
+  static_assert(2 * kTime * kChannels > (int64_t{1} << 31));
+  const int64_t kept = ScanStates(Device::kCuda, kTime);
+  Arena memory(
+      "test tensors", Device::kCuda,
+      5 * 2 * kTime * kChannels * 2 + 2 * (kept + 1) * kChannels * kN * 4 + (int64_t{64} << 20));
+  Arena scratch("test scratch", Device::kCuda, int64_t{6} << 30);
+  Context ctx;
+  ctx.device = Device::kCuda;
+  ctx.scratch = &scratch;
+  const auto fill = [&](Tensor t, uint64_t seed, double scale, double shift) {
+    const int64_t size = SizeOf(t.dtype()), half = t.numel() / 2, count = std::min(kPeriod, half);
+    Buf pattern(t.dtype(), {count});
+    pattern.FillNormal(seed, scale, shift);
+    auto* to = static_cast<char*>(t.raw());
+    cuda::CopyToDevice(to, pattern.tensor().raw(), count * size);
+    for (int64_t done = count; done < half; done *= 2) {
+      cuda::CopyOnDevice(to + done * size, to, std::min(done, half - done) * size, ctx.stream);
+    }
+    cuda::CopyOnDevice(to + half * size, to, half * size, ctx.stream);
+    cuda::Synchronize();
+  };
+  Tensor x, dt, z, dy, y;
+  uint64_t seed = 0;
+  for (Tensor* t : {&x, &dt, &z, &dy, &y}) {
+    *t = memory.Alloc(kBF16, {2, kTime, kChannels});
+    fill(*t, ++seed, t == &dt ? 0.7 : 1, t == &dt ? -0.5 : 0);
+  }
+  const Tensor b = memory.Alloc(kBF16, {2, kTime, kN}), c = memory.Alloc(kBF16, {2, kTime, kN});
+  const Tensor db = memory.Alloc(kF32, {2, kTime, kN}), dc = memory.Alloc(kF32, {2, kTime, kN});
+  const Tensor a_log = memory.Alloc(kF32, {kChannels, kN}), d = memory.Alloc(kF32, {kChannels});
+  const Tensor bias = memory.Alloc(kF32, {kChannels});
+  const Tensor states = memory.Alloc(kF32, {2, kept, kChannels, kN});
+  fill(b, 6, 1, 0), fill(c, 7, 1, 0), fill(a_log, 8, 0.5, 0), fill(d, 9, 1, 0);
+  fill(bias, 10, 0.5, -0.5);
+  const SelectiveScanInputs in = {x, dt, b, c, z, a_log, d, bias, Tensor(), {}};
+  SelectiveScanForward(y, Tensor(), states, in, ctx);
+  const auto check = [&](const char* what, Tensor t) {
+    Buf one(t.dtype(), {t.dim(2)}), two(t.dtype(), {t.dim(2)});
+    for (int64_t row : {int64_t{0}, int64_t{7}, kTime / 2, kTime - 17, kTime - 16, kTime - 1}) {
+      const int64_t bytes = t.dim(2) * SizeOf(t.dtype());
+      cuda::CopyToHost(one.tensor().raw(), t.Slice(0, 0, 1).Slice(1, row, 1).raw(), bytes);
+      cuda::CopyToHost(two.tensor().raw(), t.Slice(0, 1, 1).Slice(1, row, 1).raw(), bytes);
+      EXPECT_TRUE(SameBits(one, two)) << what << " at token " << row;
+      for (int64_t i = 0; i < 64 && i < t.dim(2); ++i) EXPECT_TRUE(std::isfinite(Get(one, i)));
+    }
+  };
+  check("y", y);
+  const Tensor da = memory.Alloc(kF32, {kChannels, kN}), dd = memory.Alloc(kF32, {kChannels});
+  const Tensor dbias = memory.Alloc(kF32, {kChannels});
+  SelectiveScanBackward({x, dt, z, db, dc, da, dd, dbias, Tensor()}, dy, dy, Tensor(), states, in,
+                        ctx);
+  for (auto [what, t] :
+       {std::pair("dx", x), std::pair("d_dt_raw", dt), std::pair("dz", z),
+        std::pair("y of the backward", dy), std::pair("db", db), std::pair("dc", dc)}) {
+    check(what, t);
+  }
+}
 
 }  // namespace
 }  // namespace krait
