@@ -2,12 +2,11 @@
 // the forward kept, recomputes its 16 states, held in registers with the decays, and then runs
 // back. Per warp and chunk: 1230 instructions, 84 special functions, 340 passes of shared memory.
 //
-// Learned on an H200 (B 2, T 4096, I 4096, N 16, bf16; 0.69 ms, of which the sums 0.02): the
-// transposing product for db and dc costs 2.7 instructions a state and token less than shuffles;
-// its zero columns come from memory, since selecting them by the token spilled predicates. Helpers:
-// 0.97 to 0.73 ms. No gain: decays computed again (0.75, and 0.84 with two states a lane and twice
-// the warps), what is done once per token a chunk ahead (0.75 to 0.77: spills) or by the helpers
-// (1.3), B dt x as outer products (0.77).
+// Learned on an H200 (B 2, T 4096, I 4096, N 16, bf16; 0.69 ms, of which the sums 0.02): the zero
+// columns of the products for db and dc come from memory, since selecting them by the token spilled
+// predicates. Helpers that move data: 0.97 to 0.73 ms. No gain: decays computed again (0.75; 0.84
+// with two states a lane and twice the warps), what is done once per token a chunk ahead (0.75 to
+// 0.77: spills) or by the helpers (1.3), and B dt x as outer products on top of that (0.77).
 #include <type_traits>
 
 #include "kernels/cuda/launch.cuh"
