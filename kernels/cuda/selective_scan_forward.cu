@@ -3,12 +3,12 @@
 // shared memory.
 //
 // Learned on an H200 (B 2, T 4096, I 4096, N 16, bf16; 0.303 ms, 8 warps on a multiprocessor, about
-// 2070 cycles a chunk at 1.75 GHz; the decays alone bind at 0.17). Helpers that move data: 0.39 to
-// 0.31 ms. Sums over states as TF32 products: as many instructions with one channel a lane as with
-// four. No gain: B dt x as outer products by m16n8k4 (0.35: their latency shows),
-// a loop over pairs of tokens with the next decays in flight (0.36), two channels a lane (0.304),
-// two states a lane and twice the warps (0.34), a polynomial for 4 to 16 of the 64 decays (+0.5 to
-// +12 %), softplus and gates by the helpers (0.42: four warps cannot keep up), six stages (0.32).
+// 2070 cycles a chunk at 1.75 GHz; special functions alone take 0.17). Helpers that move data: 0.39
+// to 0.31 ms. Sums over states as TF32 products: as many instructions with one channel a lane as
+// with four. No gain: B dt x as outer products by m16n8k4 (0.35: their latency shows), a loop over
+// pairs of tokens with the next decays in flight (0.36), two channels a lane (0.304), two states a
+// lane and twice the warps (0.34), a polynomial for 4 to 16 of the 64 decays (+0.5 to +12 %),
+// softplus and gates by the helpers (0.42: four warps cannot keep up), six stages (0.32).
 #include <type_traits>
 
 #include "kernels/cuda/launch.cuh"
