@@ -73,15 +73,11 @@ inline CudnnCalls CudnnCallsOf(std::initializer_list<Tensor> operands, bool docu
   for (const Tensor& x : operands) {
     if (!CudnnTakesStrides(x)) return calls;
   }
-  // As few calls as fit, of equal size.
-  const auto share = [](int64_t all, int64_t fit) {
-    const int64_t count = (all + fit - 1) / fit;
-    return (all + count - 1) / count;
-  };
   int64_t sequences = batch;
   calls.workspace = int64_t{1} << 20;
   if (documents) {
-    sequences = share(batch, std::max<int64_t>(1, kCudnnMask / (2 * time * CudnnMaskStride(time))));
+    const int64_t fit = std::max<int64_t>(1, kCudnnMask / (2 * time * CudnnMaskStride(time)));
+    sequences = std::min(batch, fit);
   }
   if (backward) {
     const bool deterministic = CudnnDeterministic(documents, ctx);
@@ -90,10 +86,11 @@ inline CudnnCalls CudnnCallsOf(std::initializer_list<Tensor> operands, bool docu
     };
     const int64_t fit = kCudnnWorkspace / of_head();
     if (fit >= heads) {
-      sequences = std::min(sequences, share(batch, fit / heads));
+      sequences = std::min(sequences, fit / heads);
     } else if (fit >= group) {
       sequences = 1;
-      calls.kv_heads = share(kv_heads, fit / group);
+      const int64_t count = (kv_heads + fit / group - 1) / (fit / group);
+      calls.kv_heads = (kv_heads + count - 1) / count;  // of equal size
     } else {
       sequences = 1;
       calls.kv_heads = 1;

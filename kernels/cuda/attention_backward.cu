@@ -61,10 +61,9 @@ __device__ inline void FetchQueries(const BackwardArgs<T>& args, T* tile, const 
 template <typename T>
 __device__ inline void FetchKeys(const BackwardArgs<T>& args, T* tile, const Heads<const T>& x,
                                  int b, int g, int key, int count, int end) {
-  const AttentionShape& shape = args.shape;
-  const int width = shape.width();
-  FetchRows(tile, TileStride<T>(width), count, width, shape.head_dim, shape.vectors,
-            [&](int i) -> const T* { return key + i < end ? x.At(b, key + i, g) : nullptr; });
+  const int width = args.shape.width();
+  FetchRows(tile, TileStride<T>(width), count, width, args.shape.head_dim, args.shape.vectors,
+            x.At(b, key, g), x.time_stride, end - key);
 }
 
 template <typename T>

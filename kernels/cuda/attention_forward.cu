@@ -7,10 +7,10 @@
 namespace krait::cuda {
 namespace {
 
-// Keys of a tile: few for the block of one warp, so that many blocks are resident and hide each
-// other's latency (decoding reads at twice the rate that it has with 64).
+// Keys of a tile: fewer for the block of one warp, so that many blocks are resident and hide each
+// other's latency.
 template <int kWarps>
-constexpr int kTileKeys = kWarps == 1 ? 16 : 64;
+constexpr int kTileKeys = kWarps == 1 ? 32 : 64;
 
 template <typename T>
 struct ForwardArgs {
@@ -83,14 +83,12 @@ __global__ void __launch_bounds__(kWarps * 32) ForwardKernel(ForwardArgs<T> args
 
   for (int key = begin; key < end; key += kKeys) {
     __syncthreads();
-    FetchRows(k_tile, stride, kKeys, width, shape.head_dim, shape.vectors, [&](int i) -> const T* {
-      return key + i < end ? args.k.At(b, key + i, g) : nullptr;
-    });
+    const int valid = end - key;
+    FetchRows(k_tile, stride, kKeys, width, shape.head_dim, shape.vectors, args.k.At(b, key, g),
+              args.k.time_stride, valid);
     __pipeline_commit();
     FetchRows(v_tile, out_stride, kKeys, out, shape.head_dim - chunk, shape.vectors,
-              [&](int i) -> const T* {
-                return key + i < end ? args.v.At(b, key + i, g) + chunk : nullptr;
-              });
+              args.v.At(b, key, g) + chunk, args.v.time_stride, valid);
     __pipeline_commit();
     __pipeline_wait_prior(1);
     __syncthreads();
@@ -127,10 +125,12 @@ __global__ void __launch_bounds__(kWarps * 32) ForwardKernel(ForwardArgs<T> args
           sum[half] += score;
         }
       }
+      if (__any_sync(~0u, shrink != 1.0f)) {  // rarely, after the first tiles
 #pragma unroll
-      for (int j = 0; j < kOutColumns / 8; ++j) {
-        y[j][half * 2] *= shrink;
-        y[j][half * 2 + 1] *= shrink;
+        for (int j = 0; j < kOutColumns / 8; ++j) {
+          y[j][half * 2] *= shrink;
+          y[j][half * 2 + 1] *= shrink;
+        }
       }
     }
     StoreTile(p_rows, kPStride, s);

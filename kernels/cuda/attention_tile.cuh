@@ -93,6 +93,35 @@ __device__ inline void FetchRows(T* tile, int stride, int rows, int width, int c
   }
 }
 
+// The same for rows of one stride, of which the first `valid` exist.
+template <typename T>
+__device__ inline void FetchRows(T* tile, int stride, int rows, int width, int columns,
+                                 bool vectors, const T* from, int64_t from_stride, int valid) {
+  constexpr int kVector = kVectorOf<T>;
+  const int accesses = width / kVector;
+  int shift = 0;  // 2^shift threads copy a row
+  while (shift < 5 && (1 << shift) < accesses) ++shift;
+  const int first = threadIdx.x >> shift, step = blockDim.x >> shift;
+  for (int access = threadIdx.x & ((1 << shift) - 1); access < accesses; access += 1 << shift) {
+    const int column = access * kVector;
+    T* to = tile + first * stride + column;
+    const T* source = from + first * from_stride + column;
+    if (vectors && column < columns) {
+#pragma unroll 4
+      for (int i = first; i < rows; i += step, to += step * stride, source += step * from_stride) {
+        __pipeline_memcpy_async(to, source, 16, i < valid ? 0 : 16);
+      }
+      continue;
+    }
+    for (int i = first; i < rows; i += step, to += step * stride, source += step * from_stride) {
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) {
+        to[j] = i < valid && column + j < columns ? source[j] : T{};
+      }
+    }
+  }
+}
+
 __device__ inline void LoadMatrices(uint32_t (&r)[4], const BF16* address) {
   const auto shared = static_cast<uint32_t>(__cvta_generic_to_shared(address));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"

@@ -294,6 +294,8 @@ class Attention {
   }
 
   // The backward of some heads of a sequence by blocks of queries, the last of which sees all keys.
+  // Each block's dk and dv are rounded to bf16 (cuDNN refuses f32 here), their sum once more: the
+  // error of both becomes 2.02 roundings, from 1.74.
   void Blocks(int64_t b, int64_t g, int64_t heads) {
     const int64_t head_dim = operands_[0].tensor.dim(3), row = heads * head_dim;
     const auto rows_of = [&](const Tensor& all, int64_t i, int64_t keys) {

@@ -356,6 +356,34 @@ TEST(Attention, PlanningTakesTheScratchOfTheRealCall) {
   EXPECT_TRUE(std::isnan(Get(untouched.y, 0)) && std::isnan(Get(untouched.dq, 0)));
 }
 
+// A plan of a CUDA run is made with documents and all rows of a pass.
+TEST(Attention, PlanOnCudaHoldsWithoutDocumentsAndForFewerSequences) {
+  const auto planned = [](int64_t b, int64_t t, int64_t heads, int64_t g, bool documents) {
+    Arena scratch("scratch", Device::kCuda), memory("operands", Device::kCuda);
+    Context ctx;
+    ctx.device = Device::kCuda;
+    ctx.scratch = &scratch;
+    ctx.planning = true;
+    const auto heads_of = [&](int64_t n) { return memory.Alloc(DType::kBF16, {b, t, n, 128}); };
+    const Tensor q = heads_of(heads), k = heads_of(g), lse = memory.Alloc(kF32, {b, heads, t});
+    const Documents docs{documents ? memory.Alloc(kI32, {b, t}) : Tensor()};
+    AttentionForward(q, lse, q, k, k, docs, ctx);
+    AttentionBackward(q, k, k, q, q, lse, q, k, k, docs, ctx);
+    return scratch.high_water();
+  };
+  for (const auto t : std::initializer_list<int64_t>{100, 4096, 8192, 16384, 65536}) {
+    int64_t fewer = 0;
+    for (int64_t b = 1; b <= 5; ++b) {
+      const int64_t with = planned(b, t, 32, 8, true), without = planned(b, t, 32, 8, false);
+      EXPECT_GE(with, without) << t << ' ' << b;
+      EXPECT_GE(with, fewer) << t << ' ' << b;
+      fewer = with;
+      // The workspace, the mask, statistics, and sums of blocks of queries.
+      EXPECT_LE(without, (int64_t{2304} << 20) + (int64_t{300} << 20)) << t << ' ' << b;
+    }
+  }
+}
+
 TEST(Rope, RotatesPairsByPositionTimesFrequency) {
   const TestContext ctx;
   const int64_t b = 2, t = 5, h = 3, p = 6, first = 7;
