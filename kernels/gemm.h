@@ -23,7 +23,8 @@ void MatMul(Tensor c, Tensor a, bool transpose_a, Tensor b, bool transpose_b, bo
 
 // y[M,O] = x[M,I] w[O,I]^T, plus bias[O] when defined.
 void LinearForward(Tensor y, Tensor x, Tensor w, Tensor bias, const Context& ctx);
-// dx[M,I] = dy[M,O] w[O,I] (+ dx when `accumulate`).
+// dx[M,I] = dy[M,O] w[O,I] (+ dx when `accumulate`; a bf16 dx on CUDA is rounded twice then, the
+// product and the sum: so do cuBLASLt's kernels).
 void LinearBackwardInput(Tensor dx, Tensor dy, Tensor w, bool accumulate, const Context& ctx);
 // dw[O,I] = dy[M,O]^T x[M,I] (+ dw when `accumulate`).
 void LinearBackwardWeight(Tensor dw, Tensor dy, Tensor x, bool accumulate, const Context& ctx);

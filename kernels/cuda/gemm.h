@@ -15,7 +15,8 @@ namespace krait::cuda {
 inline constexpr int64_t kMatMulWorkspace = int64_t{32} << 20;
 
 // c[M,N] = op(a) op(b) (+ c when `accumulate`) (+ bias[N] of c's dtype when defined) by cuBLASLt:
-// f32 without TF32, or bf16 with sums in f32. What cuBLASLt refuses takes the plain kernel.
+// f32 without TF32, or bf16 with sums in f32 (measured for sm_90: accumulating onto a bf16 c, its
+// kernels round the product to bf16 before they add). What cuBLASLt refuses takes the plain kernel.
 // workspace: kMatMulWorkspace bytes.
 void MatMul(Tensor c, Tensor a, bool transpose_a, Tensor b, bool transpose_b, Tensor bias,
             bool accumulate, Tensor workspace, const Context& ctx);

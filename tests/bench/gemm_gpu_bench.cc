@@ -216,16 +216,28 @@ int Main(const std::string& only) {
       int64_t m, inputs, outputs;
       DType forward = kBF16, backward = kBF16;
     };
-    for (const Layer& l :
-         {Layer{"3b in_proj", 16384, 2048, 8192}, Layer{"3b out_proj", 16384, 4096, 2048},
-          Layer{"3b gate_up", 16384, 2048, 11264}, Layer{"3b down", 16384, 5632, 2048},
-          Layer{"3b qkv", 16384, 2048, 3072}, Layer{"3b o", 16384, 2048, 2048},
-          Layer{"3b x_proj", 16384, 4096, 160, kF32},
-          Layer{"3b dt_proj", 16384, 128, 4096, kBF16, kF32},
-          Layer{"3b head, chunk 2048", 2048, 2048, 65536},
-          Layer{"3b head, chunk 4096", 4096, 2048, 65536},
-          Layer{"block in_proj", 8192, 4096, 16384}, Layer{"block out_proj", 8192, 8192, 4096},
-          Layer{"block gate_up", 8192, 4096, 28672}, Layer{"block down", 8192, 14336, 4096}}) {
+    for (const Layer& l : {Layer{"3b in_proj", 16384, 2048, 8192},
+                           Layer{"3b out_proj", 16384, 4096, 2048},
+                           Layer{"3b gate_up", 16384, 2048, 11264},
+                           Layer{"3b down", 16384, 5632, 2048},
+                           Layer{"3b qkv", 16384, 2048, 3072},
+                           Layer{"3b o", 16384, 2048, 2048},
+                           Layer{"3b x_proj", 16384, 4096, 160, kF32},
+                           Layer{"3b dt_proj", 16384, 128, 4096, kBF16, kF32},
+                           Layer{"3b head, chunk 2048", 2048, 2048, 65536},
+                           Layer{"3b head, chunk 4096", 4096, 2048, 65536},
+                           Layer{"block in_proj", 8192, 4096, 16384},
+                           Layer{"block out_proj", 8192, 8192, 4096},
+                           Layer{"block gate_up", 8192, 4096, 28672},
+                           Layer{"block down", 8192, 14336, 4096},
+                           Layer{"block in_proj", 16384, 4096, 16384},
+                           Layer{"block out_proj", 16384, 8192, 4096},
+                           Layer{"block gate_up", 16384, 4096, 28672},
+                           Layer{"block down", 16384, 14336, 4096},
+                           Layer{"block qkv", 16384, 4096, 6144},
+                           Layer{"block x_proj", 16384, 8192, 288, kF32},
+                           Layer{"block dt_proj", 16384, 256, 8192, kBF16, kF32},
+                           Layer{"block head, chunk 4096", 4096, 4096, 65536}}) {
       bench.Dense(l.name, l.m, l.inputs, l.outputs, l.forward, l.backward);
     }
   }
@@ -236,6 +248,8 @@ int Main(const std::string& only) {
     bench.Experts("3b experts down", 8, 32768, 5632, 2048);
     bench.Experts("block experts gate_up", 4, 16384, 4096, 28672);
     bench.Experts("block experts down", 4, 16384, 14336, 4096);
+    bench.Experts("block experts gate_up", 4, 32768, 4096, 28672);
+    bench.Experts("block experts down", 4, 32768, 14336, 4096);
     bench.Experts("8 experts gate_up", 8, 32768, 4096, 28672);
     bench.Experts("8 experts down", 8, 32768, 14336, 4096);
   }

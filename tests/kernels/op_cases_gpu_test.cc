@@ -64,7 +64,7 @@ void RunOnGpu(CaseTensors* tensors, int64_t shift, GpuContext* gpu) {
 void ExpectRoundedAlike(const OpCase& c, const OpOperand& operand, Tensor actual, Tensor expected) {
   const double largest = testing::LargestElement(expected);
   const double bound = operand.tolerance.Bound(largest);
-  if (c.rounds_within()) {
+  if (c.cuda_rounds_within()) {
     const double size = operand.tolerance.size > 0 ? operand.tolerance.size : largest;
     testing::ExpectNear(operand.name.c_str(), actual, expected, 0x1p-7 * size);
     return;
@@ -96,7 +96,7 @@ void CheckOnGpu(const OpCase& c, DType compute) {
       const Tensor got = actual[i], want = expected[i];
       if (got.dtype() == DType::kBF16) {
         ExpectRoundedAlike(c, operand, got, want);
-      } else if (compute == DType::kBF16 && c.rounds_within()) {
+      } else if (compute == DType::kBF16 && c.cuda_rounds_within()) {
         ExpectRoundedAlike(c, operand, got, want);
       } else {
         testing::ExpectWithin(operand, got, want);

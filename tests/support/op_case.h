@@ -157,6 +157,12 @@ class OpCase {
     call_with_roundings_ = std::move(call);
     return *this;
   }
+  // CUDA's version in bf16 rounds values within that the CPU's keeps in f32: what the tensor cores
+  // multiply by has to be bf16.
+  OpCase& CudaRoundsWithin() {
+    cuda_rounds_within_ = true;
+    return *this;
+  }
   // The case describes the CPU only; `reason` says where CUDA is tested.
   OpCase& CpuOnly(std::string reason) {
     cpu_only_ = std::move(reason);
@@ -168,6 +174,7 @@ class OpCase {
   const std::string& cpu_only() const { return cpu_only_; }
   const std::vector<OpOperand>& operands() const { return operands_; }
   bool rounds_within() const { return call_with_roundings_ != nullptr; }
+  bool cuda_rounds_within() const { return cuda_rounds_within_ || rounds_within(); }
   void Run(const Operands& t, const Context& ctx) const { call_(t, ctx); }
   void RunWithRoundings(const Operands& t, const Context& ctx) const {
     rounds_within() ? call_with_roundings_(t, ctx) : call_(t, ctx);
@@ -177,6 +184,7 @@ class OpCase {
   std::string op_, what_, cpu_only_;
   std::vector<OpOperand> operands_;
   Function call_, call_with_roundings_;
+  bool cuda_rounds_within_ = false;
 };
 inline std::ostream& operator<<(std::ostream& out, const OpCase& c) {
   return out << c.op() << " " << c.what();

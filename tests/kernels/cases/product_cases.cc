@@ -89,6 +89,7 @@ void AddLinear(const Shape& s, std::vector<OpCase>* cases) {
   for (const bool accumulate : {false, true}) {
     OpCase input("LinearBackwardInput", With(what, accumulate));
     AddResult(&input, accumulate, "dx", kCompute, x, Products(s.outputs));
+    if (accumulate) input.CudaRoundsWithin();  // the product
     input.Pad(s.pad)
         .In("dy", kCompute, y, Normal(4))
         .Pad(s.pad)
@@ -124,6 +125,7 @@ void AddLinear(const Shape& s, std::vector<OpCase>* cases) {
   for (const bool accumulate : {false, true}) {
     OpCase input("RouterBackwardInput", With(what, accumulate));
     AddResult(&input, accumulate, "dx", kCompute, x, Products(s.outputs));
+    if (accumulate) input.CudaRoundsWithin();  // the product
     input.Pad(s.pad)
         .In("d_logits", kWide, y, Normal(4))
         .In("w", kWide, w, Normal(2))

@@ -59,6 +59,7 @@ void AddAttention(const AttentionShape& a, bool documents, std::vector<OpCase>* 
   forward.In("k", kCompute, k, Normal(2)).Pad(pad);
   forward.In("v", kCompute, k, Normal(3)).Pad(pad);
   AddDocuments(&forward, documents, a.b, a.t);
+  forward.CudaRoundsWithin();  // the probabilities; backward also the scores' gradients
   forward.Call([=](const Operands& t, const Context& ctx) {
     AttentionForward(Heads(t["y"], p), t["lse"], Heads(t["q"], p), Heads(t["k"], p),
                      Heads(t["v"], p), DocumentsOf(t, documents), ctx);
@@ -86,6 +87,7 @@ void AddAttention(const AttentionShape& a, bool documents, std::vector<OpCase>* 
   backward.In("k", kCompute, k, Normal(2)).Pad(pad);
   backward.In("v", kCompute, k, Normal(3)).Pad(pad);
   AddDocuments(&backward, documents, a.b, a.t);
+  backward.CudaRoundsWithin();
   backward.Call([=](const Operands& t, const Context& ctx) {
     AttentionBackward(Heads(t["dq"], p), Heads(t["dk"], p), Heads(t["dv"], p), Heads(t["dy"], p),
                       Heads(t["y"], p), t["lse"], Heads(t["q"], p), Heads(t["k"], p),

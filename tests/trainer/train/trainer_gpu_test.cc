@@ -9,6 +9,7 @@
 #include "kernels/cuda/runtime.h"
 #include "kernels/transfer.h"
 #include "support/tiny_run.h"
+#include "trainer/checkpoint/checkpoint_async.h"
 #include "trainer/train/resume.h"
 #include "trainer/train/trainer.h"
 
@@ -107,13 +108,20 @@ TEST_F(TrainerGpuTest, ACheckpointOfOneDeviceGoesOnOnTheOther) {
     const TempFolder folder;
     SaveOptions options;
     options.dir = folder / "checkpoints";
-    ASSERT_TRUE(SaveCheckpoint(options, first.state(), first.Boxes()).ok());
+    const auto boxes = first.Boxes();
+    std::vector<char> staging(static_cast<size_t>(AsyncSaver::StagingBytes(boxes)));
+    AsyncSaver saver;
+    ASSERT_TRUE(saver
+                    .Start(options, first.state(), boxes, staging.data(),
+                           static_cast<int64_t>(staging.size()), first.ctx())
+                    .ok());
+    ASSERT_TRUE(saver.Wait().ok());
     const auto folders = ListCheckpoints(options.dir);
     ASSERT_TRUE(folders.ok() && folders->size() == 1);
     const auto checkpoint = OpenCheckpoint(folders->front());
     ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
     Trainer second(other);
-    const absl::Status loaded = LoadBoxes(*checkpoint, second.Boxes());
+    const absl::Status loaded = LoadBoxes(*checkpoint, second.Boxes(), second.ctx());
     ASSERT_TRUE(loaded.ok()) << loaded;
     second.Loaded();
     second.state() = checkpoint->meta;
