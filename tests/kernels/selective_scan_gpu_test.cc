@@ -202,9 +202,6 @@ class SelectiveScanGpu : public ::testing::TestWithParam<DType> {
       if (GetParam() == kBF16) bound = 2 * RelativeError(Rounded(*cpu.Outputs()[i]), expected);
       const double error = RelativeError(Values(out), expected);
       EXPECT_LE(error, bound) << kOutputNames[i];
-      if (std::getenv("KRAIT_TEST_PRINT") != nullptr) {
-        std::printf("%-18s %.3g of %.3g\n", kOutputNames[i], error, bound);
-      }
     }
   }
   std::optional<GpuContext> gpu_;
@@ -285,9 +282,6 @@ TEST_P(SelectiveScanGpu, SlowDecays) {
     const double error = RelativeError(Values(*gpu.Outputs()[i]), expected);
     // The two f32 versions round in different places: 4 times, not 2.
     EXPECT_LE(error, (GetParam() == kBF16 ? 2 : 4) * of_cpu) << kOutputNames[i];
-    if (std::getenv("KRAIT_TEST_PRINT") != nullptr) {
-      std::printf("%-18s %.3g beside %.3g\n", kOutputNames[i], error, of_cpu);
-    }
   }
 }
 
