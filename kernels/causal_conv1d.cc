@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "kernels/base/parallel_for.h"
+#include "kernels/check_shape.h"
 #include "kernels/cpu/causal_conv1d.h"
 #include "kernels/cpu/dispatch.h"
 #include "kernels/cpu/widened.h"
@@ -22,26 +23,27 @@ struct Sizes {
   int64_t pieces() const { return (time + kBackwardTokens - 1) / kBackwardTokens; }  // of a row
 };
 
-void CheckRows(Tensor t, const Sizes& s) {
-  KRAIT_CHECK(t.rank() == 3 && t.dim(0) == s.batch && t.dim(1) == s.time &&
-              t.dim(2) == s.channels && t.stride(2) == 1);
+// [B,T,I], each row without gaps.
+void CheckRows(const char* op, const Operand& operand, const Sizes& s) {
+  CheckShape(op, operand, {s.batch, s.time, s.channels});
+  KRAIT_CHECK(operand.tensor.stride(2) == 1);
 }
 
-void CheckState(Tensor t, const Sizes& s) {
-  if (!t.defined()) return;
-  KRAIT_CHECK(t.rank() == 3 && t.dim(0) == s.batch && t.dim(1) == s.taps - 1 &&
-              t.dim(2) == s.channels && t.contiguous());
+void CheckState(const char* op, const Operand& operand, const Sizes& s) {
+  if (operand.tensor.defined()) CheckDense(op, operand, {s.batch, s.taps - 1, s.channels});
 }
 
-Sizes CheckInputs(Tensor x, Tensor w, Tensor bias, Tensor initial_state, Tensor doc_start) {
-  KRAIT_CHECK(x.rank() == 3 && w.rank() == 2 && w.contiguous());
+Sizes CheckInputs(const char* op, Tensor x, Tensor w, Tensor bias, Tensor initial_state,
+                  Tensor doc_start) {
+  CheckShape(op, {"x", x}, {-1, -1, -1});
+  CheckShape(op, {"w", w}, {-1, -1});
   const Sizes s{x.dim(0), x.dim(1), x.dim(2), w.dim(1)};
-  KRAIT_CHECK(w.dim(0) == s.channels && s.taps >= 1 && s.taps <= cpu::kMaxConvTaps);
-  KRAIT_CHECK(!bias.defined() || (bias.numel() == s.channels && bias.contiguous()));
-  CheckRows(x, s);
-  CheckState(initial_state, s);
-  KRAIT_CHECK(!doc_start.defined() || (doc_start.rank() == 2 && doc_start.dim(0) == s.batch &&
-                                       doc_start.dim(1) == s.time && doc_start.contiguous()));
+  CheckDense(op, {"w", w}, {s.channels, s.taps});
+  KRAIT_CHECK(s.taps >= 1 && s.taps <= cpu::kMaxConvTaps);
+  if (bias.defined()) CheckDense(op, {"bias", bias}, {s.channels});
+  CheckRows(op, {"x", x}, s);
+  CheckState(op, {"initial_state", initial_state}, s);
+  if (doc_start.defined()) CheckDense(op, {"doc_start", doc_start}, {s.batch, s.time});
   return s;
 }
 
@@ -231,9 +233,9 @@ void CausalConv1dSiluForward(Tensor y, Tensor final_state, Tensor x, Tensor w, T
   cpu::Widened wide(ctx);
   y = wide.Out(y), final_state = wide.Out(final_state);
   x = wide.In(x), w = wide.In(w), bias = wide.In(bias), initial_state = wide.In(initial_state);
-  const Sizes s = CheckInputs(x, w, bias, initial_state, documents.doc_start);
-  CheckRows(y, s);
-  CheckState(final_state, s);
+  const Sizes s = CheckInputs(op.name(), x, w, bias, initial_state, documents.doc_start);
+  CheckRows(op.name(), {"y", y}, s);
+  CheckState(op.name(), {"final_state", final_state}, s);
   cpu::DispatchFloat(x, op.name(), [&](auto zero) {
     ForwardCpu<decltype(zero)>(y, final_state, x, w, bias, initial_state, documents, s, op, ctx);
   });
@@ -268,11 +270,13 @@ void CausalConv1dSiluBackward(Tensor dx, Tensor dw, Tensor dbias, Tensor d_initi
   dx = wide.Out(dx), d_initial_state = wide.Out(d_initial_state);
   dy = wide.In(dy), d_final_state = wide.In(d_final_state);
   x = wide.In(x), w = wide.In(w), bias = wide.In(bias), initial_state = wide.In(initial_state);
-  const Sizes s = CheckInputs(x, w, bias, initial_state, documents.doc_start);
-  for (Tensor t : {dx, dy}) CheckRows(t, s);
-  for (Tensor t : {d_initial_state, d_final_state}) CheckState(t, s);
-  KRAIT_CHECK(dw.rank() == 2 && dw.contiguous() && dw.dim(0) == s.channels && dw.dim(1) == s.taps);
-  KRAIT_CHECK(!dbias.defined() || (dbias.numel() == s.channels && dbias.contiguous()));
+  const Sizes s = CheckInputs(op.name(), x, w, bias, initial_state, documents.doc_start);
+  CheckRows(op.name(), {"dx", dx}, s);
+  CheckRows(op.name(), {"dy", dy}, s);
+  CheckState(op.name(), {"d_initial_state", d_initial_state}, s);
+  CheckState(op.name(), {"d_final_state", d_final_state}, s);
+  CheckDense(op.name(), {"dw", dw}, {s.channels, s.taps});
+  if (dbias.defined()) CheckDense(op.name(), {"dbias", dbias}, {s.channels});
   cpu::DispatchFloat(x, op.name(), [&](auto zero) {
     BackwardCpu<decltype(zero)>(
         {dx, d_initial_state, dy, d_final_state, x, w, bias, initial_state, documents}, dw, dbias,

@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "kernels/base/parallel_for.h"
+#include "kernels/check_shape.h"
 #include "kernels/cpu/dispatch.h"
 #include "kernels/cpu/selective_scan.h"
 #include "kernels/cpu/widened.h"
@@ -25,28 +26,36 @@ struct Sizes {
   int64_t items() const { return batch * blocks(); }  // one sequence's block of channels each
 };
 
-void CheckRows(Tensor t, const Sizes& s, int64_t width) {
-  KRAIT_CHECK(t.rank() == 3 && t.dim(0) == s.batch && t.dim(1) == s.time && t.dim(2) == width);
-  KRAIT_CHECK(t.stride(2) == 1);
+// [B,T,width], each row without gaps.
+void CheckRows(const char* op, const Operand& operand, const Sizes& s, int64_t width) {
+  CheckShape(op, operand, {s.batch, s.time, width});
+  KRAIT_CHECK(operand.tensor.stride(2) == 1);
 }
 
-void CheckShape(Tensor t, std::initializer_list<int64_t> shape) {
-  KRAIT_CHECK(t.rank() == static_cast<int>(shape.size()) && t.contiguous());
-  int i = 0;
-  for (int64_t extent : shape) KRAIT_CHECK(t.dim(i++) == extent);
+void CheckState(const char* op, const Operand& operand, const Sizes& s) {
+  if (operand.tensor.defined()) CheckDense(op, operand, {s.batch, s.channels, s.states});
 }
 
-Sizes CheckInputs(const SelectiveScanInputs& in) {
-  KRAIT_CHECK(in.x.rank() == 3 && in.a_log.rank() == 2);
+void CheckKeptStates(const char* op, Tensor kept_states, const Sizes& s, Device device) {
+  CheckDense(op, {"kept_states", kept_states},
+             {s.batch, ScanStates(device, s.time), s.channels, s.states});
+}
+
+Sizes CheckInputs(const char* op, const SelectiveScanInputs& in) {
+  CheckShape(op, {"x", in.x}, {-1, -1, -1});
+  CheckShape(op, {"a_log", in.a_log}, {-1, -1});
   const Sizes s{in.x.dim(0), in.x.dim(1), in.x.dim(2), in.a_log.dim(1)};
-  for (Tensor t : {in.x, in.dt_raw, in.z}) CheckRows(t, s, s.channels);
-  for (Tensor t : {in.b, in.c}) CheckRows(t, s, s.states);
-  CheckShape(in.a_log, {s.channels, s.states});
-  for (Tensor t : {in.d, in.dt_bias}) CheckShape(t, {s.channels});
-  if (in.initial_state.defined()) {
-    CheckShape(in.initial_state, {s.batch, s.channels, s.states});
-  }
-  if (in.documents.doc_start.defined()) CheckShape(in.documents.doc_start, {s.batch, s.time});
+  CheckRows(op, {"x", in.x}, s, s.channels);
+  CheckRows(op, {"dt_raw", in.dt_raw}, s, s.channels);
+  CheckRows(op, {"z", in.z}, s, s.channels);
+  CheckRows(op, {"b", in.b}, s, s.states);
+  CheckRows(op, {"c", in.c}, s, s.states);
+  CheckDense(op, {"a_log", in.a_log}, {s.channels, s.states});
+  CheckDense(op, {"d", in.d}, {s.channels});
+  CheckDense(op, {"dt_bias", in.dt_bias}, {s.channels});
+  CheckState(op, {"initial_state", in.initial_state}, s);
+  const Tensor& doc_start = in.documents.doc_start;
+  if (doc_start.defined()) CheckDense(op, {"doc_start", doc_start}, {s.batch, s.time});
   return s;
 }
 
@@ -306,12 +315,10 @@ void SelectiveScanForward(Tensor y, Tensor final_state, Tensor kept_states,
   cpu::Widened wide(ctx);
   y = wide.Out(y);
   const SelectiveScanInputs in = WidenedInputs(&wide, inputs);
-  const Sizes s = CheckInputs(in);
-  CheckRows(y, s, s.channels);
-  if (final_state.defined()) CheckShape(final_state, {s.batch, s.channels, s.states});
-  if (kept_states.defined()) {
-    CheckShape(kept_states, {s.batch, ScanStates(ctx.device, s.time), s.channels, s.states});
-  }
+  const Sizes s = CheckInputs(op.name(), in);
+  CheckRows(op.name(), {"y", y}, s, s.channels);
+  CheckState(op.name(), {"final_state", final_state}, s);
+  if (kept_states.defined()) CheckKeptStates(op.name(), kept_states, s, ctx.device);
   if (ctx.device == Device::kCuda) {
     if (op.planning()) return;
     KRAIT_CUDA(SelectiveScanForward(y, final_state, kept_states, in, ctx));
@@ -353,16 +360,20 @@ void SelectiveScanBackward(const SelectiveScanGradients& gradients, Tensor y, Te
   for (Tensor* t : {&grad.dx, &grad.d_dt_raw, &grad.dz, &y}) *t = wide.Out(*t);
   dy = wide.In(dy);
   const SelectiveScanInputs in = WidenedInputs(&wide, inputs);
-  const Sizes s = CheckInputs(in);
-  for (Tensor t : {grad.dx, grad.d_dt_raw, grad.dz, dy}) CheckRows(t, s, s.channels);
-  for (Tensor t : {grad.db, grad.dc}) CheckRows(t, s, s.states);
-  if (y.defined()) CheckRows(y, s, s.channels);
-  CheckShape(grad.d_a_log, {s.channels, s.states});
-  for (Tensor t : {grad.dd, grad.d_dt_bias}) CheckShape(t, {s.channels});
-  for (Tensor t : {d_final_state, grad.d_initial_state}) {
-    if (t.defined()) CheckShape(t, {s.batch, s.channels, s.states});
-  }
-  CheckShape(kept_states, {s.batch, ScanStates(ctx.device, s.time), s.channels, s.states});
+  const Sizes s = CheckInputs(op.name(), in);
+  CheckRows(op.name(), {"dx", grad.dx}, s, s.channels);
+  CheckRows(op.name(), {"d_dt_raw", grad.d_dt_raw}, s, s.channels);
+  CheckRows(op.name(), {"dz", grad.dz}, s, s.channels);
+  CheckRows(op.name(), {"dy", dy}, s, s.channels);
+  CheckRows(op.name(), {"db", grad.db}, s, s.states);
+  CheckRows(op.name(), {"dc", grad.dc}, s, s.states);
+  if (y.defined()) CheckRows(op.name(), {"y", y}, s, s.channels);
+  CheckDense(op.name(), {"d_a_log", grad.d_a_log}, {s.channels, s.states});
+  CheckDense(op.name(), {"dd", grad.dd}, {s.channels});
+  CheckDense(op.name(), {"d_dt_bias", grad.d_dt_bias}, {s.channels});
+  CheckState(op.name(), {"d_final_state", d_final_state}, s);
+  CheckState(op.name(), {"d_initial_state", grad.d_initial_state}, s);
+  CheckKeptStates(op.name(), kept_states, s, ctx.device);
   if (ctx.device == Device::kCuda) {
     const ArenaScope scope(ctx.scratch);
     const Tensor scratch = ctx.scratch->Alloc(

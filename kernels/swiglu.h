@@ -2,8 +2,9 @@
 // up = gate_up[:, F:], gate_up [M,2F]; silu(x) = x / (1 + exp(-x)).
 //
 // A feed-forward is y = product w_down^T with gate_up = x w_gate_up^T. The ops join SwiGLU to the
-// matrix product beside it, so that a device may do both at once; a first version may run two
-// kernels. Activations have the compute dtype.
+// matrix product beside it, so that a device may do both at once; today each runs two
+// kernels, and in bf16 what passes between them (gate_up, d_product) is rounded. Activations have
+// the compute dtype. The grouped ops leave rows beyond offsets[E] unspecified.
 #ifndef KRAIT_KERNELS_SWIGLU_H_
 #define KRAIT_KERNELS_SWIGLU_H_
 
