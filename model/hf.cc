@@ -330,7 +330,8 @@ absl::StatusOr<std::string> HfConfigFromSpec(const ModelSpec& spec) {
   config["mamba_d_state"] = spec.mamba.d_state;
   config["mamba_d_conv"] = spec.mamba.d_conv;
   config["mamba_expand"] = spec.mamba.expand;
-  config["mamba_dt_rank"] = spec.mamba.dt_rank;
+  // A model without Mamba has none, but the format wants one.
+  config["mamba_dt_rank"] = spec.mamba.dt_rank > 0 ? spec.mamba.dt_rank : (spec.d_model + 15) / 16;
   config["mamba_conv_bias"] = spec.mamba.conv_bias;
   config["mamba_proj_bias"] = spec.mamba.proj_bias;
   // JambaConfig's defaults name special tokens, and the padding token's embedding is never trained.

@@ -191,6 +191,15 @@ TEST(HfConfig, RoundTrip) {
   }
 }
 
+// A model without Mamba has no rank; the file holds one that the reader takes.
+TEST(HfConfig, RoundTripWithoutMamba) {
+  ModelSpec spec = WithLayers("a aE", 4);
+  spec.mamba.dt_rank = 0;
+  const auto json = HfConfigFromSpec(spec);
+  ASSERT_TRUE(json.ok()) << MessageOf(json.status());
+  EXPECT_EQ(Read(*json).mamba.dt_rank, (spec.d_model + 15) / 16);
+}
+
 TEST(HfConfig, WrittenKeysAreHuggingFaces) {
   const auto json = HfConfigFromSpec(JambaV01());
   ASSERT_TRUE(json.ok());

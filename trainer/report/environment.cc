@@ -16,8 +16,6 @@
 #include "kernels/base/parallel_for.h"
 #include "nlohmann/json.hpp"
 
-extern char** environ;
-
 namespace krait {
 namespace {
 
@@ -41,6 +39,61 @@ int64_t ReadLimit(const char* path) {
   if (!std::getline(file, text)) return -1;
   return ParseInteger(text).value_or(-1);
 }
+
+// The variables that are kept, by name: what changes speed, placement or the run's place in a job.
+// No prefixes: schedulers put credentials beside them (SLURM_JWT).
+constexpr const char* kKeptVariables[] = {
+    "CUBLAS_WORKSPACE_CONFIG",
+    "CUDA_DEVICE_MAX_CONNECTIONS",
+    "CUDA_DEVICE_ORDER",
+    "CUDA_LAUNCH_BLOCKING",
+    "CUDA_MODULE_LOADING",
+    "CUDA_VISIBLE_DEVICES",
+    "GOMP_CPU_AFFINITY",
+    "GOMP_SPINCOUNT",
+    "MALLOC_ARENA_MAX",
+    "NCCL_ALGO",
+    "NCCL_CUMEM_ENABLE",
+    "NCCL_DEBUG",
+    "NCCL_IB_DISABLE",
+    "NCCL_IB_HCA",
+    "NCCL_LAUNCH_ORDER_IMPLICIT",
+    "NCCL_NVLS_ENABLE",
+    "NCCL_P2P_DISABLE",
+    "NCCL_PROTO",
+    "NCCL_SHM_DISABLE",
+    "NCCL_SOCKET_IFNAME",
+    "NVIDIA_TF32_OVERRIDE",
+    "OMPI_COMM_WORLD_LOCAL_RANK",
+    "OMPI_COMM_WORLD_LOCAL_SIZE",
+    "OMPI_COMM_WORLD_RANK",
+    "OMPI_COMM_WORLD_SIZE",
+    "OMP_DYNAMIC",
+    "OMP_NUM_THREADS",
+    "OMP_PLACES",
+    "OMP_PROC_BIND",
+    "OMP_THREAD_LIMIT",
+    "OMP_WAIT_POLICY",
+    "OPENBLAS_CORETYPE",
+    "OPENBLAS_NUM_THREADS",
+    "PMI_RANK",
+    "PMI_SIZE",
+    "SLURM_ARRAY_JOB_ID",
+    "SLURM_ARRAY_TASK_ID",
+    "SLURM_CLUSTER_NAME",
+    "SLURM_CPUS_PER_TASK",
+    "SLURM_JOB_ID",
+    "SLURM_JOB_NAME",
+    "SLURM_JOB_NODELIST",
+    "SLURM_JOB_PARTITION",
+    "SLURM_LOCALID",
+    "SLURM_NNODES",
+    "SLURM_NODEID",
+    "SLURM_NTASKS",
+    "SLURM_PROCID",
+    "SLURM_RESTART_COUNT",
+    "SLURM_STEP_NUM_TASKS",
+};
 
 int64_t ToInt(const char* text) { return text == nullptr ? 0 : std::strtoll(text, nullptr, 10); }
 
@@ -75,15 +128,9 @@ std::string EnvironmentJson() {
   json["threads"] = MaxThreads();
   json["memory_bytes"] = MachineMemory();
   nlohmann::ordered_json variables = nlohmann::ordered_json::object();
-  for (char** entry = environ; *entry != nullptr; ++entry) {
-    const std::string_view text = *entry;
-    for (std::string_view prefix : {"OMP_", "GOMP_", "OPENBLAS_", "MKL_", "CUDA_", "NCCL_", "OMPI_",
-                                    "PMI", "SLURM_", "MALLOC_"}) {
-      const size_t equals = text.find('=');
-      if (text.starts_with(prefix) && equals != std::string_view::npos) {
-        variables[std::string(text.substr(0, equals))] = std::string(text.substr(equals + 1));
-      }
-    }
+  for (const char* name : kKeptVariables) {
+    const char* value = std::getenv(name);
+    if (value != nullptr) variables[name] = value;
   }
   json["variables"] = variables;
   // A variable may hold any bytes: what is not UTF-8 is replaced, never thrown at.

@@ -16,6 +16,7 @@ struct Handled {
 };
 Handled g_handled[] = {{SIGUSR1, true, {}},
                        {SIGTERM, true, {}},
+                       {SIGHUP, true, {}},  // the terminal or the connection is gone
                        {SIGINT, true, {}},
                        {SIGPIPE, false, {}},
                        {SIGXFSZ, false, {}}};
@@ -30,8 +31,9 @@ StopSignals::StopSignals() {
   g_received = 0;
   for (Handled& handled : g_handled) {
     KRAIT_CHECK(sigaction(handled.signal, nullptr, &handled.before) == 0);
-    // A shell's background job starts with SIGINT ignored and keeps it so.
-    if (handled.signal == SIGINT && handled.before.sa_handler == SIG_IGN) continue;
+    // A shell's background job starts with SIGINT ignored and keeps it so; nohup's with SIGHUP.
+    const bool may_be_ignored = handled.signal == SIGINT || handled.signal == SIGHUP;
+    if (may_be_ignored && handled.before.sa_handler == SIG_IGN) continue;
     struct sigaction action = {};
     action.sa_handler = handled.stops ? OnStop : SIG_IGN;
     sigemptyset(&action.sa_mask);

@@ -1,5 +1,5 @@
-// Save-and-stop requests: SIGUSR1, SIGTERM and SIGINT only set a flag that the step loop reads at
-// step boundaries. A second SIGINT ends the process at once.
+// Save-and-stop requests: SIGUSR1, SIGTERM, SIGHUP and SIGINT only set a flag that the step loop
+// reads at step boundaries. A second SIGINT ends the process at once.
 #ifndef KRAIT_TRAINER_TRAIN_SIGNALS_H_
 #define KRAIT_TRAINER_TRAIN_SIGNALS_H_
 

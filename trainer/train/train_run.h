@@ -17,11 +17,11 @@ struct TrainOptions {
   std::string continue_line;      // the same without --resume: what goes on from the newest save
 };
 
-// Trains to the last step (kOk), or to the step at which SIGUSR1, SIGTERM or SIGINT arrived, which
-// is saved (kStopped). A finished run says so and is left alone. Errors: kConfig, kData,
-// kNoCheckpoint, kCannotSave, and kNumerics after ten steps in a row without a finite gradient or
-// when weights to be saved are not finite. Nothing is saved while the last step was skipped, but
-// for the last step of all.
+// Trains to the last step (kOk), or to the step at which SIGUSR1, SIGTERM, SIGHUP or SIGINT
+// arrived, which is saved (kStopped). A finished run says so and is left alone. Errors: kConfig,
+// kData, kNoCheckpoint, kCannotSave, and kNumerics after ten steps in a row without a finite
+// gradient or when weights to be saved are not finite. Nothing is saved while the last step was
+// skipped, but for the last step of all.
 absl::StatusOr<ExitCode> RunTraining(const RunConfig& config, const TrainOptions& options);
 
 }  // namespace krait

@@ -75,10 +75,12 @@ TEST(TrainRun, KilledTwiceEqualsUninterrupted) {
 TEST(TrainRun, SignalsSaveAndStop) {
   const TinyRun tiny;
   ASSERT_EQ(tiny.Train("whole", {"checkpoint.async=false"}).code, 0);
-  for (const int signal : {SIGUSR1, SIGTERM}) {
+  for (const auto& [signal, line] : {std::pair{SIGUSR1, "step    20/200"},
+                                     {SIGTERM, "step    60/200"},
+                                     {SIGHUP, "step   100/200"}}) {
     Process part(TinyRun::Argv(tiny.TrainWords("stopped", {"checkpoint.every=1000"})),
                  TinyRun::Variables());
-    ASSERT_TRUE(WaitFor(&part, signal == SIGUSR1 ? "step    20/200" : "step   100/200"));
+    ASSERT_TRUE(WaitFor(&part, line));
     part.Signal(signal);
     const ProcessResult result = part.Wait();
     EXPECT_EQ(result.code, 10) << result.err;
@@ -86,6 +88,20 @@ TEST(TrainRun, SignalsSaveAndStop) {
   }
   ASSERT_EQ(tiny.Train("stopped").code, 0);
   ExpectSameRun(tiny, "whole", "stopped");
+}
+
+TEST(TrainRun, TheEnvironmentIsKeptWithoutCredentials) {
+  const TinyRun tiny;
+  std::map<std::string, std::string> variables = TinyRun::Variables();
+  variables["SLURM_JOB_ID"] = "17";
+  variables["SLURM_JWT"] = variables["OMPI_MCA_secret"] = variables["NCCL_TOKEN"] = "hidden";
+  const ProcessResult run = RunProcess(
+      TinyRun::Argv(tiny.TrainWords("run", {"train.steps=1", "schedule.warmup_steps=1"})),
+      variables);
+  ASSERT_EQ(run.code, 0) << run.err;
+  const std::string kept = ReadText(tiny / "run/environment.json");
+  EXPECT_EQ(nlohmann::json::parse(kept)["variables"]["SLURM_JOB_ID"], "17");
+  EXPECT_THAT(kept, ::testing::Not(HasSubstr("hidden")));
 }
 
 TEST(TrainRun, FinishedRunSaysSoAndFolderHasItsFiles) {
