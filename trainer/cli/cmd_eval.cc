@@ -1,4 +1,5 @@
 // krait eval
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 
@@ -26,18 +27,29 @@ absl::StatusOr<ExitCode> Evaluate(const Arguments& arguments) {
                          }));
   const RunConfig& config = model->config();
   const int64_t seq_len = arguments.seq_len > 0 ? arguments.seq_len : config.data.seq_len;
-  const int64_t micro_batch =
-      arguments.micro_batch > 0 ? arguments.micro_batch : config.train.micro_batch;
   std::unique_ptr<Dataset> data;
   KRAIT_ASSIGN_OR_RETURN(data,
                          Dataset::Open({{.path = arguments.data}}, seq_len, config.model.vocab_size,
                                        config.train.seed, config.data.reset_at_documents));
-  const int64_t sequences =
-      arguments.tokens > 0 ? std::max<int64_t>(1, arguments.tokens / seq_len) : data->sequences();
+  int64_t sequences = data->sequences();
+  if (arguments.tokens > 0) {
+    sequences = std::clamp<int64_t>(arguments.tokens / seq_len, 1, sequences);
+  }
+  const int64_t asked = std::min(
+      arguments.micro_batch > 0 ? arguments.micro_batch : config.train.micro_batch, sequences);
+  const int64_t micro_batch = model->EvaluationBatch(asked, seq_len);
+  if (micro_batch < asked) {
+    std::fprintf(stderr, "krait: passes of %s sequences do not fit the free memory: %s each\n",
+                 PrintGrouped(asked).c_str(), PrintGrouped(micro_batch).c_str());
+  }
   EvalResult result;
   KRAIT_ASSIGN_OR_RETURN(
       result, EvaluateStored(model->ForEvaluate({.batch = micro_batch, .seq_len = seq_len}), *data,
                              sequences, micro_batch));
+  if (!std::isfinite(result.loss)) {
+    return Error(ExitCode::kNumerics,
+                 model->checkpoint().path + " on " + arguments.data + ": the loss is not finite");
+  }
   const double perplexity = std::exp(result.loss);
   const auto bpb = BitsPerByte(result.loss, data->files().front()->tokenizer());
   if (arguments.json) {

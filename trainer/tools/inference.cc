@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "kernels/cuda/runtime.h"
+#include "trainer/train/memory_plan.h"
 #include "trainer/train/optimizer_state.h"
 
 namespace krait {
@@ -39,27 +40,39 @@ absl::StatusOr<std::unique_ptr<InferenceModel>> InferenceModel::Load(
   return loaded;
 }
 
-Evaluator InferenceModel::ForEvaluate(PassShape shape) {
-  const Placement placement = weights_->placement();
-  Arena measure("scratch", placement.device), batches("batch", placement.device);
+InferenceModel::EvaluationMemory InferenceModel::ToEvaluate(PassShape shape) const {
+  const Device device = weights_->placement().device;
+  Arena scratch("scratch", device), batches("batch", device), planned_batch("batch", device);
   Context ctx;
-  ctx.device = placement.device;
+  ctx.device = device;
   ctx.planning = true;
-  ctx.scratch = &measure;
-  const auto take_sums = [&](Arena* arena) {
-    return arena->Alloc(DType::kF64, {model_->SumsSize()});
+  ctx.scratch = &scratch;
+  PassBatch(device, shape.batch, shape.seq_len, &batches);
+  const Tensor sums = batches.Alloc(DType::kF64, {model_->SumsSize()});
+  model_->Evaluate(PassBatch::Planned(shape.batch, shape.seq_len, &planned_batch), sums, ctx);
+  return {scratch.high_water(), batches.high_water()};
+}
+
+int64_t InferenceModel::EvaluationBatch(int64_t batch, int64_t seq_len) const {
+  const MemoryUse memory = MemoryOf(weights_->placement().device);
+  const auto fits = [&](int64_t sequences) {
+    const EvaluationMemory need = ToEvaluate({.batch = sequences, .seq_len = seq_len});
+    return need.scratch + need.batches <= memory.total - memory.used;
   };
-  PassBatch(placement.device, shape.batch, shape.seq_len, &batches);
-  const Tensor planned_sums = take_sums(&batches);
-  Arena planned_batch("batch", placement.device);
-  model_->Evaluate(PassBatch::Planned(shape.batch, shape.seq_len, &planned_batch), planned_sums,
-                   ctx);
-  scratch_ = std::make_unique<Arena>("scratch", placement.device, measure.high_water());
-  batch_arena_ = std::make_unique<Arena>("batch", placement.device, batches.high_water());
-  ctx.planning = false;
+  while (batch > 1 && !fits(batch)) batch /= 2;
+  return batch;
+}
+
+Evaluator InferenceModel::ForEvaluate(PassShape shape) {
+  const Device device = weights_->placement().device;
+  const EvaluationMemory need = ToEvaluate(shape);
+  scratch_ = std::make_unique<Arena>("scratch", device, need.scratch);
+  batch_arena_ = std::make_unique<Arena>("batch", device, need.batches);
+  Context ctx;
+  ctx.device = device;
   ctx.scratch = scratch_.get();
-  const PassBatch batch(placement.device, shape.batch, shape.seq_len, batch_arena_.get());
-  return {model_.get(), batch, take_sums(batch_arena_.get()), ctx};
+  const PassBatch batch(device, shape.batch, shape.seq_len, batch_arena_.get());
+  return {model_.get(), batch, batch_arena_->Alloc(DType::kF64, {model_->SumsSize()}), ctx};
 }
 
 Context InferenceModel::ForDecode(PassShape shape, int64_t max_tokens,

@@ -31,10 +31,17 @@ class InferenceModel {
   // What passes of up to `shape` by EvaluateStored need, or a context for Decode (one pass after
   // another, of one sequence state for `max_tokens`). Valid until the next call.
   Evaluator ForEvaluate(PassShape shape);
+  // The largest of batch, batch / 2, ... whose passes fit the memory that is free; 1 at least.
+  int64_t EvaluationBatch(int64_t batch, int64_t seq_len) const;
   Context ForDecode(PassShape shape, int64_t max_tokens, std::unique_ptr<SequenceState>* state);
 
  private:
   InferenceModel() = default;
+  // Bytes that a pass of EvaluateStored takes.
+  struct EvaluationMemory {
+    int64_t scratch, batches;
+  };
+  EvaluationMemory ToEvaluate(PassShape shape) const;
 
   RunConfig config_;
   Checkpoint checkpoint_;

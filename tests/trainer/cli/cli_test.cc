@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <filesystem>
+#include <fstream>
 
 #include "kernels/cuda/runtime.h"
 #include "nlohmann/json.hpp"
@@ -192,8 +193,31 @@ TEST(Cli, EvalAgreesWithTrainingAndPrintsJson) {
   EXPECT_NEAR(json["perplexity"].get<double>(), std::exp(json["loss"].get<double>()), 1e-9);
   EXPECT_NEAR(json["bits_per_byte"].get<double>(), json["loss"].get<double>() / std::log(2.0),
               1e-9);
+  // No pass is larger than the file, whatever is asked for.
+  const ProcessResult large = Krait({"eval", tiny / "run", "--data", tiny / "more.h5", "--json",
+                                     "--micro-batch", "9223372036854775807"});
+  ASSERT_EQ(large.code, 0) << large.err;
+  EXPECT_NEAR(nlohmann::json::parse(large.out)["loss"].get<double>(), json["loss"].get<double>(),
+              1e-6);
   EXPECT_EQ(Krait({"eval", tiny / "run", "--data", tiny / "none.h5"}).code, 21);
   EXPECT_EQ(Krait({"eval", tiny / "none", "--data", tiny / "more.h5"}).code, 30);
+}
+
+TEST(Cli, EvalOfWeightsThatAreNotFiniteEndsWith40) {
+  const TinyRun tiny;
+  ASSERT_EQ(tiny.Train("run", {"train.steps=1", "schedule.warmup_steps=1"}).code, 0);
+  ASSERT_EQ(Krait({"export", tiny / "run", "--hf", tiny / "hf", "--dtype", "bf16"}).code, 0);
+  {
+    std::fstream file(tiny / "hf/model.safetensors",
+                      std::ios::in | std::ios::out | std::ios::binary);
+    file.seekp(-2, std::ios::end);
+    file.write("\xc0\x7f", 2);  // a NaN
+    ASSERT_TRUE(file.good());
+  }
+  ASSERT_EQ(Krait({"import", "--hf", tiny / "hf", "--out", tiny / "nan"}).code, 0);
+  const ProcessResult eval = Krait({"eval", tiny / "nan", "--data", tiny / "more.h5"});
+  EXPECT_EQ(eval.code, 40);
+  EXPECT_THAT(eval.err, HasSubstr("the loss is not finite"));
 }
 
 TEST(Cli, GenerateIsAFunctionOfItsSeed) {
