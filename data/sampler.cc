@@ -9,6 +9,14 @@
 
 namespace krait {
 
+absl::Status CheckSameTokenizer(const TokenFile& file, const std::string& other,
+                                const std::string& tokenizer) {
+  if (file.tokenizer() == tokenizer) return absl::OkStatus();
+  return Error(ExitCode::kData,
+               absl::StrFormat("%s: its tokenizer is %s, that of %s is %s; all must be the same",
+                               file.path(), file.tokenizer(), other, tokenizer));
+}
+
 absl::StatusOr<std::unique_ptr<Dataset>> Dataset::Open(const std::vector<SourceSpec>& sources,
                                                        int64_t seq_len, int64_t model_vocab,
                                                        uint64_t seed, bool reset_at_documents) {
@@ -36,11 +44,9 @@ absl::StatusOr<std::unique_ptr<Dataset>> Dataset::Open(const std::vector<SourceS
                  absl::StrFormat("%s: its vocab_size %d is above the model's vocab_size %d",
                                  source.path, file.vocab_size(), model_vocab));
     }
-    if (!result->files_.empty() && file.tokenizer() != result->files_.front()->tokenizer()) {
-      errors.Add(ExitCode::kData,
-                 absl::StrFormat("%s: its tokenizer is %s, that of %s is %s; all must be the same",
-                                 source.path, file.tokenizer(), result->files_.front()->path(),
-                                 result->files_.front()->tokenizer()));
+    if (!result->files_.empty()) {
+      const TokenFile& first = *result->files_.front();
+      errors.Add(CheckSameTokenizer(file, first.path(), first.tokenizer()));
     }
     result->files_.push_back(*std::move(opened));
   }

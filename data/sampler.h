@@ -44,6 +44,10 @@ struct TokenBatch {
   int64_t target_count = 0;        // targets that are not -1
 };
 
+// kData unless the file's tokens are of `tokenizer`, which is that of `other`.
+absl::Status CheckSameTokenizer(const TokenFile& file, const std::string& other,
+                                const std::string& tokenizer);
+
 // Not thread-safe. Errors of reading are kData and name file and offset; a batch then holds
 // anything.
 class Dataset {

@@ -12,6 +12,7 @@
 #include "data/mix.h"
 #include "kernels/base/random.h"
 #include "support/temp_folder.h"
+#include "support/tokens.h"
 
 namespace krait {
 namespace {
@@ -291,21 +292,7 @@ TEST_F(SamplerTest, OpenCollectsAllErrors) {
 
 TEST_F(SamplerTest, TokenizersMustAgree) {
   const std::string good = MakeFile("a", 1, 5, 300);
-  const std::string other = folder_ / "other.h5";
-  {
-    auto file = H5File::Create(other, ExitCode::kCannotSave);
-    const std::vector<uint8_t> tokens(100, 1);
-    const uint64_t documents[] = {0, 100};
-    ASSERT_TRUE(file->CreateChunked("tokens", DType::kU8, 64).ok());
-    ASSERT_TRUE(file->Append("tokens", tokens.data(), 100).ok());
-    ASSERT_TRUE(file->CreateChunked("documents", DType::kU64, 64).ok());
-    ASSERT_TRUE(file->Append("documents", documents, 2).ok());
-    ASSERT_TRUE(file->WriteAttribute("format_version", kTokenFileVersion).ok());
-    ASSERT_TRUE(file->WriteAttribute("vocab_size", 100).ok());
-    ASSERT_TRUE(file->WriteAttribute("tokenizer", "letters").ok());
-    ASSERT_TRUE(file->WriteAttribute("content_hash", "0000000000000000").ok());
-    ASSERT_TRUE(file->Close().ok());
-  }
+  const std::string other = WriteTokens(folder_ / "other.h5", "letters", 100);
   const auto data = Dataset::Open({{good, 1}, {other, 1}}, 16, 256, 1, true);
   EXPECT_EQ(ExitCodeOf(data.status()), ExitCode::kData);
   EXPECT_THAT(MessageOf(data.status()), HasSubstr("its tokenizer is letters"));

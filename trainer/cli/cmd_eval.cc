@@ -31,6 +31,11 @@ absl::StatusOr<ExitCode> Evaluate(const Arguments& arguments) {
   KRAIT_ASSIGN_OR_RETURN(data,
                          Dataset::Open({{.path = arguments.data}}, seq_len, config.model.vocab_size,
                                        config.train.seed, config.data.reset_at_documents));
+  const std::string& tokenizer = model->checkpoint().meta.tokenizer;  // "": not known
+  if (!tokenizer.empty()) {
+    KRAIT_RETURN_IF_ERROR(
+        CheckSameTokenizer(*data->files().front(), model->checkpoint().path, tokenizer));
+  }
   int64_t sequences = data->sequences();
   if (arguments.tokens > 0) {
     sequences = std::clamp<int64_t>(arguments.tokens / seq_len, 1, sequences);

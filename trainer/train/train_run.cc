@@ -77,6 +77,11 @@ absl::Status Run::Open() {
   };
   open(config_.data.train, &train_data_);
   if (!config_.data.validation.empty()) open(config_.data.validation, &validation_);
+  if (train_data_ != nullptr && validation_ != nullptr) {
+    const TokenFile &train = *train_data_->files().front(),
+                    &held_out = *validation_->files().front();
+    errors.Add(CheckSameTokenizer(held_out, train.path(), train.tokenizer()));
+  }
   KRAIT_RETURN_IF_ERROR(errors.ToStatus());
 
   KRAIT_RETURN_IF_ERROR(MakeDirectories(config_.run_dir, ExitCode::kCannotSave));

@@ -8,6 +8,7 @@
 #include "kernels/cuda/runtime.h"
 #include "nlohmann/json.hpp"
 #include "support/tiny_run.h"
+#include "support/tokens.h"
 
 namespace krait {
 namespace {
@@ -201,6 +202,19 @@ TEST(Cli, EvalAgreesWithTrainingAndPrintsJson) {
               1e-6);
   EXPECT_EQ(Krait({"eval", tiny / "run", "--data", tiny / "none.h5"}).code, 21);
   EXPECT_EQ(Krait({"eval", tiny / "none", "--data", tiny / "more.h5"}).code, 30);
+}
+
+TEST(Cli, DataOfAnotherTokenizerIsRefused) {
+  const TinyRun tiny;
+  const std::string letters = WriteTokens(tiny / "letters.h5", "letters", 100);
+  const ProcessResult train = tiny.Train("run", {"data.validation=[{path: " + letters + "}]"});
+  EXPECT_EQ(train.code, 21);
+  EXPECT_THAT(train.err, HasSubstr("letters.h5: its tokenizer is letters"));
+  EXPECT_FALSE(std::filesystem::exists(tiny / "run"));
+  ASSERT_EQ(tiny.Train("run", {"train.steps=1", "schedule.warmup_steps=1"}).code, 0);
+  const ProcessResult eval = Krait({"eval", tiny / "run", "--data", letters});
+  EXPECT_EQ(eval.code, 21);
+  EXPECT_THAT(eval.err, HasSubstr("its tokenizer is letters"));
 }
 
 TEST(Cli, EvalOfWeightsThatAreNotFiniteEndsWith40) {
