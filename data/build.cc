@@ -13,6 +13,7 @@
 #include "data/tokenizer.h"
 #include "kernels/base/check.h"
 #include "kernels/base/file.h"
+#include "kernels/base/output.h"
 #include "kernels/base/random.h"
 #include "nlohmann/json.hpp"
 
@@ -385,6 +386,7 @@ absl::StatusOr<BuildReport> BuildTokenFile(const BuildOptions& options) {
     return Error(ExitCode::kConfig,
                  "cannot write " + options.out + ": the folder " + folder + " does not exist");
   }
+  KRAIT_RETURN_IF_ERROR(CheckOutput(options.out, FileKind::kHdf5, options.paths));
   BuildReport report;
   DocumentList documents(options, &report);
   KRAIT_RETURN_IF_ERROR(documents.Find());

@@ -1,18 +1,42 @@
 // krait bench step, krait bench kernels
+#include <cerrno>
 #include <cstdio>
+#include <cstring>
+#include <filesystem>
+#include <system_error>
 
 #include "kernels/base/file.h"
+#include "kernels/base/output.h"
 #include "trainer/cli/commands.h"
 #include "trainer/tools/bench.h"
 
 namespace krait {
 namespace {
 
+// What may be no regular file: a device, or the pipe of >(...).
+bool IsStream(const std::string& path) {
+  std::error_code ignored;
+  const auto status = std::filesystem::status(path, ignored);
+  return std::filesystem::exists(status) && !std::filesystem::is_regular_file(status) &&
+         !std::filesystem::is_directory(status);
+}
+
+absl::Status CheckJson(const std::string& path, const std::vector<std::string>& inputs) {
+  if (path.empty() || path == "-" || IsStream(path)) return absl::OkStatus();
+  return CheckOutput(path, FileKind::kJson, inputs);
+}
+
 // JSON to a file ("-": standard output instead of the text).
 absl::Status Print(const std::string& text, const std::string& json, const std::string& path) {
   std::fputs(path == "-" ? json.c_str() : text.c_str(), stdout);
   if (path.empty() || path == "-") return absl::OkStatus();
-  return WriteFileAtomic(path, json, ExitCode::kCannotSave);
+  if (!IsStream(path)) return WriteFileAtomic(path, json, ExitCode::kCannotSave);
+  std::fflush(stdout);
+  std::FILE* stream = std::fopen(path.c_str(), "w");
+  bool written = stream != nullptr && std::fputs(json.c_str(), stream) >= 0;
+  if (stream != nullptr) written = std::fclose(stream) == 0 && written;
+  if (written) return absl::OkStatus();
+  return Error(ExitCode::kCannotSave, "cannot write " + path + ": " + std::strerror(errno));
 }
 
 void AddJson(CLI::App* app, std::string* path) {
@@ -39,6 +63,7 @@ void AddBenchCommands(CLI::App* app, CommandLine* line) {
   step_command->callback([line, step] {
     line->run = [step]() -> absl::StatusOr<ExitCode> {
       if (step->steps < 1) return Error(ExitCode::kConfig, "--steps 0: at least 1 is measured");
+      KRAIT_RETURN_IF_ERROR(CheckJson(step->json, {step->config.path}));
       RunConfig config;
       KRAIT_ASSIGN_OR_RETURN(config, LoadConfig(step->config.path, step->config.overrides,
                                                 ConfigUse::kPlan, /*ranks=*/1));
@@ -60,6 +85,7 @@ void AddBenchCommands(CLI::App* app, CommandLine* line) {
   AddJson(kernel_command, &kernels->json);
   kernel_command->callback([line, kernels] {
     line->run = [kernels]() -> absl::StatusOr<ExitCode> {
+      KRAIT_RETURN_IF_ERROR(CheckJson(kernels->json, {}));
       KernelBenches result;
       KRAIT_ASSIGN_OR_RETURN(result, RunKernelBench(kernels->only));
       KRAIT_RETURN_IF_ERROR(Print(KernelBenchText(result), KernelBenchJson(result), kernels->json));

@@ -1,9 +1,12 @@
 #include "trainer/tools/probe.h"
 
 #include <algorithm>
+#include <filesystem>
 #include <map>
+#include <system_error>
 
 #include "absl/strings/str_format.h"
+#include "kernels/base/output.h"
 #include "kernels/base/safetensors.h"
 #include "kernels/transfer.h"
 #include "trainer/tools/interop.h"
@@ -169,6 +172,12 @@ absl::Status WriteFloats(SafetensorsWriter* writer, const std::vector<float>& va
 }  // namespace
 
 absl::Status RunProbe(const ProbeOptions& options) {
+  std::vector<std::string> inputs = {options.batches};
+  std::error_code unreadable;  // said when the folder is read
+  for (const auto& entry : std::filesystem::directory_iterator(options.hf, unreadable)) {
+    inputs.push_back(entry.path().string());
+  }
+  KRAIT_RETURN_IF_ERROR(CheckOutput(options.out, FileKind::kSafetensors, inputs));
   ModelSpec spec;
   KRAIT_ASSIGN_OR_RETURN(spec, ReadHfSpec(options.hf));
   SafetensorsReader reader;

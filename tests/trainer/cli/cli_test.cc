@@ -5,6 +5,7 @@
 #include <filesystem>
 #include <fstream>
 
+#include "kernels/base/file.h"
 #include "kernels/cuda/runtime.h"
 #include "nlohmann/json.hpp"
 #include "support/tiny_run.h"
@@ -202,6 +203,34 @@ TEST(Cli, EvalAgreesWithTrainingAndPrintsJson) {
               1e-6);
   EXPECT_EQ(Krait({"eval", tiny / "run", "--data", tiny / "none.h5"}).code, 21);
   EXPECT_EQ(Krait({"eval", tiny / "none", "--data", tiny / "more.h5"}).code, 30);
+}
+
+TEST(Cli, AnOutputNeverReplacesAnInput) {
+  const TinyRun tiny;
+  const auto content_of = [](const std::string& path) {
+    const auto text = ReadFile(path, int64_t{1} << 30, ExitCode::kInternal);
+    return text.ok() ? *text : "unreadable";
+  };
+  const std::string text = tiny.folder().Write("notes.md", "kept"), golden = KRAIT_TEST_GOLDEN;
+  const std::string config = content_of(tiny.config());
+  EXPECT_EQ(Krait({"data", "build", "--tokenizer", "bytes", "--out", text, text}).code, 20);
+  EXPECT_EQ(Krait({"bench", "step", tiny.config(), "--json", tiny.config()}).code, 20);
+  EXPECT_EQ(Krait({"bench", "kernels", "--only", "norm", "--json", text}).code, 20);
+  const std::string batches = tiny / "batches.safetensors";
+  std::filesystem::copy_file(golden + "/jamba-micro/forward.safetensors", batches);
+  const std::string before = content_of(batches);
+  EXPECT_EQ(
+      Krait({"probe", "--hf", golden + "/jamba-micro", "--batches", batches, "--out", batches})
+          .code,
+      20);
+  EXPECT_EQ(content_of(text), "kept");
+  EXPECT_EQ(content_of(tiny.config()), config);
+  EXPECT_EQ(content_of(batches), before);
+  // A device is written to.
+  const ProcessResult full =
+      Krait({"bench", "kernels", "--only", "residual_rms_norm", "--json", "/dev/full"});
+  EXPECT_EQ(full.code, 31) << full.err;
+  EXPECT_TRUE(std::filesystem::is_character_file("/dev/full"));
 }
 
 TEST(Cli, DataOfAnotherTokenizerIsRefused) {
