@@ -35,6 +35,7 @@ void InitRows(Tensor rows, const ModelSpec& spec, const Param& param, int64_t fi
   const auto from_host = [&](const auto& value) {
     const ArenaScope scope(ctx.scratch);
     const Tensor wide = ctx.scratch->Alloc(Wide(rows.dtype()), {rows.dim(0), rows.dim(1)});
+    if (ctx.planning) return;
     const auto fill = [&](auto zero) {
       std::vector<decltype(zero)> host;
       for (int64_t r = 0; r < rows.dim(0); ++r) {
