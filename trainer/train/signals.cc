@@ -14,11 +14,9 @@ struct Handled {
   bool stops;  // asks for save-and-stop; else ignored
   struct sigaction before;
 };
-Handled g_handled[] = {{SIGUSR1, true, {}},
-                       {SIGTERM, true, {}},
+Handled g_handled[] = {{SIGUSR1, true, {}}, {SIGTERM, true, {}},
                        {SIGHUP, true, {}},  // the terminal or the connection is gone
-                       {SIGINT, true, {}},
-                       {SIGPIPE, false, {}},
+                       {SIGINT, true, {}},  {SIGPIPE, false, {}},
                        {SIGXFSZ, false, {}}};
 
 void OnStop(int signal) {
