@@ -208,6 +208,11 @@ absl::Status Run::Report(StepReport report, double seconds) {
   report.tokens_per_s = static_cast<double>(config_.train.batch_tokens) / step_seconds;
   report.step_ms = step_seconds * 1000;
   report.eta_seconds = step_seconds * static_cast<double>(report.steps - report.step);
+  const bool log = report.step == 1 || report.step == report.steps || report.was_skipped ||
+                   Due(config_.log.every, report.step);
+  const bool draw = MonotonicSeconds() - drawn_ >= kRedrawSeconds;
+  if (!log && !draw) return absl::OkStatus();
+  // Asked for lines only: it reads files, or asks the driver.
   const MemoryUse memory = MemoryOf(trainer_->ctx().device);
   report.peak_memory = memory.used;
   report.total_memory = memory.total;
@@ -215,13 +220,10 @@ absl::Status Run::Report(StepReport report, double seconds) {
     report.mfu = FlopsPerToken(config_.model, config_.data.seq_len) * report.tokens_per_s /
                  trainer_->peak_flops();
   }
-  if (MonotonicSeconds() - drawn_ >= kRedrawSeconds) {
+  if (draw) {
     drawn_ = MonotonicSeconds();
     console_.Status(FormatLiveLine(report));
   }
-
-  const bool log = report.step == 1 || report.step == report.steps || report.was_skipped ||
-                   Due(config_.log.every, report.step);
   if (!log) return absl::OkStatus();
   window_seconds_ = 0;
   window_steps_ = 0;

@@ -11,6 +11,7 @@
 
 #include "support/gradcheck.h"
 #include "support/tiny_run.h"
+#include "support/training_batch.h"
 #include "trainer/train/resume.h"
 #include "trainer/train/trainer.h"
 
@@ -26,24 +27,6 @@ class TrainerBf16Test : public ::testing::Test {
     auto config = LoadConfig(tiny_.config(), overrides, ConfigUse::kTrain, 1);
     KRAIT_CHECK(config.ok());
     return *config;
-  }
-  TokenBatch BatchAt(const RunConfig& config, int64_t first) const {
-    auto data = Dataset::Open(config.data.train, config.data.seq_len, config.model.vocab_size,
-                              config.train.seed, config.data.reset_at_documents);
-    KRAIT_CHECK(data.ok());
-    TokenBatch batch;
-    KRAIT_CHECK((*data)
-                    ->ReadTraining(first, config.accumulation(1) * config.train.micro_batch, &batch)
-                    .ok());
-    return batch;
-  }
-  // The bytes of masters and moments.
-  static std::string Bits(const Trainer& trainer) {
-    std::string bits;
-    for (const CheckpointBox& box : trainer.Boxes()) {
-      bits.append(static_cast<const char*>(box.data), static_cast<size_t>(box.bytes()));
-    }
-    return bits;
   }
   // Every weight is its master, rounded; returns how many tensors have a master of their own.
   static int ExpectRoundedMasters(Trainer* trainer) {

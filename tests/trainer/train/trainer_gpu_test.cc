@@ -9,6 +9,7 @@
 #include "kernels/cuda/runtime.h"
 #include "kernels/transfer.h"
 #include "support/tiny_run.h"
+#include "support/training_batch.h"
 #include "trainer/checkpoint/checkpoint_async.h"
 #include "trainer/train/resume.h"
 #include "trainer/train/trainer.h"
@@ -30,16 +31,6 @@ class TrainerGpuTest : public ::testing::Test {
     auto config = LoadConfig(tiny_.config(), words, ConfigUse::kTrain, 1);
     KRAIT_CHECK(config.ok());
     return *config;
-  }
-  TokenBatch BatchAt(const RunConfig& config, int64_t first) const {
-    auto data = Dataset::Open(config.data.train, config.data.seq_len, config.model.vocab_size,
-                              config.train.seed, config.data.reset_at_documents);
-    KRAIT_CHECK(data.ok());
-    TokenBatch batch;
-    KRAIT_CHECK((*data)
-                    ->ReadTraining(first, config.accumulation(1) * config.train.micro_batch, &batch)
-                    .ok());
-    return batch;
   }
   // Losses, norms, and the masters at the end.
   struct Outcome {

@@ -14,6 +14,7 @@
 #include "kernels/optimizer.h"
 #include "kernels/transfer.h"
 #include "support/tiny_run.h"
+#include "support/training_batch.h"
 #include "trainer/train/evaluate.h"
 #include "trainer/train/resume.h"
 #include "trainer/train/schedule.h"
@@ -35,21 +36,6 @@ class TrainerTest : public testing::Test {
                               config.train.seed, config.data.reset_at_documents);
     KRAIT_CHECK(data.ok());
     return std::move(*data);
-  }
-  TokenBatch BatchAt(const RunConfig& config, int64_t first) const {
-    TokenBatch batch;
-    KRAIT_CHECK(Data(config)
-                    ->ReadTraining(first, config.accumulation(1) * config.train.micro_batch, &batch)
-                    .ok());
-    return batch;
-  }
-  // The bytes of weights and moments.
-  static std::string Bits(const Trainer& trainer) {
-    std::string bits;
-    for (const CheckpointBox& box : trainer.Boxes()) {
-      bits.append(static_cast<const char*>(box.data), static_cast<size_t>(box.bytes()));
-    }
-    return bits;
   }
   static float* FirstWeight(const Trainer& trainer) {
     return trainer.weights().Param(0).data<float>();
