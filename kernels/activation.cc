@@ -56,6 +56,7 @@ void FillWith(Tensor y, T value) {
 
 void AddInPlace(Tensor y, Tensor x, const Context& ctx) {
   OpScope op(ctx, OpFamily::kActivation, "AddInPlace", {{"y", y}, {"x", x}});
+  op.CountBytes(y.bytes());
   if (ctx.device == Device::kCuda) {
     if (op.planning()) return;
     KRAIT_CUDA(AddInPlace(y, x, ctx));

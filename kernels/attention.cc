@@ -88,6 +88,13 @@ cuda::AttentionScratch TakeScratch(const cuda::CudnnCalls& calls, const cuda::Cu
   return scratch;
 }
 
+// Of `products` products over the triangle of queries and keys.
+double Flops(Tensor q, Tensor k, double products) {
+  const auto t = static_cast<double>(q.dim(1)), s = static_cast<double>(k.dim(1));
+  const double pairs = t * (s - t) + t * (t + 1) / 2;
+  return products * 2 * pairs * static_cast<double>(q.dim(0) * q.dim(2) * q.dim(3));
+}
+
 template <typename T>
 cpu::Heads<T> HeadsOf(Tensor x) {
   return {x.data<T>(), x.stride(0), x.stride(1), x.stride(2)};
@@ -101,6 +108,7 @@ void AttentionForward(Tensor y, Tensor lse, Tensor q, Tensor k, Tensor v,
       ctx, OpFamily::kAttention, "AttentionForward",
       {{"y", y}, {"lse", lse}, {"q", q}, {"k", k}, {"v", v}, {"doc_start", documents.doc_start}});
   CheckShapes({q, y}, {k, v}, lse, documents);
+  op.CountFlops(Flops(q, k, /*products=*/2));
   if (ctx.device == Device::kCuda) {
     CheckOnCuda({q, k, v, y}, op.name());
     const ArenaScope scope(ctx.scratch);
@@ -144,6 +152,7 @@ void AttentionBackward(Tensor dq, Tensor dk, Tensor dv, Tensor dy, Tensor y, Ten
               {"v", v},
               {"doc_start", documents.doc_start}});
   CheckShapes({q, y, dq, dy}, {k, v, dk, dv}, lse, documents);
+  op.CountFlops(Flops(q, k, /*products=*/5));
   if (ctx.device == Device::kCuda) {
     CheckOnCuda({q, k, v, y, dq, dk, dv, dy}, op.name());
     const ArenaScope scope(ctx.scratch);

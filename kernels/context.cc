@@ -37,7 +37,7 @@ const char* Name(OpFamily family) {
 
 OpScope::OpScope(const Context& ctx, OpFamily family, const char* name,
                  std::initializer_list<Operand> operands)
-    : ctx_(ctx), family_(family), name_(name) {
+    : ctx_(ctx), name_(name) {
   for (const Operand& operand : operands) {
     if (!operand.tensor.defined() || operand.tensor.device() == ctx.device) continue;
     KRAIT_FATAL(std::string(name) + " on " + Name(ctx.device) + ": operand " + operand.name +
@@ -46,9 +46,13 @@ OpScope::OpScope(const Context& ctx, OpFamily family, const char* name,
   if (ctx.planning) return;
   const bool cuda = ctx.device == Device::kCuda;
   if (cuda) cuda::PushRange(name);
-  if (ctx.profile == nullptr) return;
-  timed_ = ctx.profile->depth_++ == 0;
-  if (!timed_) return;
+  if (ctx.profile == nullptr || ctx.profile->depth_++ > 0) return;
+  timed_ = &ctx.profile->ops_[name];
+  timed_->family = family;
+  ++timed_->calls;
+  for (const Operand& operand : operands) {
+    if (operand.tensor.defined()) timed_->bytes += operand.tensor.bytes();
+  }
   if (cuda) {
     begin_ = ctx.profile->Record(ctx.stream);
   } else {
@@ -61,13 +65,12 @@ OpScope::~OpScope() {
   const bool cuda = ctx_.device == Device::kCuda;
   Profile* const profile = ctx_.profile;
   if (profile != nullptr) --profile->depth_;
-  if (timed_) {
-    profile->calls[static_cast<int>(family_)] += 1;
+  if (timed_ != nullptr) {
     if (cuda) {
-      profile->spans_.push_back({family_, begin_, profile->Record(ctx_.stream)});
+      profile->spans_.push_back({timed_, begin_, profile->Record(ctx_.stream)});
     } else {
       const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start_;
-      profile->seconds[static_cast<int>(family_)] += elapsed.count();
+      timed_->seconds += elapsed.count();
     }
   }
   if (cuda) cuda::PopRange();
@@ -93,11 +96,24 @@ void Profile::Collect() {
   if (spans_.empty()) return;
   cuda::Synchronize();
   for (const Span& span : spans_) {
-    seconds[static_cast<int>(span.family)] += cuda::SecondsBetween(span.begin, span.end);
+    span.op->seconds += cuda::SecondsBetween(span.begin, span.end);
     free_events_.push_back(span.begin);
     free_events_.push_back(span.end);
   }
   spans_.clear();
+}
+
+Profile::Op Profile::Total(OpFamily family) const {
+  Op total;
+  total.family = family;
+  for (const auto& [name, op] : ops_) {
+    if (op.family != family) continue;
+    total.calls += op.calls;
+    total.seconds += op.seconds;
+    total.flops += op.flops;
+    total.bytes += op.bytes;
+  }
+  return total;
 }
 
 }  // namespace krait

@@ -3,10 +3,11 @@
 #ifndef KRAIT_KERNELS_CONTEXT_H_
 #define KRAIT_KERNELS_CONTEXT_H_
 
-#include <array>
 #include <chrono>
 #include <cstdint>
 #include <initializer_list>
+#include <map>
+#include <string_view>
 #include <vector>
 
 #include "kernels/arena.h"
@@ -30,31 +31,43 @@ enum class OpFamily : uint8_t {
 inline constexpr int kOpFamilies = 11;
 const char* Name(OpFamily family);  // "gemm", "attention", ...
 
-// Seconds spent per op family, summed while attached to a Context. On CUDA they are times on the
-// stream, taken by events: an op costs two records and no waiting, and Collect() adds up what has
-// been recorded.
+// What was spent on each op, summed while attached to a Context. On CUDA the seconds are times on
+// the stream, taken by events: an op costs two records and no waiting, and Collect() adds up what
+// has been recorded.
 class Profile {
  public:
+  struct Op {
+    OpFamily family = OpFamily::kOther;
+    int64_t calls = 0;
+    double seconds = 0;
+    // Of matrix products and attention, two operations per multiplication; attention's whole
+    // triangle whatever the documents, experts' rows without padding.
+    double flops = 0;
+    // Of the operands, each once per call, twice what is read and written.
+    int64_t bytes = 0;
+  };
+
   Profile() = default;
   ~Profile();
   Profile(const Profile&) = delete;
   Profile& operator=(const Profile&) = delete;
 
-  // Waits for the ops timed on CUDA so far and adds their times to `seconds`; to be called before
-  // these are read, and now and then (each op holds two events until then).
+  // Waits for the ops timed on CUDA so far and adds up their times; to be called before these are
+  // read, and now and then (each op holds two events until then).
   void Collect();
 
-  std::array<double, kOpFamilies> seconds{};
-  std::array<int64_t, kOpFamilies> calls{};
+  const std::map<std::string_view, Op>& ops() const { return ops_; }  // by name
+  Op Total(OpFamily family) const;
 
  private:
   friend class OpScope;
   struct Span {
-    OpFamily family;
+    Op* op;
     void *begin, *end;
   };
   void* Record(void* stream);  // an event, recorded on the stream
 
+  std::map<std::string_view, Op> ops_;
   int depth_ = 0;  // open scopes: an op that calls others counts as one
   std::vector<Span> spans_;
   std::vector<void*> free_events_;
@@ -92,12 +105,18 @@ class OpScope {
   OpScope& operator=(const OpScope&) = delete;
   bool planning() const { return ctx_.planning; }
   const char* name() const { return name_; }
+  void CountFlops(double flops) const {
+    if (timed_ != nullptr) timed_->flops += flops;
+  }
+  // On top of one time each operand.
+  void CountBytes(int64_t bytes) const {
+    if (timed_ != nullptr) timed_->bytes += bytes;
+  }
 
  private:
   const Context& ctx_;
-  OpFamily family_;
   const char* name_;
-  bool timed_ = false;
+  Profile::Op* timed_ = nullptr;
   void* begin_ = nullptr;  // on CUDA, when timed
   std::chrono::steady_clock::time_point start_;
 };

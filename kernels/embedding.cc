@@ -30,6 +30,7 @@ void EmbeddingForward(Tensor y, Tensor tokens, Tensor table, VocabularySlice sli
                       const Context& ctx) {
   OpScope op(ctx, OpFamily::kEmbedding, "EmbeddingForward",
              {{"y", y}, {"tokens", tokens}, {"table", table}});
+  op.CountBytes(y.bytes() - table.bytes());  // of the table the rows that are looked up
   if (ctx.device == Device::kCuda) {
     if (op.planning()) return;
     KRAIT_CUDA(EmbeddingForward(y, tokens, table, slice, ctx));
@@ -60,6 +61,7 @@ void EmbeddingBackward(Tensor dtable, Tensor dy, Tensor tokens, VocabularySlice 
                        const Context& ctx) {
   OpScope op(ctx, OpFamily::kEmbedding, "EmbeddingBackward",
              {{"dtable", dtable}, {"dy", dy}, {"tokens", tokens}});
+  op.CountBytes(2 * dy.bytes() - dtable.bytes());
   if (ctx.device == Device::kCuda) {
     const ArenaScope scope(ctx.scratch);
     const Tensor scratch =

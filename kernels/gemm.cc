@@ -1,5 +1,7 @@
 #include "kernels/gemm.h"
 
+#include <algorithm>
+
 #include "kernels/cpu/dispatch.h"
 #include "kernels/cpu/gemm.h"
 #include "kernels/cpu/widened.h"
@@ -12,6 +14,15 @@ namespace {
 using cpu::Matrix;
 using cpu::Rows;
 using cpu::RowsOf;
+
+double Flops(int64_t m, int64_t n, int64_t k) {
+  return 2.0 * static_cast<double>(m) * static_cast<double>(n) * static_cast<double>(k);
+}
+// Of the experts' rows in use: what is left of the buffer may be padding.
+void CountGrouped(const OpScope& op, Tensor x, Tensor w, const Context& ctx) {
+  const int64_t padding = w.dim(0) * (ExpertRowAlignment(ctx.device) - 1);
+  op.CountFlops(Flops(std::max<int64_t>(0, x.dim(0) - padding), w.dim(1), w.dim(2)));
+}
 
 // The operands of a product fit together.
 void CheckProduct(Tensor c, Tensor a, bool transpose_a, Tensor b, bool transpose_b) {
@@ -27,10 +38,11 @@ void CheckGrouped(Tensor x, Tensor y, Tensor w, Tensor offsets) {
 }
 
 // c = op(a) op(b) (+ c) on the CPU, operands of one dtype.
-void Product(const char* op, Tensor c, Tensor a, bool transpose_a, Tensor b, bool transpose_b,
+void Product(const OpScope& op, Tensor c, Tensor a, bool transpose_a, Tensor b, bool transpose_b,
              bool accumulate) {
   CheckProduct(c, a, transpose_a, b, transpose_b);
-  cpu::DispatchFloat(c, op, [&](auto zero) {
+  op.CountFlops(Flops(c.rows(), c.dim(-1), transpose_a ? a.rows() : a.dim(-1)));
+  cpu::DispatchFloat(c, op.name(), [&](auto zero) {
     using T = decltype(zero);
     const Rows<T> rows_a = RowsOf<T>(a), rows_b = RowsOf<T>(b), rows_c = RowsOf<T>(c);
     const int64_t k = transpose_a ? rows_a.rows : rows_a.columns;
@@ -47,6 +59,7 @@ void ProductOnCuda(const OpScope& op, Tensor c, Tensor a, bool transpose_a, Tens
   const Tensor workspace = ctx.scratch->Alloc(DType::kU8, {cuda::kMatMulWorkspace});
   if (op.planning()) return;
   CheckProduct(c, a, transpose_a, b, transpose_b);
+  op.CountFlops(Flops(c.rows(), c.dim(-1), transpose_a ? a.rows() : a.dim(-1)));
   KRAIT_CUDA(MatMul(c, a, transpose_a, b, transpose_b, bias, accumulate, workspace, ctx));
 }
 
@@ -83,7 +96,7 @@ void MatMul(Tensor c, Tensor a, bool transpose_a, Tensor b, bool transpose_b, bo
   cpu::Widened wide(ctx);
   c = Output(&wide, c, accumulate), a = wide.In(a), b = wide.In(b);
   if (op.planning()) return;
-  Product(op.name(), c, a, transpose_a, b, transpose_b, accumulate);
+  Product(op, c, a, transpose_a, b, transpose_b, accumulate);
 }
 
 void LinearForward(Tensor y, Tensor x, Tensor w, Tensor bias, const Context& ctx) {
@@ -107,7 +120,7 @@ void LinearForward(Tensor y, Tensor x, Tensor w, Tensor bias, const Context& ctx
                            rows.stride);
     });
   }
-  Product(op.name(), y, x, false, w, true, bias.defined());
+  Product(op, y, x, false, w, true, bias.defined());
 }
 
 void LinearBackwardInput(Tensor dx, Tensor dy, Tensor w, bool accumulate, const Context& ctx) {
@@ -118,7 +131,7 @@ void LinearBackwardInput(Tensor dx, Tensor dy, Tensor w, bool accumulate, const 
   cpu::Widened wide(ctx);
   dx = Output(&wide, dx, accumulate), dy = wide.In(dy), w = wide.In(w);
   if (op.planning()) return;
-  Product(op.name(), dx, dy, false, w, false, accumulate);
+  Product(op, dx, dy, false, w, false, accumulate);
 }
 
 void LinearBackwardWeight(Tensor dw, Tensor dy, Tensor x, bool accumulate, const Context& ctx) {
@@ -129,7 +142,7 @@ void LinearBackwardWeight(Tensor dw, Tensor dy, Tensor x, bool accumulate, const
   cpu::Widened wide(ctx);
   dy = wide.In(dy), x = wide.In(x);
   if (op.planning()) return;
-  Product(op.name(), dw, dy, true, x, false, accumulate);
+  Product(op, dw, dy, true, x, false, accumulate);
 }
 
 void AddBias(Tensor y, Tensor bias, const Context& ctx) {
@@ -176,6 +189,7 @@ void GroupedLinearForward(Tensor y, Tensor x, Tensor w, Tensor offsets, const Co
   if (ctx.device == Device::kCuda) {
     if (op.planning()) return;
     CheckGrouped(x, y, w, offsets);
+    CountGrouped(op, x, w, ctx);
     KRAIT_CUDA(GroupedLinearForward(y, x, w, offsets, ctx));
     return;
   }
@@ -183,7 +197,7 @@ void GroupedLinearForward(Tensor y, Tensor x, Tensor w, Tensor offsets, const Co
   y = wide.InOut(y), x = wide.In(x), w = wide.In(w);
   if (op.planning()) return;
   ForEachExpert(x, y, offsets, [&](int64_t e, Tensor x_rows, Tensor y_rows) {
-    Product(op.name(), y_rows, x_rows, false, Expert(w, e), true, false);
+    Product(op, y_rows, x_rows, false, Expert(w, e), true, false);
   });
 }
 
@@ -194,6 +208,7 @@ void GroupedLinearBackwardInput(Tensor dx, Tensor dy, Tensor w, Tensor offsets,
   if (ctx.device == Device::kCuda) {
     if (op.planning()) return;
     CheckGrouped(dx, dy, w, offsets);
+    CountGrouped(op, dx, w, ctx);
     KRAIT_CUDA(GroupedLinearBackwardInput(dx, dy, w, offsets, ctx));
     return;
   }
@@ -201,7 +216,7 @@ void GroupedLinearBackwardInput(Tensor dx, Tensor dy, Tensor w, Tensor offsets,
   dx = wide.InOut(dx), dy = wide.In(dy), w = wide.In(w);
   if (op.planning()) return;
   ForEachExpert(dx, dy, offsets, [&](int64_t e, Tensor dx_rows, Tensor dy_rows) {
-    Product(op.name(), dx_rows, dy_rows, false, Expert(w, e), false, false);
+    Product(op, dx_rows, dy_rows, false, Expert(w, e), false, false);
   });
 }
 
@@ -212,6 +227,7 @@ void GroupedLinearBackwardWeight(Tensor dw, Tensor dy, Tensor x, Tensor offsets,
   if (ctx.device == Device::kCuda) {
     if (op.planning()) return;
     CheckGrouped(x, dy, dw, offsets);
+    CountGrouped(op, x, dw, ctx);
     KRAIT_CUDA(GroupedLinearBackwardWeight(dw, dy, x, offsets, accumulate, ctx));
     return;
   }
@@ -219,7 +235,7 @@ void GroupedLinearBackwardWeight(Tensor dw, Tensor dy, Tensor x, Tensor offsets,
   dy = wide.In(dy), x = wide.In(x);
   if (op.planning()) return;
   ForEachExpert(x, dy, offsets, [&](int64_t e, Tensor x_rows, Tensor dy_rows) {
-    Product(op.name(), Expert(dw, e), dy_rows, true, x_rows, false, accumulate);
+    Product(op, Expert(dw, e), dy_rows, true, x_rows, false, accumulate);
   });
 }
 

@@ -153,6 +153,7 @@ void AdamW(Tensor weight, Tensor master, Tensor m, Tensor v, Tensor grad, Tensor
               {"grad", grad},
               {"decay_ranges", decay_ranges},
               {"control", control}});
+  op.CountBytes(m.bytes() + v.bytes() + (weight.raw() == master.raw() ? 0 : master.bytes()));
   if (op.planning()) return;
   if (ctx.device == Device::kCuda) {
     KRAIT_CUDA(AdamW(weight, master, m, v, grad, decay_ranges, control, settings, ctx));

@@ -88,8 +88,12 @@ void AttentionSublayer::Forward(Tensor y, Tensor x, const Weights& weights, Aren
   AttentionSaved unsaved;
   AttentionSaved& s = saved != nullptr ? *static_cast<AttentionSaved*>(saved) : unsaved;
   s.qkv = keep->Alloc(x.dtype(), {m, width()});
-  s.y = keep->Alloc(x.dtype(), {shape.batch, shape.seq_len, heads_, head_dim_});
-  s.lse = keep->Alloc(Wide(x.dtype()), {shape.batch, heads_, shape.seq_len});
+  const bool have_output = pass.recomputing && pass.keep_attention != nullptr;
+  if (!have_output) {
+    Arena* const output = pass.keep_attention != nullptr ? pass.keep_attention : keep;
+    s.y = output->Alloc(x.dtype(), {shape.batch, shape.seq_len, heads_, head_dim_});
+    s.lse = output->Alloc(Wide(x.dtype()), {shape.batch, heads_, shape.seq_len});
+  }
 
   for (const Part& part : parts_) {
     LinearForward(s.qkv.Slice(1, part.begin, part.columns), x, weights.Get(part.storage), Tensor(),
@@ -107,7 +111,9 @@ void AttentionSublayer::Forward(Tensor y, Tensor x, const Weights& weights, Aren
     heads.k = cache.k.Slice(1, 0, end);
     heads.v = cache.v.Slice(1, 0, end);
   }
-  AttentionForward(s.y, s.lse, heads.q, heads.k, heads.v, pass.documents, ctx);
+  if (!have_output) {
+    AttentionForward(s.y, s.lse, heads.q, heads.k, heads.v, pass.documents, ctx);
+  }
   if (!y.defined()) return;
   LinearForward(y, s.y.View({m, heads_ * head_dim_}), weights.Get(o_proj_), Tensor(), ctx);
   weights.Release(o_proj_);

@@ -71,7 +71,8 @@ HybridModel::Keep HybridModel::KeepOf(size_t s) const {
       return {.h = true, .x = false, .saved = true};
     case Recompute::kMixers: {
       const bool whole = !IsMixer(spec_.sublayers[s].kind);
-      return {.h = true, .x = whole, .saved = whole};
+      const bool attention = spec_.sublayers[s].kind == SublayerKind::kAttention;
+      return {.h = true, .x = whole, .saved = whole, .attention = attention};
     }
     case Recompute::kLayer:
       return {.h = FirstOfLayer(s), .x = false, .saved = false};
@@ -176,7 +177,8 @@ void HybridModel::RunSublayers(Tensor final_x, const Batch& batch, ActivationSet
       probe->on_tensor("hidden_states." + std::to_string(spec_.sublayers[s].layer), h);
     }
     MixerState* const state = sequence != nullptr ? sequence->sublayers_[s].get() : nullptr;
-    Saved* const saved = keep.saved || (set != nullptr && state != nullptr)
+    pass.keep_attention = keep.attention ? set->arena_ : nullptr;
+    Saved* const saved = keep.saved || keep.attention || (set != nullptr && state != nullptr)
                              ? set->sublayers_[s].saved.get()
                              : nullptr;
     if (state != nullptr && saved != nullptr) {
@@ -295,7 +297,8 @@ void HybridModel::Evaluate(const Batch& batch, Tensor sums, const Context& ctx) 
 }
 
 void HybridModel::Refill(size_t begin, size_t end, ActivationSet* set, SequenceState* sequence,
-                         const PassContext& pass) const {
+                         const PassContext& backward_pass) const {
+  PassContext pass = backward_pass;
   const Context& ctx = *pass.ctx;
   const DType dtype = weights_->dtype();
   const int64_t m = pass.shape.own_tokens();
@@ -318,6 +321,7 @@ void HybridModel::Refill(size_t begin, size_t end, ActivationSet* set, SequenceS
     }
     if (!keep.saved) {
       const bool needed = s + 1 < end;  // the next sublayer's stream starts from this output
+      pass.keep_attention = keep.attention ? set->arena_ : nullptr;
       delta = needed ? ctx.scratch->Alloc(dtype, {m, d}) : Tensor();
       sublayers_[s]->Forward(delta, kept.x, *weights_, ctx.scratch, kept.saved.get(),
                              sequence != nullptr ? sequence->sublayers_[s].get() : nullptr, pass);

@@ -33,7 +33,7 @@ namespace krait {
 enum class Recompute : uint8_t {
   kNone,
   kNorms,   // norm outputs, also those of Mamba's inner norms
-  kMixers,  // of mixer sublayers only the residual stream before them is kept
+  kMixers,  // of mixer sublayers the residual stream before them and attention's output are kept
   kLayer,   // of a layer only the residual stream before it is kept
 };
 
@@ -128,7 +128,7 @@ class HybridModel {
  private:
   // Which activations of a sublayer stay for the backward.
   struct Keep {
-    bool h = false, x = false, saved = false;
+    bool h = false, x = false, saved = false, attention = false;  // its output and lse
   };
   Keep KeepOf(size_t s) const;
   bool first() const { return range_.begin == 0; }
@@ -158,7 +158,7 @@ class HybridModel {
   // Fills what the mode did not keep of sublayers [begin, end), which belong together, from scratch
   // memory. The first one's h is kept.
   void Refill(size_t begin, size_t end, ActivationSet* set, SequenceState* sequence,
-              const PassContext& pass) const;
+              const PassContext& backward_pass) const;
 
   ModelSpec spec_;
   const Weights* weights_;

@@ -58,6 +58,9 @@ struct PassContext {
   RouterStats* router = nullptr;  // null: no statistics are wanted (decoding)
   bool recomputing = false;       // a second forward: statistics and states stay as they are
   bool keep_norms = true;         // false: norm outputs are recomputed by the backward
+  // When not null: attention's output and lse are kept here although the rest of the sublayer is
+  // recomputed, since they are small and cost most; a recomputation finds them in `saved`.
+  Arena* keep_attention = nullptr;
   // When not null (probe): an MoE sublayer sets it to its logits [M,E], alive as long as `keep`.
   Tensor* router_logits = nullptr;
   const Groups* groups = nullptr;

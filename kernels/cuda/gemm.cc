@@ -79,15 +79,19 @@ class Plan {
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
 
-  bool possible() const { return possible_; }
-  void Run(cublasLtHandle_t library, Tensor c, Tensor a, Tensor b, Tensor bias, bool accumulate,
+  // False where cuBLASLt has no algorithm for the product, or none that takes these addresses.
+  bool Run(cublasLtHandle_t library, Tensor c, Tensor a, Tensor b, Tensor bias, bool accumulate,
            Tensor workspace, const Context& ctx) {
+    if (!possible_) return false;
     if (bias.defined()) Set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias.raw());
     const float alpha = 1.0f, beta = accumulate ? 1.0f : 0.0f;
-    KRAIT_BLAS_CHECK(cublasLtMatmul(library, product_, &alpha, b.raw(), b_, a.raw(), a_, &beta,
-                                    c.raw(), c_, c.raw(), c_, &algorithm_, workspace.raw(),
-                                    static_cast<size_t>(workspace.bytes()),
-                                    static_cast<cudaStream_t>(ctx.stream)));
+    const cublasStatus_t status = cublasLtMatmul(
+        library, product_, &alpha, b.raw(), b_, a.raw(), a_, &beta, c.raw(), c_, c.raw(), c_,
+        &algorithm_, workspace.raw(), static_cast<size_t>(workspace.bytes()),
+        static_cast<cudaStream_t>(ctx.stream));
+    possible_ = status != CUBLAS_STATUS_NOT_SUPPORTED;
+    if (possible_) CheckBlas(status, "cublasLtMatmul", __FILE__, __LINE__);
+    return possible_;
   }
 
  private:
@@ -129,7 +133,10 @@ class Plan {
     prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, key.b_alignment);
     prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, key.a_alignment);
     prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, key.c_alignment);
-    prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, key.c_alignment);
+    // The epilogue reads a bias as it writes D: an algorithm for aligned ones refuses others.
+    prefer(
+        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES,
+        key.bias_alignment > 0 ? std::min(key.c_alignment, key.bias_alignment) : key.c_alignment);
     // Parts of a sum over k are added in f32 and rounded once.
     prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
            static_cast<uint32_t>(CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE));
@@ -206,13 +213,9 @@ void MatMul(Tensor c, Tensor a, bool transpose_a, Tensor b, bool transpose_b, Te
                      c.dtype() == DType::kF32};
     Library& library = Library::OfCurrentDevice();
     Plan& plan = library.PlanOf(key);
-    if (plan.possible()) {
-      plan.Run(library.handle(), c, a, b, bias, accumulate, workspace, ctx);
-      return;
-    }
+    if (plan.Run(library.handle(), c, a, b, bias, accumulate, workspace, ctx)) return;
   }
-  PlainMatMul(c, a, transpose_a, b, transpose_b, accumulate, ctx);
-  if (bias.defined()) AddBias(c, bias, ctx);
+  PlainMatMul(c, a, transpose_a, b, transpose_b, bias, accumulate, ctx);
 }
 
 }  // namespace krait::cuda

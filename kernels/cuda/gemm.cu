@@ -24,8 +24,8 @@ struct Matrix {
 
 enum class Ragged { kNone, kRows, kSum };
 
-// c[m,n] = sum over k of a(m,k) b(k,n). Ragged::kRows: rows [offsets[e], offsets[e+1]) of a and c
-// with b of expert e. Ragged::kSum: c of expert e from k in [offsets[e], offsets[e+1]).
+// c[m,n] = sum over k of a(m,k) b(k,n) (+ bias[n]). Ragged::kRows: rows [offsets[e], offsets[e+1])
+// of a and c with b of expert e. Ragged::kSum: c of expert e from k in [offsets[e], offsets[e+1]).
 template <typename In, typename Out>
 struct Problem {
   Matrix<const In> a, b;
@@ -34,6 +34,7 @@ struct Problem {
   const int64_t* offsets;
   int experts;
   bool accumulate;
+  const Out* bias;  // may be null
 };
 
 template <Ragged kRagged, typename In, typename Out>
@@ -95,7 +96,8 @@ __global__ void __launch_bounds__(kThreads) PlainKernel(Problem<In, Out> p) {
       const int64_t row = first_m + thread_m + 16 * i, column = first_n + thread_n + 16 * j;
       if (row >= last_m || column >= p.n) continue;
       Out* const to = c + row * p.c.row_stride + column;
-      *to = FromFloat<Out>(p.accumulate ? ToFloat(*to) + sum[i][j] : sum[i][j]);
+      const float result = p.bias != nullptr ? sum[i][j] + ToFloat(p.bias[column]) : sum[i][j];
+      *to = FromFloat<Out>(p.accumulate ? ToFloat(*to) + result : result);
     }
   }
 }
@@ -151,8 +153,8 @@ __global__ void ColumnSumKernel(float* sum, const T* x, int64_t stride, int64_t 
 
 }  // namespace
 
-void PlainMatMul(Tensor c, Tensor a, bool transpose_a, Tensor b, bool transpose_b, bool accumulate,
-                 const Context& ctx) {
+void PlainMatMul(Tensor c, Tensor a, bool transpose_a, Tensor b, bool transpose_b, Tensor bias,
+                 bool accumulate, const Context& ctx) {
   DispatchTypes(a, c, "MatMul", [&](auto in, auto out) {
     using In = decltype(in);
     using Out = decltype(out);
@@ -161,6 +163,7 @@ void PlainMatMul(Tensor c, Tensor a, bool transpose_a, Tensor b, bool transpose_
     p.c = MatrixOf<Out>(c, false);
     p.m = c.rows(), p.n = c.dim(-1), p.k = transpose_a ? a.rows() : a.dim(-1);
     p.accumulate = accumulate;
+    if (bias.defined()) p.bias = bias.device_data<Out>();
     LaunchPlain<Ragged::kNone>("MatMul", p, ctx);
   });
 }

@@ -22,8 +22,8 @@ void MatMul(Tensor c, Tensor a, bool transpose_a, Tensor b, bool transpose_b, Te
             bool accumulate, Tensor workspace, const Context& ctx);
 
 // The same product by the plain kernel: any sizes, strides and addresses, f32 arithmetic.
-void PlainMatMul(Tensor c, Tensor a, bool transpose_a, Tensor b, bool transpose_b, bool accumulate,
-                 const Context& ctx);
+void PlainMatMul(Tensor c, Tensor a, bool transpose_a, Tensor b, bool transpose_b, Tensor bias,
+                 bool accumulate, const Context& ctx);
 
 void AddBias(Tensor y, Tensor bias, const Context& ctx);
 void LinearBackwardBias(Tensor db, Tensor dy, const Context& ctx);

@@ -97,27 +97,40 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Block (columns, piece of tokens, group of experts): partial[piece][e][col].
+// Block (columns, piece of tokens, group of experts): partial[piece][e][col]. The gradients of 32
+// tokens are read once for the block: read by each thread they took 8 loads beside one of x.
 constexpr int kWeightVec = 2;
+constexpr int kStaged = kThreads / kGroup;  // tokens
 template <typename T, int kVec>
 __global__ void __launch_bounds__(kThreads)
     RouterBackwardWeightKernel(float* partial, Rows<const float> d_logits, Rows<const T> x,
                                int64_t tokens, int64_t per_piece, int experts, int d) {
+  __shared__ Pack<float, kGroup> staged[kStaged];
   const int col = (blockIdx.x * kThreads + threadIdx.x) * kVec;
-  if (col >= d) return;
   const int group = blockIdx.z * kGroup;
+  const int own_token = threadIdx.x / kGroup, own_expert = threadIdx.x % kGroup;
   const int64_t begin = blockIdx.y * per_piece, end = min(tokens, begin + per_piece);
   float sum[kGroup][kVec] = {};
-#pragma unroll 4
-  for (int64_t t = begin; t < end; ++t) {
-    const Pack<float, kVec> in = Widen(Load<kVec>(x[t] + col));
+  for (int64_t first = begin; first < end; first += kStaged) {
+    const int count = static_cast<int>(min(end - first, static_cast<int64_t>(kStaged)));
+    __syncthreads();
+    staged[own_token].v[own_expert] = own_token < count && group + own_expert < experts
+                                          ? d_logits[first + own_token][group + own_expert]
+                                          : 0.0f;
+    __syncthreads();
+    if (col >= d) continue;
+#pragma unroll 8
+    for (int t = 0; t < count; ++t) {
+      const Pack<float, kVec> in = Widen(Load<kVec>(x[first + t] + col));
+      const Pack<float, kGroup> gradient = staged[t];
 #pragma unroll
-    for (int e = 0; e < kGroup; ++e) {
-      const float gradient = group + e < experts ? d_logits[t][group + e] : 0.0f;
+      for (int e = 0; e < kGroup; ++e) {
 #pragma unroll
-      for (int j = 0; j < kVec; ++j) sum[e][j] += gradient * in.v[j];
+        for (int j = 0; j < kVec; ++j) sum[e][j] += gradient.v[e] * in.v[j];
+      }
     }
   }
+  if (col >= d) return;
 #pragma unroll
   for (int e = 0; e < kGroup; ++e) {
     if (group + e >= experts) continue;

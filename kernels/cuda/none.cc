@@ -16,6 +16,7 @@ bool Available(std::string* reason) {
 }
 
 DeviceInfo Info() { NoCuda(); }
+DeviceLoad Load() { NoCuda(); }
 void* Allocate(int64_t /*bytes*/, const std::string& /*segment*/) { NoCuda(); }
 void Free(void* /*memory*/) { NoCuda(); }
 void CopyToDevice(void*, const void*, int64_t, void*) { NoCuda(); }

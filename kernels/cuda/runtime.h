@@ -21,6 +21,14 @@ struct DeviceInfo {
 };
 DeviceInfo Info();
 
+// The device that was current at the first call, at this moment. Zeros where the driver does not
+// tell. Takes about a millisecond; any thread.
+struct DeviceLoad {
+  double clock_mhz = 0;  // of the multiprocessors
+  double watts = 0;      // averaged by the driver over about a second
+};
+DeviceLoad Load();
+
 // Device memory of the current device, zero-filled; fatal with kOutOfMemory naming `segment`.
 // Waits for the device.
 void* Allocate(int64_t bytes, const std::string& segment);

@@ -71,13 +71,27 @@ TEST(Context, OpsThatCallOthersCountAsOne) {
   ctx.get()->profile = &profile;
   Buf x(kF32, {2, 4});
   AddInPlace(x, x, ctx);
-  EXPECT_EQ(profile.calls[static_cast<size_t>(OpFamily::kActivation)], 1);
+  EXPECT_EQ(profile.Total(OpFamily::kActivation).calls, 1);
+  EXPECT_EQ(profile.ops().at("AddInPlace").bytes, 3 * 2 * 4 * 4);
   {
     const OpScope outer(ctx, OpFamily::kMoe, "outer", {});
     AddInPlace(x, x, ctx);
   }
-  EXPECT_EQ(profile.calls[static_cast<size_t>(OpFamily::kActivation)], 1);
-  EXPECT_EQ(profile.calls[static_cast<size_t>(OpFamily::kMoe)], 1);
+  EXPECT_EQ(profile.Total(OpFamily::kActivation).calls, 1);
+  EXPECT_EQ(profile.Total(OpFamily::kMoe).calls, 1);
+}
+
+TEST(Context, ProductsCountTheirOperations) {
+  TestContext ctx;
+  Profile profile;
+  ctx.get()->profile = &profile;
+  Buf x(kF32, {2, 4}), w(kF32, {3, 4}), y(kF32, {2, 3});
+  LinearForward(y, x, w, Tensor(), ctx);
+  LinearForward(y, x, w, Tensor(), ctx);
+  const Profile::Op& op = profile.ops().at("LinearForward");
+  EXPECT_EQ(op.flops, 2 * 2.0 * 2 * 3 * 4);
+  EXPECT_EQ(op.bytes, 2 * 4 * (2 * 3 + 2 * 4 + 3 * 4));
+  EXPECT_GT(op.seconds, 0);
 }
 
 }  // namespace

@@ -87,6 +87,20 @@ TEST(HybridModel, RecomputeModesGiveTheSameBits) {
   }
 }
 
+// Attention costs most to compute again, its output is small: only `layer` does it twice.
+TEST(HybridModel, MixersAreRecomputedWithoutTheirAttention) {
+  const TestBatch batch(1, 30, 61, 1);
+  for (const auto& [mode, calls] :
+       {std::pair{Recompute::kNone, 1}, {Recompute::kMixers, 1}, {Recompute::kLayer, 2}}) {
+    TinyModel model(WiderSpec("m aE mE"), DType::kF32, mode);
+    testing::RandomiseWeights(model.weights(), 11, 2);
+    Profile profile;
+    model.ctx().get()->profile = &profile;
+    model.Step(batch, /*backward=*/true);
+    EXPECT_EQ(profile.ops().at("AttentionForward").calls, calls) << static_cast<int>(mode);
+  }
+}
+
 Result RunWithThreads(int threads, const ModelSpec& spec, const Batch& batch) {
   Result result;
   testing::WithThreads(threads,

@@ -7,6 +7,7 @@
 
 #include "kernels/base/file.h"
 #include "kernels/base/output.h"
+#include "kernels/cuda/runtime.h"
 #include "trainer/cli/commands.h"
 #include "trainer/tools/bench.h"
 
@@ -51,14 +52,16 @@ void AddBenchCommands(CLI::App* app, CommandLine* line) {
 
   struct StepArguments {
     ConfigArguments config;
-    int64_t steps = 10;
+    int64_t steps = 20, documents = 0;
     std::string json;
   };
   auto step = std::make_shared<StepArguments>();
   CLI::App* step_command = bench->add_subcommand(
       "step", "Median training step on synthetic tokens, against the 2048^3 matrix product.");
   AddConfigArguments(step_command, &step->config);
-  AddCount(step_command, "--steps", &step->steps, "steps to measure (default 10)");
+  AddCount(step_command, "--steps", &step->steps, "steps to measure (default 20)");
+  AddCount(step_command, "--documents", &step->documents,
+           "tokens of a document (default: as long as a sequence)");
   AddJson(step_command, &step->json);
   step_command->callback([line, step] {
     line->run = [step]() -> absl::StatusOr<ExitCode> {
@@ -68,26 +71,35 @@ void AddBenchCommands(CLI::App* app, CommandLine* line) {
       KRAIT_ASSIGN_OR_RETURN(config, LoadConfig(step->config.path, step->config.overrides,
                                                 ConfigUse::kPlan, /*ranks=*/1));
       StepBench result;
-      KRAIT_ASSIGN_OR_RETURN(result, RunStepBench(config, step->steps));
+      KRAIT_ASSIGN_OR_RETURN(result, RunStepBench(config, step->steps, step->documents));
       KRAIT_RETURN_IF_ERROR(Print(StepBenchText(result), StepBenchJson(result), step->json));
       return ExitCode::kOk;
     };
   });
 
   struct KernelArguments {
-    std::string only, json;
+    std::string only, json, device = "auto";
   };
   auto kernels = std::make_shared<KernelArguments>();
   CLI::App* kernel_command = bench->add_subcommand(
       "kernels", "Every op family forward and backward, against matrix product or copy rate.");
   kernel_command->add_option("--only", kernels->only, "names that begin with NAME")
       ->type_name("NAME");
+  kernel_command->add_option("--device", kernels->device, "auto: the GPU where there is one")
+      ->check(CLI::IsMember({"auto", "cpu", "cuda"}))
+      ->type_name("auto|cpu|cuda");
   AddJson(kernel_command, &kernels->json);
   kernel_command->callback([line, kernels] {
     line->run = [kernels]() -> absl::StatusOr<ExitCode> {
       KRAIT_RETURN_IF_ERROR(CheckJson(kernels->json, {}));
+      std::string reason;
+      const bool available = cuda::Available(&reason);
+      if (kernels->device == "cuda" && !available) {
+        return Error(ExitCode::kConfig, "--device cuda cannot be used: " + reason);
+      }
+      const Device device = available && kernels->device != "cpu" ? Device::kCuda : Device::kCpu;
       KernelBenches result;
-      KRAIT_ASSIGN_OR_RETURN(result, RunKernelBench(kernels->only));
+      KRAIT_ASSIGN_OR_RETURN(result, RunKernelBench(kernels->only, device));
       KRAIT_RETURN_IF_ERROR(Print(KernelBenchText(result), KernelBenchJson(result), kernels->json));
       return ExitCode::kOk;
     };

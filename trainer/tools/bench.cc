@@ -1,9 +1,11 @@
 #include "trainer/tools/bench.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 #include <memory>
 #include <optional>
+#include <thread>
 
 #include "absl/strings/str_format.h"
 #include "kernels/base/clock.h"
@@ -21,13 +23,16 @@ namespace krait {
 namespace {
 
 constexpr uint64_t kWarmUpSteps = 2;
+constexpr double kWarmUpSeconds = 3;  // on CUDA
 constexpr int64_t kSgemmSize = 2048;
+constexpr double kShownShare = 0.002;   // of a step, from which on an op has a line of its own
 constexpr uint64_t kProfiledSteps = 3;  // on CUDA
 constexpr const char* kCpuPeak = "fp32 matrix product 2048^3, same run and threads";
 constexpr const char* kCudaPeak = "dense bf16 products by the datasheet";
 
-// Uniform random tokens without documents; every token but a row's last has a target.
-TokenBatch SyntheticBatch(const RunConfig& config, uint64_t step) {
+// Uniform random tokens in documents of `document` tokens (0: of a row); every token that another
+// one of its document follows has a target.
+TokenBatch SyntheticBatch(const RunConfig& config, uint64_t step, int64_t document) {
   TokenBatch batch;
   batch.sequences = config.accumulation(1) * config.train.micro_batch;
   batch.seq_len = config.data.seq_len;
@@ -40,18 +45,22 @@ TokenBatch SyntheticBatch(const RunConfig& config, uint64_t step) {
     const uint32_t bits = random.Bits(static_cast<uint64_t>(i))[0];
     const auto id = static_cast<int32_t>(bits % static_cast<uint32_t>(config.model.vocab_size));
     batch.tokens[static_cast<size_t>(i)] = id;
-    if (i % batch.seq_len > 0) batch.targets[static_cast<size_t>(i - 1)] = id;
+    const int64_t position = i % batch.seq_len;
+    const int64_t start = document > 0 ? position / document * document : 0;
+    batch.doc_start[static_cast<size_t>(i)] = static_cast<int32_t>(start);
+    if (position == start) continue;
+    batch.targets[static_cast<size_t>(i - 1)] = id;
+    ++batch.target_count;
   }
-  batch.target_count = batch.sequences * (batch.seq_len - 1);
   return batch;
 }
 
 }  // namespace
 
-void FillNormal(Tensor x, uint64_t stream) {
+void FillNormal(Tensor x, uint64_t stream, const Context& ctx) {
   const int64_t n = x.numel();
   FillNormal(x.View({1, n}), RandomStream(1, RandomPurpose::kSynthetic, stream), /*first=*/0,
-             /*row_step=*/n, /*scale=*/1, Context());
+             /*row_step=*/n, /*scale=*/1, ctx);
 }
 
 double Median(std::vector<double> values) {
@@ -97,17 +106,30 @@ double SgemmMeter::FlopsPerSecond() const {
   return kWork / Median(seconds_);
 }
 
-double CopyBytesPerSecond() {
+double CopyBytesPerSecond(Device device) {
   constexpr int64_t kBytes = int64_t{256} << 20;
-  Arena arena("copy", Device::kCpu, 2 * kBytes + 4096);
-  char* from = static_cast<char*>(arena.Alloc(DType::kU8, {kBytes}).raw());
-  char* to = static_cast<char*>(arena.Alloc(DType::kU8, {kBytes}).raw());
-  std::memset(from, 1, static_cast<size_t>(kBytes));
-  const auto seconds = TimeCalls(7, [&](int) {
-    ParallelFor(kBytes, 1 << 20, [&](int64_t begin, int64_t end) {
-      std::memcpy(to + begin, from + begin, static_cast<size_t>(end - begin));
+  Arena arena("copy", device, 2 * kBytes + 4096);
+  const Tensor from = arena.Alloc(DType::kU8, {kBytes}), to = arena.Alloc(DType::kU8, {kBytes});
+  std::vector<double> seconds;
+  if (device == Device::kCuda) {
+    constexpr int kCopies = 10;
+    seconds = TimeCalls(7, [&](int) {
+      for (int i = 0; i < kCopies; ++i) {
+        cuda::CopyOnDevice(to.raw(), from.raw(), kBytes, /*stream=*/nullptr);
+      }
+      cuda::Synchronize();
     });
-  });
+    for (double& s : seconds) s /= kCopies;
+  } else {
+    char* const source = static_cast<char*>(from.raw());
+    char* const target = static_cast<char*>(to.raw());
+    std::memset(source, 1, static_cast<size_t>(kBytes));
+    seconds = TimeCalls(7, [&](int) {
+      ParallelFor(kBytes, 1 << 20, [&](int64_t begin, int64_t end) {
+        std::memcpy(target + begin, source + begin, static_cast<size_t>(end - begin));
+      });
+    });
+  }
   return 2.0 * static_cast<double>(kBytes) / Median(seconds);
 }
 
@@ -116,76 +138,155 @@ namespace {
 // What is not this process's: on CUDA the memory taken before its first allocation.
 int64_t MemoryBefore(Device device) { return device == Device::kCuda ? MemoryOf(device).used : 0; }
 
+// Clock and power of the GPU, read ten times a second by a thread of its own.
+class LoadMeter {
+ public:
+  LoadMeter() : thread_([this](const std::stop_token& stop) { Run(stop); }) {}
+  cuda::DeviceLoad Mean() {
+    thread_.request_stop();
+    if (thread_.joinable()) thread_.join();
+    const double n = std::max(1, readings_);
+    return {sum_.clock_mhz / n, sum_.watts / n};
+  }
+
+ private:
+  void Run(const std::stop_token& stop) {
+    while (!stop.stop_requested()) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(100));
+      const cuda::DeviceLoad load = cuda::Load();
+      sum_.clock_mhz += load.clock_mhz;
+      sum_.watts += load.watts;
+      ++readings_;
+    }
+  }
+  cuda::DeviceLoad sum_;
+  int readings_ = 0;
+  std::jthread thread_;
+};
+
+// The part of a step that `op`, profiled over `steps` steps, is.
+StepPart PartOf(std::string name, const Profile::Op& op, double steps, const StepBench& bench) {
+  StepPart part{.name = std::move(name),
+                .family = op.family,
+                .ms = op.seconds * 1000 / steps,
+                .calls = static_cast<double>(op.calls) / steps};
+  if (op.seconds == 0) return part;
+  const double tflops = op.flops / op.seconds / 1e12;
+  const double gbytes = static_cast<double>(op.bytes) / op.seconds / 1e9;
+  const double of_peak = bench.peak_tflops > 0 ? tflops / bench.peak_tflops : 0;
+  const double of_copy = gbytes / bench.copy_gbytes_per_s;
+  part.of_limit = std::max(of_peak, of_copy);
+  (of_peak > of_copy ? part.tflops : part.gbytes_per_s) = of_peak > of_copy ? tflops : gbytes;
+  return part;
+}
+
+// The parts of steps of `seconds` in all.
+void SetParts(const Profile& profile, double seconds, double steps, StepBench* bench) {
+  double accounted = 0;
+  for (int f = 0; f < kOpFamilies; ++f) {
+    const auto family = static_cast<OpFamily>(f);
+    bench->families[f] = PartOf(Name(family), profile.Total(family), steps, *bench);
+    accounted += bench->families[f].ms;
+  }
+  StepPart& other = bench->families[static_cast<int>(OpFamily::kOther)];
+  other.ms += std::max(0.0, seconds * 1000 / steps - accounted);
+  other.tflops = other.gbytes_per_s = other.of_limit = 0;
+  for (const auto& [name, op] : profile.ops()) {
+    bench->ops.push_back(PartOf(std::string(name), op, steps, *bench));
+  }
+  std::sort(bench->ops.begin(), bench->ops.end(),
+            [](const StepPart& a, const StepPart& b) { return a.ms > b.ms; });
+}
+
 }  // namespace
 
-absl::StatusOr<StepBench> RunStepBench(const RunConfig& config, int64_t steps) {
+absl::StatusOr<StepBench> RunStepBench(const RunConfig& config, int64_t steps, int64_t document) {
   KRAIT_RETURN_IF_ERROR(CheckDevice(config));
   StepBench bench;
   bench.config = config.path;
   bench.steps = steps;
-  const int64_t taken = MemoryBefore(PlacementOf(config).device);
+  const Device device = PlacementOf(config).device;
+  const bool on_cuda = device == Device::kCuda;
+  bench.device = on_cuda ? cuda::Info().name : "cpu";
+  bench.copy_gbytes_per_s = CopyBytesPerSecond(device) / 1e9;
+  const int64_t taken = MemoryBefore(device);
   Trainer trainer(config);
   trainer.Init();
-  for (uint64_t s = 0; s < kWarmUpSteps; ++s) trainer.Step(SyntheticBatch(config, s));
+  uint64_t step = 0;
+  const double warm = MonotonicSeconds() + (on_cuda ? kWarmUpSeconds : 0);
+  while (step < kWarmUpSteps || MonotonicSeconds() < warm) {
+    trainer.Step(SyntheticBatch(config, step++, document));
+  }
   bench.params_total = trainer.weights().table().total();
   bench.params_active = trainer.weights().table().active(config.model);
-  const Device device = trainer.ctx().device;
-  bench.device = device == Device::kCuda ? cuda::Info().name : "cpu";
   // Before the matrices of the peak measurement.
   bench.peak_memory_bytes = MemoryOf(device).used - taken;
 
   std::optional<SgemmMeter> sgemm;
-  if (device == Device::kCpu) sgemm.emplace();
+  std::optional<LoadMeter> load;
+  if (on_cuda) {
+    load.emplace();
+  } else {
+    sgemm.emplace();
+  }
   Profile profile;
+  double profiled_seconds = 0, profiled_steps = 0;
+  const auto run = [&] {
+    const TokenBatch batch = SyntheticBatch(config, step++, document);
+    const double start = MonotonicSeconds();
+    trainer.Step(batch);
+    const double seconds = MonotonicSeconds() - start;
+    if (trainer.ctx().profile != nullptr) profiled_seconds += seconds, ++profiled_steps;
+    return seconds;
+  };
   std::vector<double> step_seconds;
   for (int64_t s = 0; s < steps; ++s) {
-    const TokenBatch batch = SyntheticBatch(config, kWarmUpSteps + static_cast<uint64_t>(s));
     // The peak is taken between the steps, so that both see the same machine.
     if (sgemm.has_value()) {
       sgemm->Measure(1);
       trainer.ctx().profile = &profile;
     }
-    const double start = MonotonicSeconds();
-    trainer.Step(batch);
-    step_seconds.push_back(MonotonicSeconds() - start);
+    step_seconds.push_back(run());
   }
   // On CUDA the breakdown comes from steps of its own: its events are not free.
-  double profiled_seconds = 0, profiled_steps = 0;
-  for (double seconds : step_seconds) profiled_seconds += seconds, ++profiled_steps;
-  if (device == Device::kCuda) {
+  if (on_cuda) {
+    const cuda::DeviceLoad mean = load->Mean();
+    bench.clock_mhz = mean.clock_mhz;
+    bench.watts = mean.watts;
     trainer.ctx().profile = &profile;
-    profiled_seconds = profiled_steps = 0;
     for (uint64_t s = 0; s < kProfiledSteps; ++s) {
-      const TokenBatch batch = SyntheticBatch(config, kWarmUpSteps + s);
-      const double start = MonotonicSeconds();
-      trainer.Step(batch);
-      profiled_seconds += MonotonicSeconds() - start;
-      ++profiled_steps;
+      run();
       profile.Collect();
     }
   }
-  const double step = Median(step_seconds);
-  bench.step_ms = step * 1000;
-  bench.tokens_per_s = static_cast<double>(config.train.batch_tokens) / step;
+  trainer.ctx().profile = nullptr;
+  const double median = Median(step_seconds);
+  bench.step_ms = median * 1000;
+  for (double seconds : step_seconds) {
+    bench.step_ms_mean += seconds * 1000 / static_cast<double>(steps);
+  }
+  bench.tokens_per_s = static_cast<double>(config.train.batch_tokens) / median;
   bench.flops_per_token = FlopsPerToken(config.model, config.data.seq_len);
   bench.tflops = bench.flops_per_token * bench.tokens_per_s / 1e12;
   bench.peak_tflops = (sgemm.has_value() ? sgemm->FlopsPerSecond() : trainer.peak_flops()) / 1e12;
   bench.mfu = bench.peak_tflops > 0 ? bench.tflops / bench.peak_tflops : 0;
-  const double mean = profiled_seconds / profiled_steps;
-  profile.Collect();
-  double accounted = 0;
-  for (int f = 0; f < kOpFamilies; ++f) {
-    bench.breakdown_ms[f] = profile.seconds[f] * 1000 / profiled_steps;
-    accounted += bench.breakdown_ms[f];
-  }
-  bench.breakdown_ms[static_cast<int>(OpFamily::kOther)] += std::max(0.0, mean * 1000 - accounted);
+  SetParts(profile, profiled_seconds, profiled_steps, &bench);
   return bench;
 }
 
 std::string StepBenchJson(const StepBench& b) {
   nlohmann::ordered_json breakdown = nlohmann::ordered_json::object();
-  for (int f = 0; f < kOpFamilies; ++f) {
-    breakdown[Name(static_cast<OpFamily>(f))] = b.breakdown_ms[f];
+  for (const StepPart& part : b.families) breakdown[part.name] = part.ms;
+  nlohmann::ordered_json ops = nlohmann::ordered_json::array();
+  for (const StepPart& part : b.ops) {
+    nlohmann::ordered_json op = {
+        {"name", part.name}, {"family", Name(part.family)}, {"ms", part.ms}, {"calls", part.calls}};
+    if (part.of_limit > 0) {
+      op[part.tflops > 0 ? "tflops" : "gbytes_per_s"] =
+          part.tflops > 0 ? part.tflops : part.gbytes_per_s;
+      op["of_limit"] = part.of_limit;
+    }
+    ops.push_back(op);
   }
   const nlohmann::ordered_json json = {{"config", b.config},
                                        {"device", b.device},
@@ -194,37 +295,63 @@ std::string StepBenchJson(const StepBench& b) {
                                        {"tokens_per_s", b.tokens_per_s},
                                        {"tokens_per_s_per_rank", b.tokens_per_s},
                                        {"step_ms", b.step_ms},
+                                       {"step_ms_mean", b.step_ms_mean},
                                        {"flops_per_token", b.flops_per_token},
                                        {"tflops_per_rank", b.tflops},
                                        {"mfu", b.mfu},
                                        {"peak_tflops", b.peak_tflops},
                                        {"peak", b.device == "cpu" ? kCpuPeak : kCudaPeak},
+                                       {"copy_gbytes_per_s", b.copy_gbytes_per_s},
+                                       {"clock_mhz", b.clock_mhz},
+                                       {"watts", b.watts},
                                        {"peak_memory_bytes", b.peak_memory_bytes},
                                        {"params_total", b.params_total},
                                        {"params_active", b.params_active},
                                        {"routing", "natural"},
                                        {"breakdown_ms", breakdown},
+                                       {"ops", ops},
                                        {"exposed_comm_ms", 0}};
   return json.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
 }
 
 std::string StepBenchText(const StepBench& b) {
+  const bool cpu = b.device == "cpu";
   std::string text = absl::StrFormat(
       "%s: %s parameters (%s active), %s\n"
-      "  step          %.1f ms (median of %d)\n"
+      "  step          %.1f ms (median of %d; mean %.1f)\n"
       "  tokens/s      %s\n"
       "  TFLOP/s       %.4f of %.4f (%s): MFU %.1f%%\n"
       "  peak memory   %s\n",
       b.config, PrintShort(static_cast<double>(b.params_total)),
       PrintShort(static_cast<double>(b.params_active)),
-      b.device == "cpu" ? absl::StrFormat("%d threads", MaxThreads()) : b.device, b.step_ms,
-      b.steps, PrintShort(b.tokens_per_s), b.tflops, b.peak_tflops,
-      b.device == "cpu" ? kCpuPeak : kCudaPeak, b.mfu * 100, PrintBytes(b.peak_memory_bytes));
+      cpu ? absl::StrFormat("%d threads", MaxThreads()) : b.device, b.step_ms, b.steps,
+      b.step_ms_mean, PrintShort(b.tokens_per_s), b.tflops, b.peak_tflops,
+      cpu ? kCpuPeak : kCudaPeak, b.mfu * 100, PrintBytes(b.peak_memory_bytes));
+  if (b.watts > 0) {
+    text += absl::StrFormat("  mean load     %.0f MHz, %.0f W\n", b.clock_mhz, b.watts);
+  }
+  text += absl::StrFormat(
+      "  limits        %.4g TFLOP/s for products and attention, else %.4g GB/s, the rate of a "
+      "copy\n",
+      b.peak_tflops, b.copy_gbytes_per_s);
   double sum = 0;
-  for (double ms : b.breakdown_ms) sum += ms;
-  for (int f = 0; f < kOpFamilies; ++f) {
-    text += absl::StrFormat("  %-12s %8.2f ms %5.1f%%\n", Name(static_cast<OpFamily>(f)),
-                            b.breakdown_ms[f], b.breakdown_ms[f] / sum * 100);
+  for (const StepPart& part : b.families) sum += part.ms;
+  const auto line = [&](const StepPart& part, const char* indent, int width) {
+    text += absl::StrFormat("%s%-*s %8.2f ms %5.1f%%", indent, width, part.name, part.ms,
+                            part.ms / sum * 100);
+    if (part.of_limit > 0) {
+      const bool products = part.tflops > 0;
+      text += absl::StrFormat("  %6.4g %-7s  %5.1f%% of the limit",
+                              products ? part.tflops : part.gbytes_per_s,
+                              products ? "TFLOP/s" : "GB/s", part.of_limit * 100);
+    }
+    text += "\n";
+  };
+  for (const StepPart& family : b.families) {
+    line(family, "  ", 30);
+    for (const StepPart& op : b.ops) {
+      if (op.family == family.family && op.ms > kShownShare * sum) line(op, "    ", 28);
+    }
   }
   return text;
 }

@@ -14,7 +14,7 @@
 namespace krait {
 
 // Standard normal values, a function of `stream`.
-void FillNormal(Tensor x, uint64_t stream);
+void FillNormal(Tensor x, uint64_t stream, const Context& ctx = Context());
 
 double Median(std::vector<double> values);  // of a non-empty list
 
@@ -35,39 +35,59 @@ class SgemmMeter {
   std::vector<double> seconds_;
 };
 
-// Bytes per second of a large copy by all threads, read and written bytes both counted.
-double CopyBytesPerSecond();
+// Bytes per second of a large copy within the device's memory, by all threads on the CPU; read and
+// written bytes both counted.
+double CopyBytesPerSecond(Device device);
 
+// What an op, or a family of them, takes of a step, and how near that is to what the machine
+// allows: the time of its operations at the peak or of its bytes at the copy rate, whichever is
+// longer.
+struct StepPart {
+  std::string name;
+  OpFamily family = OpFamily::kOther;
+  double ms = 0, calls = 0;  // per step
+  // By what limits it; the other one is 0.
+  double tflops = 0, gbytes_per_s = 0;
+  double of_limit = 0;  // 0: unknown
+};
 struct StepBench {
   std::string config;
   std::string device;  // "cpu", or the GPU's name
   int64_t steps = 0;
-  double tokens_per_s = 0, step_ms = 0, flops_per_token = 0, tflops = 0;
-  double peak_tflops = 0, mfu = 0;
+  double tokens_per_s = 0, step_ms = 0, step_ms_mean = 0, flops_per_token = 0, tflops = 0;
+  double peak_tflops = 0, copy_gbytes_per_s = 0, mfu = 0;
+  double clock_mhz = 0, watts = 0;  // of the GPU, means over the measured steps
   int64_t peak_memory_bytes = 0, params_total = 0, params_active = 0;
-  std::array<double, kOpFamilies> breakdown_ms{};  // per step; kOther: what no op accounts for
+  std::array<StepPart, kOpFamilies> families{};  // kOther: with what no op accounts for
+  std::vector<StepPart> ops;                     // the longest first
 };
-// Synthetic tokens, a few steps to warm up, then the median of `steps` (at least 1).
-absl::StatusOr<StepBench> RunStepBench(const RunConfig& config, int64_t steps);
+// Synthetic tokens in documents of `document` tokens (0: of a whole sequence); steps to warm up, on
+// CUDA for 3 seconds, so that the card is as hot as in a run; then `steps` (at least 1), of which
+// the figures are medians.
+absl::StatusOr<StepBench> RunStepBench(const RunConfig& config, int64_t steps,
+                                       int64_t document = 0);
 std::string StepBenchJson(const StepBench& bench);
 std::string StepBenchText(const StepBench& bench);
 
 struct KernelBench {
   std::string name;  // "selective_scan"
   OpFamily family;
-  std::string direction;  // "forward", "backward"
+  std::string direction;  // "forward", "backward", "weight", "weight+" (added to)
   std::string shape;      // "B4 T512 I640 N16"
   double ms = 0;
   double tflops = 0, gbytes_per_s = 0;  // one of the two; each operand counted once
-  double of_limit = 0;                  // of the SGEMM or the copy rate
+  double of_limit = 0;                  // of the product's or the copy's rate
 };
 struct KernelBenches {
-  double sgemm_tflops = 0, copy_gbytes_per_s = 0;
+  std::string device;  // "cpu", or the GPU's name
+  std::string shapes, dtype;
+  // Of a large product (CPU: fp32 2048^3; CUDA: bf16 8192^3, after seconds of load) and of a copy.
+  double product_tflops = 0, copy_gbytes_per_s = 0;
   std::vector<KernelBench> kernels;
 };
-// Every op family forward and backward; `only` keeps the names that begin with it. kConfig when
-// none does.
-absl::StatusOr<KernelBenches> RunKernelBench(const std::string& only);
+// Every op family forward and backward, on the CPU in fp32 at the shapes of bench-20m, on CUDA in
+// bf16 at those of jamba-3b; `only` keeps the names that begin with it. kConfig when none does.
+absl::StatusOr<KernelBenches> RunKernelBench(const std::string& only, Device device);
 std::string KernelBenchJson(const KernelBenches& benches);
 std::string KernelBenchText(const KernelBenches& benches);
 

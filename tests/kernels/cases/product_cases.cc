@@ -49,6 +49,7 @@ void AddMatMul(const Shape& s, std::vector<OpCase>* cases) {
           OpCase c("MatMul",
                    With(what + transposes + (c_type == kWide ? " wide" : ""), accumulate));
           AddResult(&c, accumulate, "c", c_type, {s.m, s.outputs}, Products(s.inputs));
+          if (accumulate && c_type == kCompute) c.CudaRoundsWithin();  // the product
           c.Pad(s.pad)
               .In("a", kCompute,
                   ta ? std::vector<int64_t>{s.inputs, s.m} : std::vector<int64_t>{s.m, s.inputs},
