@@ -16,7 +16,6 @@
 
 #include <algorithm>
 #include <array>
-#include <bit>
 #include <cstdint>
 #include <map>
 #include <string>
@@ -38,12 +37,6 @@ void CheckBlas(cublasStatus_t status, const char* what, const char* file, int li
 
 constexpr std::array kTiles = {CUBLASLT_MATMUL_TILE_128x160, CUBLASLT_MATMUL_TILE_128x128,
                                CUBLASLT_MATMUL_TILE_176x128, CUBLASLT_MATMUL_TILE_168x128};
-
-// The power of two, up to 256, that an address is a multiple of.
-uint32_t AlignmentOf(const void* address) {
-  const auto bits = reinterpret_cast<uintptr_t>(address);
-  return bits == 0 ? 256 : std::min<uint32_t>(256, uint32_t{1} << std::countr_zero(bits));
-}
 
 // All that the choice of an algorithm depends on.
 struct Key {

@@ -2,6 +2,8 @@
 #ifndef KRAIT_KERNELS_CUDA_GEMM_H_
 #define KRAIT_KERNELS_CUDA_GEMM_H_
 
+#include <algorithm>
+#include <bit>
 #include <cstdint>
 
 #include "kernels/context.h"
@@ -14,10 +16,16 @@ namespace krait::cuda {
 // changed no choice of algorithm.
 inline constexpr int64_t kMatMulWorkspace = int64_t{32} << 20;
 
+// The power of two, up to 256, that an address is a multiple of. Large allocations lie at multiples
+// of 2^32 and more.
+inline uint32_t AlignmentOf(const void* address) {
+  return uint32_t{1} << std::min(8, std::countr_zero(reinterpret_cast<uintptr_t>(address)));
+}
+
 // c[M,N] = op(a) op(b) (+ c when `accumulate`) (+ bias[N] of c's dtype when defined) by cuBLASLt:
 // f32 without TF32, or bf16 with sums in f32 (measured for sm_90: accumulating onto a bf16 c, its
-// kernels round the product to bf16 before they add). What cuBLASLt refuses takes the plain kernel.
-// workspace: kMatMulWorkspace bytes.
+// kernels round the product to bf16 before they add; those for odd widths also before a bias). What
+// cuBLASLt refuses takes the plain kernel. workspace: kMatMulWorkspace bytes.
 void MatMul(Tensor c, Tensor a, bool transpose_a, Tensor b, bool transpose_b, Tensor bias,
             bool accumulate, Tensor workspace, const Context& ctx);
 

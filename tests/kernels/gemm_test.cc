@@ -1,5 +1,4 @@
 #include "kernels/gemm.h"
-
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -8,6 +7,8 @@
 #include <vector>
 
 #include "kernels/cpu/gemm.h"
+#include "kernels/cuda/gemm.h"
+#include "kernels/cuda/gemm.h"
 #include "support/gradcheck.h"
 
 namespace krait {
@@ -325,6 +326,18 @@ TEST(MatMul, PlanningTouchesNothing) {
   MatMul(t, t, false, t, false, false, ctx);
   LinearForward(t, t, t, Tensor(), ctx);
   LinearBackwardWeight(t, t, t, false, ctx);
+}
+
+// cuBLASLt chooses by it: an alignment that is too small costs a factor of two to ten.
+TEST(Gemm, AlignmentOfAddresses) {
+  const auto of = [](uint64_t address) {
+    return cuda::AlignmentOf(reinterpret_cast<const void*>(address));
+  };
+  EXPECT_EQ(of(0x1001), 1u);
+  EXPECT_EQ(of(0x1006), 2u);
+  EXPECT_EQ(of(0x1f80), 128u);
+  for (int bit = 8; bit < 64; ++bit) EXPECT_EQ(of(uint64_t{1} << bit), 256u) << bit;
+  EXPECT_EQ(of(0x7f3c00000000), 256u);
 }
 
 }  // namespace

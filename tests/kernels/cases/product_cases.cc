@@ -78,6 +78,7 @@ void AddLinear(const Shape& s, std::vector<OpCase>* cases) {
       // A bias has the dtype of the inputs, and so has y then.
       if (biased && y_type == kWide) continue;
       OpCase c("LinearForward", what + (biased ? " bias" : y_type == kWide ? " wide" : ""));
+      if (biased) c.CudaRoundsWithin();  // the product, by kernels for odd widths
       c.Out("y", y_type, y, Products(s.inputs)).Pad(s.pad);
       c.In("x", kCompute, x, Normal(1)).Pad(2 * s.pad).In("w", kCompute, w, Normal(2));
       if (biased) c.In("bias", kCompute, {s.outputs}, Normal(3));
