@@ -64,6 +64,7 @@ bool HybridModel::FirstOfLayer(size_t s) const {
 }
 
 HybridModel::Keep HybridModel::KeepOf(size_t s) const {
+  const bool attention = spec_.sublayers[s].kind == SublayerKind::kAttention;
   switch (recompute_) {
     case Recompute::kNone:
       return {.h = true, .x = true, .saved = true};
@@ -71,11 +72,10 @@ HybridModel::Keep HybridModel::KeepOf(size_t s) const {
       return {.h = true, .x = false, .saved = true};
     case Recompute::kMixers: {
       const bool whole = !IsMixer(spec_.sublayers[s].kind);
-      const bool attention = spec_.sublayers[s].kind == SublayerKind::kAttention;
       return {.h = true, .x = whole, .saved = whole, .attention = attention};
     }
     case Recompute::kLayer:
-      return {.h = FirstOfLayer(s), .x = false, .saved = false};
+      return {.h = FirstOfLayer(s), .x = false, .saved = false, .attention = attention};
   }
   KRAIT_FATAL("unknown recompute mode");
 }

@@ -29,12 +29,13 @@ namespace krait {
 
 // What backward computes again instead of keeping it; every mode gives the same bits. (SwiGLU
 // products, scan outputs and permuted expert rows are recomputed in all of them: their backward
-// yields them on the way.)
+// yields them on the way. Attention's output is kept in all of them: it is as small as the residual
+// stream, and costs most.)
 enum class Recompute : uint8_t {
   kNone,
   kNorms,   // norm outputs, also those of Mamba's inner norms
-  kMixers,  // of mixer sublayers the residual stream before them and attention's output are kept
-  kLayer,   // of a layer only the residual stream before it is kept
+  kMixers,  // of mixer sublayers the residual stream before them is kept
+  kLayer,   // of a layer the residual stream before it is kept
 };
 
 // The sublayers [begin, end) of the spec that a model runs. The first range has the embedding as
