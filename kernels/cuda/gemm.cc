@@ -41,8 +41,8 @@ constexpr std::array kTiles = {CUBLASLT_MATMUL_TILE_128x160, CUBLASLT_MATMUL_TIL
 // All that the choice of an algorithm depends on.
 struct Key {
   int64_t m, n, k, a_stride, b_stride, c_stride;
-  uint32_t a_alignment, b_alignment, c_alignment, bias_alignment;  // bias: 0 without one
-  bool transpose_a, transpose_b, accumulate, f32_inputs, f32_output;
+  uint32_t a_alignment, b_alignment, c_alignment;
+  bool has_bias, transpose_a, transpose_b, accumulate, f32_inputs, f32_output;
   auto operator<=>(const Key&) const = default;
 };
 
@@ -53,7 +53,7 @@ class Plan {
     KRAIT_BLAS_CHECK(cublasLtMatmulDescCreate(&product_, CUBLAS_COMPUTE_32F, CUDA_R_32F));
     Set(CUBLASLT_MATMUL_DESC_TRANSA, key.transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N);
     Set(CUBLASLT_MATMUL_DESC_TRANSB, key.transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N);
-    if (key.bias_alignment > 0) Set(CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_BIAS);
+    if (key.has_bias) Set(CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_BIAS);
     const cudaDataType in = key.f32_inputs ? CUDA_R_32F : CUDA_R_16BF;
     const cudaDataType out = key.f32_output ? CUDA_R_32F : CUDA_R_16BF;
     Describe(&b_, in, key.transpose_b ? key.n : key.k, key.transpose_b ? key.k : key.n,
@@ -126,10 +126,7 @@ class Plan {
     prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, key.b_alignment);
     prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, key.a_alignment);
     prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, key.c_alignment);
-    // The epilogue reads a bias as it writes D: an algorithm for aligned ones refuses others.
-    prefer(
-        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES,
-        key.bias_alignment > 0 ? std::min(key.c_alignment, key.bias_alignment) : key.c_alignment);
+    prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, key.c_alignment);
     // Parts of a sum over k are added in f32 and rounded once.
     prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
            static_cast<uint32_t>(CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE));
@@ -188,7 +185,8 @@ void MatMul(Tensor c, Tensor a, bool transpose_a, Tensor b, bool transpose_b, Te
   const int64_t m = c.rows(), n = c.dim(-1), k = transpose_a ? a.rows() : a.dim(-1);
   if (m == 0) return;
   KRAIT_CHECK(a.dtype() == b.dtype() && workspace.bytes() >= kMatMulWorkspace);
-  if (k > 0) {
+  // No preference tells cuBLASLt of a bias's alignment: its kernels may expect 16 bytes.
+  if (k > 0 && (!bias.defined() || AlignmentOf(bias.raw()) >= 16)) {
     const Key key = {m,
                      n,
                      k,
@@ -198,7 +196,7 @@ void MatMul(Tensor c, Tensor a, bool transpose_a, Tensor b, bool transpose_b, Te
                      AlignmentOf(a.raw()),
                      AlignmentOf(b.raw()),
                      AlignmentOf(c.raw()),
-                     bias.defined() ? AlignmentOf(bias.raw()) : 0,
+                     bias.defined(),
                      transpose_a,
                      transpose_b,
                      accumulate,
