@@ -52,10 +52,12 @@ void RouteBackward(Tensor d_logits, Tensor d_weight, Tensor d_prob, double z_sca
                      in = cpu::RowsOf<T>(logits);
   const cpu::Rows<int32_t> chosen = cpu::RowsOf<int32_t>(choice);
   const int64_t experts = p.columns, top_k = chosen.columns;
-  const T* mean = d_prob.defined() ? cpu::DenseData<T>(d_prob) : nullptr;
+  const T* pooled = d_prob.defined() ? cpu::DenseData<T>(d_prob) : nullptr;
+  const int64_t group_rows = pooled != nullptr ? std::max<int64_t>(1, p.rows / d_prob.dim(0)) : 1;
   ParallelFor(p.rows, Grain(experts * 16), [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       T* q = out[t];
+      const T* mean = pooled != nullptr ? pooled + t / group_rows * experts : nullptr;
       for (int64_t e = 0; e < experts; ++e) q[e] = mean != nullptr ? mean[e] : T(0);
       T total = 1, shift = 0;
       if (renormalize) {
@@ -76,35 +78,51 @@ void RouteBackward(Tensor d_logits, Tensor d_weight, Tensor d_prob, double z_sca
   });
 }
 
-// Partial sums in double over fixed pieces of tokens, added in order.
+// Pieces of a group's tokens over which the statistics are summed first.
+int64_t GroupPieces(int64_t group_rows, Device device) {
+  return device == Device::kCuda ? cuda::StatisticsPieces(group_rows)
+                                 : (group_rows + kStatisticsTokens - 1) / kStatisticsTokens;
+}
+
+// Partial sums in double over fixed pieces of a group's tokens, added in order.
 template <typename T>
 void Statistics(Tensor prob_sum, Tensor choice_count, Tensor z_sum, Tensor probs, Tensor choice,
                 Tensor logits, Tensor partial) {
   const cpu::Rows<T> p = cpu::RowsOf<T>(probs), in = cpu::RowsOf<T>(logits);
   const cpu::Rows<int32_t> chosen = cpu::RowsOf<int32_t>(choice);
-  const int64_t experts = p.columns;
+  const int64_t experts = p.columns, groups = prob_sum.dim(0), group_rows = p.rows / groups;
+  if (p.rows == 0) return;
   const cpu::Rows<double> sums = cpu::RowsOf<double>(partial);
-  ParallelFor(p.rows, kStatisticsTokens, [&](int64_t begin, int64_t end) {
-    double* sum = sums[begin / kStatisticsTokens];
-    std::fill_n(sum, experts + 1, 0.0);
-    for (int64_t t = begin; t < end; ++t) {
-      for (int64_t e = 0; e < experts; ++e) sum[e] += static_cast<double>(p[t][e]);
-      const double z = cpu::LogSumExp(experts, in[t]);
-      sum[experts] += z * z;
+  const int64_t pieces = sums.rows / groups;
+  ParallelFor(sums.rows, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      double* sum = sums[k];
+      std::fill_n(sum, experts + 1, 0.0);
+      const int64_t first = k / pieces * group_rows, piece = k % pieces * kStatisticsTokens;
+      const int64_t last = first + std::min(group_rows, piece + kStatisticsTokens);
+      for (int64_t t = first + piece; t < last; ++t) {
+        for (int64_t e = 0; e < experts; ++e) sum[e] += static_cast<double>(p[t][e]);
+        const double z = cpu::LogSumExp(experts, in[t]);
+        sum[experts] += z * z;
+      }
     }
   });
-  for (int64_t k = 1; k < sums.rows; ++k) {
-    for (int64_t e = 0; e <= experts; ++e) sums[0][e] += sums[k][e];
+  double z = 0;
+  for (int64_t g = 0; g < groups; ++g) {
+    double* total = sums[g * pieces];
+    for (int64_t k = 1; k < pieces; ++k) {
+      for (int64_t e = 0; e <= experts; ++e) total[e] += sums[g * pieces + k][e];
+    }
+    T* sum = cpu::DenseData<T>(prob_sum) + g * experts;
+    for (int64_t e = 0; e < experts; ++e) sum[e] += static_cast<T>(total[e]);
+    z += total[experts];
   }
-  auto* count = cpu::DenseData<int64_t>(choice_count);
+  z_sum.data<T>()[0] += static_cast<T>(z);
+  auto* counts = cpu::DenseData<int64_t>(choice_count);
   for (int64_t t = 0; t < chosen.rows; ++t) {
+    int64_t* count = counts + t / group_rows * experts;
     for (int64_t j = 0; j < chosen.columns; ++j) ++count[chosen[t][j]];
   }
-  if (p.rows == 0) return;
-  for (int64_t e = 0; e < experts; ++e) {
-    cpu::DenseData<T>(prob_sum)[e] += static_cast<T>(sums[0][e]);
-  }
-  z_sum.data<T>()[0] += static_cast<T>(sums[0][experts]);
 }
 
 // probs and logits [M,E], choice [M,k].
@@ -123,11 +141,21 @@ void CheckExpertRows(const char* op, const Operand& rows, const Operand& own,
   KRAIT_CHECK(rows.tensor.dim(0) >= row_of.numel());
 }
 
-// Choices of expert e over the sublayers [begin, end) of a pool.
-int64_t PoolCount(const cpu::Rows<int64_t>& counts, int64_t begin, int64_t end, int64_t e) {
+// Choices of expert e in every `stride`-th row of [begin, end).
+int64_t CountOf(const cpu::Rows<int64_t>& counts, int64_t begin, int64_t end, int64_t stride,
+                int64_t e) {
   int64_t count = 0;
-  for (int64_t j = begin; j < end; ++j) count += counts[j][e];
+  for (int64_t row = begin; row < end; row += stride) count += counts[row][e];
   return count;
+}
+
+// A group of a pool: the rows begin, begin + groups, ... before end.
+struct PooledRows {
+  int64_t begin, end;
+};
+PooledRows RowsOfPool(const MoeLossShape& shape, int64_t sublayers, int64_t pool, int64_t group) {
+  const int64_t per_pool = sublayers / shape.pools;
+  return {pool * per_pool * shape.groups + group, (pool + 1) * per_pool * shape.groups};
 }
 
 int64_t RoundUp(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -206,7 +234,10 @@ void MoeRouteBackward(Tensor d_logits, Tensor d_weight, Tensor d_prob, double z_
   CheckShape(op.name(), {"d_logits", d_logits}, {tokens, experts});
   CheckShape(op.name(), {"d_weight", d_weight}, {tokens, top_k});
   CheckShape(op.name(), {"weight", weight}, {tokens, top_k});
-  if (d_prob.defined()) CheckDense(op.name(), {"d_prob", d_prob}, {experts});
+  if (d_prob.defined()) {
+    CheckDense(op.name(), {"d_prob", d_prob}, {-1, experts});
+    KRAIT_CHECK(tokens % d_prob.dim(0) == 0);
+  }
   if (op.planning()) return;
   if (ctx.device == Device::kCuda) {
     KRAIT_CUDA(MoeRouteBackward(d_logits, d_weight, d_prob, z_scale, probs, choice, weight, logits,
@@ -229,13 +260,13 @@ void MoeStatistics(Tensor prob_sum, Tensor choice_count, Tensor z_sum, Tensor pr
               {"choice", choice},
               {"logits", logits}});
   CheckRouting(op.name(), logits, probs, choice);
-  CheckDense(op.name(), {"prob_sum", prob_sum}, {probs.dim(1)});
-  CheckDense(op.name(), {"choice_count", choice_count}, {probs.dim(1)});
+  CheckDense(op.name(), {"prob_sum", prob_sum}, {-1, probs.dim(1)});
+  const int64_t groups = prob_sum.dim(0);
+  CheckDense(op.name(), {"choice_count", choice_count}, {groups, probs.dim(1)});
+  KRAIT_CHECK(probs.dim(0) % groups == 0);
   CheckShape(op.name(), {"z_sum", z_sum}, {1});
   const ArenaScope scope(ctx.scratch);
-  const int64_t pieces = ctx.device == Device::kCuda
-                             ? cuda::StatisticsPieces(probs.dim(0))
-                             : (probs.dim(0) + kStatisticsTokens - 1) / kStatisticsTokens;
+  const int64_t pieces = groups * GroupPieces(probs.dim(0) / groups, ctx.device);
   const Tensor partial = ctx.scratch->Alloc(DType::kF64, {pieces, probs.dim(1) + 1});
   if (op.planning()) return;
   if (ctx.device == Device::kCuda) {
@@ -265,28 +296,34 @@ void MoeLossesForward(Tensor aux, Tensor z, Tensor imbalance, Tensor prob_sum, T
     using T = decltype(zero);
     const cpu::Rows<T> probs = cpu::RowsOf<T>(prob_sum);
     const auto counts = cpu::RowsOf<int64_t>(choice_count);
-    const int64_t sublayers = probs.rows, experts = probs.columns;
+    const int64_t groups = shape.groups, sublayers = probs.rows / groups, experts = probs.columns;
+    KRAIT_CHECK(probs.rows % groups == 0 && shape.tokens % groups == 0);
     KRAIT_CHECK(shape.pools == 1 || shape.pools == sublayers);
     KRAIT_CHECK(z_sum.numel() == sublayers && imbalance.numel() == sublayers);
-    const int64_t per_pool = sublayers / shape.pools;
-    const auto n = static_cast<double>(shape.tokens * per_pool);
+    const auto n = static_cast<double>(shape.tokens / groups * (sublayers / shape.pools));
     double aux_loss = 0;
-    for (int64_t pool = 0; pool < shape.pools; ++pool) {
-      const int64_t begin = pool * per_pool, end = begin + per_pool;
+    for (int64_t i = 0; i < shape.pools * groups; ++i) {
+      const PooledRows rows = RowsOfPool(shape, sublayers, i / groups, i % groups);
       double sum = 0;
       for (int64_t e = 0; e < experts; ++e) {
         double prob = 0;
-        for (int64_t j = begin; j < end; ++j) prob += static_cast<double>(probs[j][e]);
-        sum += prob / n * (static_cast<double>(PoolCount(counts, begin, end, e)) / n);
+        for (int64_t row = rows.begin; row < rows.end; row += groups) {
+          prob += static_cast<double>(probs[row][e]);
+        }
+        sum +=
+            prob / n * (static_cast<double>(CountOf(counts, rows.begin, rows.end, groups, e)) / n);
       }
-      aux_loss += static_cast<double>(experts) * sum / static_cast<double>(shape.pools);
+      aux_loss += static_cast<double>(experts) * sum / static_cast<double>(shape.pools * groups);
     }
     aux.data<double>()[0] += aux_loss;
     double z_loss = 0;
     for (int64_t j = 0; j < sublayers; ++j) {
       z_loss += static_cast<double>(cpu::DenseData<T>(z_sum)[j]) /
                 static_cast<double>(shape.tokens * sublayers);
-      const int64_t most = *std::max_element(counts[j], counts[j] + experts);
+      int64_t most = 0;
+      for (int64_t e = 0; e < experts; ++e) {
+        most = std::max(most, CountOf(counts, j * groups, (j + 1) * groups, 1, e));
+      }
       cpu::DenseData<double>(imbalance)[j] +=
           static_cast<double>(most * experts) / static_cast<double>(shape.tokens * shape.top_k);
     }
@@ -307,16 +344,19 @@ void MoeLossesBackward(Tensor d_prob, Tensor choice_count, double scale, const M
     using T = decltype(zero);
     const cpu::Rows<T> out = cpu::RowsOf<T>(d_prob);
     const auto counts = cpu::RowsOf<int64_t>(choice_count);
-    KRAIT_CHECK(shape.pools == 1 || shape.pools == out.rows);
-    const int64_t experts = out.columns, per_pool = out.rows / shape.pools;
-    const auto n = static_cast<double>(shape.tokens * per_pool);
-    for (int64_t pool = 0; pool < shape.pools; ++pool) {
-      const int64_t begin = pool * per_pool, end = begin + per_pool;
+    const int64_t groups = shape.groups, sublayers = out.rows / groups, experts = out.columns;
+    KRAIT_CHECK(out.rows % groups == 0 && shape.tokens % groups == 0);
+    KRAIT_CHECK(shape.pools == 1 || shape.pools == sublayers);
+    const auto n = static_cast<double>(shape.tokens / groups * (sublayers / shape.pools));
+    for (int64_t i = 0; i < shape.pools * groups; ++i) {
+      const PooledRows rows = RowsOfPool(shape, sublayers, i / groups, i % groups);
       for (int64_t e = 0; e < experts; ++e) {
-        const double value = scale * static_cast<double>(experts) *
-                             (static_cast<double>(PoolCount(counts, begin, end, e)) / n) /
-                             (n * static_cast<double>(shape.pools));
-        for (int64_t j = begin; j < end; ++j) out[j][e] = static_cast<T>(value);
+        const auto count = static_cast<double>(CountOf(counts, rows.begin, rows.end, groups, e));
+        const double value = scale * static_cast<double>(experts) * (count / n) /
+                             (n * static_cast<double>(shape.pools * groups));
+        for (int64_t row = rows.begin; row < rows.end; row += groups) {
+          out[row][e] = static_cast<T>(value);
+        }
       }
     }
   });

@@ -31,35 +31,36 @@ void MoeRouteForward(Tensor probs, Tensor choice, Tensor weight, Tensor logits, 
                      const Context& ctx);
 // The gradient of the logits from three sources; overwrites d_logits [M,E]:
 //   d_weight [M,k]: through the combine weights (and the renormalisation);
-//   d_prob [E] or undefined: the aux loss, whose gradient with respect to each token's p_e is
-//     d_prob[e] (MoeLossesBackward);
+//   d_prob [G,E] or undefined: the aux loss, whose gradient with respect to the p_e of each token
+//   of
+//     group g is d_prob[g,e] (MoeLossesBackward); a group is M / G consecutive tokens;
 //   z_scale: the z-loss z = mean_t logsumexp(logits_t)^2 (ST-MoE, 2202.08906): adds
 //     z_scale * 2 * logsumexp(logits_t) * p; 0 = off.
 void MoeRouteBackward(Tensor d_logits, Tensor d_weight, Tensor d_prob, double z_scale, Tensor probs,
                       Tensor choice, Tensor weight, Tensor logits, bool renormalize,
                       const Context& ctx);
 
-// Sums over the tokens at hand, added to: prob_sum [E] += sum_t p_te; choice_count [E] i64 +=
-// number of (t,j) that chose e; z_sum [1] += sum_t logsumexp(logits_t)^2. Ranks add theirs up
-// before the losses are taken.
+// Sums over the tokens at hand, added to. For each of G groups of M / G consecutive tokens:
+// prob_sum [G,E] += sum_t p_te; choice_count [G,E] i64 += number of (t,j) that chose e. Over all:
+// z_sum [1] += sum_t logsumexp(logits_t)^2. Ranks add theirs up before the losses are taken.
 void MoeStatistics(Tensor prob_sum, Tensor choice_count, Tensor z_sum, Tensor probs, Tensor choice,
                    Tensor logits, const Context& ctx);
 
 // The losses of one pass from the statistics of its J MoE sublayers over `tokens` tokens (of all
-// ranks): prob_sum [J,E], choice_count [J,E] i64, z_sum [J]. Mixtral's load-balancing loss as
-// Hugging Face computes it: with means over n tokens,
+// ranks) in G groups: prob_sum [J*G,E], choice_count [J*G,E] i64 (sublayer by sublayer), z_sum [J].
+// Mixtral's load-balancing loss as Hugging Face computes it: with means over n tokens,
 //   aux = E * sum over e of P_e * sum over j of f_je,   P_e = mean p_e, f_je = share of tokens
 //   whose j-th choice is e.
-// pools 1: n are the tokens of all J sublayers together; pools J: those of one, and aux is the mean
-// over sublayers.
+// pools 1: n are the tokens of a group in all J sublayers together; pools J: those of one sublayer.
+// aux is the mean over pools and groups.
 struct MoeLossShape {
-  int64_t tokens = 0, top_k = 0, pools = 1;
+  int64_t tokens = 0, top_k = 0, pools = 1, groups = 1;
 };
-// Added to: aux [1], z [1] (the mean of logsumexp^2) and imbalance [J] (max_e count_e / mean
-// count), all f64.
+// Added to: aux [1], z [1] (the mean of logsumexp^2) and imbalance [J] (max_e count_e / mean count,
+// counted over all groups), all f64.
 void MoeLossesForward(Tensor aux, Tensor z, Tensor imbalance, Tensor prob_sum, Tensor choice_count,
                       Tensor z_sum, const MoeLossShape& shape, const Context& ctx);
-// d_prob [J,E] = scale * the derivative of aux with respect to one token's p_e; the shares f are
+// d_prob [J*G,E] = scale * the derivative of aux with respect to one token's p_e; the shares f are
 // piecewise constant.
 void MoeLossesBackward(Tensor d_prob, Tensor choice_count, double scale, const MoeLossShape& shape,
                        const Context& ctx);

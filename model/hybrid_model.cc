@@ -92,16 +92,17 @@ PassContext HybridModel::MakePass(const Batch& batch, const SequenceState* seque
   return pass;
 }
 
-RouterStats HybridModel::NewRouterStats(Arena* arena) const {
+RouterStats HybridModel::NewRouterStats(int64_t batch, Arena* arena) const {
   RouterStats stats;
   if (moe_count_ == 0) return stats;
+  const int64_t of_group = spec_.moe.aux_sequences;
+  if (of_group > 0 && batch % of_group == 0) stats.groups = batch / of_group;
   const DType wide = Wide(weights_->dtype());
-  stats.prob_sum = arena->Alloc(wide, {moe_count_, spec_.moe.experts});
-  stats.choice_count = arena->Alloc(DType::kI64, {moe_count_, spec_.moe.experts});
+  const int64_t rows = moe_count_ * stats.groups;
+  stats.prob_sum = arena->Alloc(wide, {rows, spec_.moe.experts});
+  stats.choice_count = arena->Alloc(DType::kI64, {rows, spec_.moe.experts});
   stats.z_sum = arena->Alloc(wide, {moe_count_});
-  if (spec_.moe.aux_loss != 0) {
-    stats.d_prob = arena->Alloc(wide, {moe_count_, spec_.moe.experts});
-  }
+  if (spec_.moe.aux_loss != 0) stats.d_prob = arena->Alloc(wide, {rows, spec_.moe.experts});
   return stats;
 }
 
@@ -111,8 +112,11 @@ void HybridModel::ResetRouterStats(const RouterStats& stats, const Context& ctx)
   }
 }
 
-MoeLossShape HybridModel::LossShape(int64_t tokens) const {
-  return {tokens, spec_.moe.top_k, spec_.moe.aux_pool == AuxPool::kModel ? 1 : moe_count_};
+MoeLossShape HybridModel::LossShape(const RouterStats& stats, int64_t tokens) const {
+  return {.tokens = tokens,
+          .top_k = spec_.moe.top_k,
+          .pools = spec_.moe.aux_pool == AuxPool::kModel ? 1 : moe_count_,
+          .groups = stats.groups};
 }
 
 std::unique_ptr<ActivationSet> HybridModel::NewActivations(PassShape shape, Arena* arena) const {
@@ -228,14 +232,14 @@ void HybridModel::RunHead(Tensor x, Tensor targets, Tensor loss_scale, Tensor su
 void HybridModel::AddRouterLosses(const RouterStats& stats, int64_t tokens, Tensor sums,
                                   const Context& ctx) const {
   if (moe_count_ == 0) return;
-  if (groups_ != nullptr) {
+  if (groups_ != nullptr && spec_.moe.aux_sequences == 0) {
     for (const Tensor& sum : {stats.prob_sum, stats.choice_count, stats.z_sum}) {
       groups_->stage->AllReduceSum(sum, ctx);
     }
   }
   MoeLossesForward(sums.Slice(0, kSumAuxLoss, 1), sums.Slice(0, kSumZLoss, 1),
                    sums.Slice(0, kSumImbalance, moe_count_), stats.prob_sum, stats.choice_count,
-                   stats.z_sum, LossShape(tokens), ctx);
+                   stats.z_sum, LossShape(stats, tokens), ctx);
 }
 
 void HybridModel::SetRouterGradients(RouterStats* stats, int64_t tokens, double aux_scale,
@@ -244,7 +248,7 @@ void HybridModel::SetRouterGradients(RouterStats* stats, int64_t tokens, double 
       aux_scale * spec_.moe.z_loss / static_cast<double>(tokens * std::max<int64_t>(1, moe_count_));
   if (!stats->d_prob.defined()) return;
   MoeLossesBackward(stats->d_prob, stats->choice_count, aux_scale * spec_.moe.aux_loss,
-                    LossShape(tokens), ctx);
+                    LossShape(*stats, tokens), ctx);
 }
 
 void HybridModel::Forward(const Batch& batch, Tensor loss_scale, Tensor sums,
@@ -262,7 +266,7 @@ void HybridModel::Forward(const Batch& batch, Tensor loss_scale, Tensor sums,
                 sequence->position_ + seen <= sequence->max_tokens_);
     pass.router = &sequence->router_;
   } else {
-    set.router_ = NewRouterStats(set.arena_);
+    set.router_ = NewRouterStats(batch.shape.batch, set.arena_);
     ResetRouterStats(set.router_, ctx);
     pass.router = &set.router_;
   }
@@ -284,7 +288,7 @@ void HybridModel::Forward(const Batch& batch, Tensor loss_scale, Tensor sums,
 
 void HybridModel::Evaluate(const Batch& batch, Tensor sums, const Context& ctx) {
   const ArenaScope scope(ctx.scratch);
-  RouterStats router = NewRouterStats(ctx.scratch);
+  RouterStats router = NewRouterStats(batch.shape.batch, ctx.scratch);
   ResetRouterStats(router, ctx);
   PassContext pass = MakePass(batch, nullptr, ctx);
   pass.router = &router;
@@ -403,7 +407,7 @@ std::unique_ptr<SequenceState> HybridModel::NewSequence(int64_t batch, int64_t m
         sublayers_[s]->NewState(batch, max_tokens, weights_->dtype(), with_grad, arena, ctx);
   }
   if (with_grad) {
-    sequence->router_ = NewRouterStats(arena);
+    sequence->router_ = NewRouterStats(batch, arena);
     ResetRouterStats(sequence->router_, ctx);
   }
   return sequence;

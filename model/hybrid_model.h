@@ -136,9 +136,11 @@ class HybridModel {
   bool last() const { return range_.end == spec_.sublayers.size(); }
   bool FirstOfLayer(size_t s) const;
   PassContext MakePass(const Batch& batch, const SequenceState* sequence, const Context& ctx) const;
-  RouterStats NewRouterStats(Arena* arena) const;
+  // Of passes of `batch` sequences. Those that are no whole groups of moe.aux_sequences
+  // (evaluation's last pass) are one.
+  RouterStats NewRouterStats(int64_t batch, Arena* arena) const;
   void ResetRouterStats(const RouterStats& stats, const Context& ctx) const;
-  MoeLossShape LossShape(int64_t tokens) const;
+  MoeLossShape LossShape(const RouterStats& stats, int64_t tokens) const;
 
   // Embedding (or h_in), the sublayers and, in the last range, the final norm, whose output goes to
   // final_x [M,D]; otherwise the stream goes to h_out. Keeps in `set` what its mode asks for; null:
@@ -150,7 +152,7 @@ class HybridModel {
   void RunHead(Tensor x, Tensor targets, Tensor loss_scale, Tensor sums, bool with_grad,
                const Context& ctx, const ProbeSink* probe) const;
   // The auxiliary losses of a pass of `tokens` tokens, added to `sums`, once the ranks have added
-  // up their statistics.
+  // up their statistics (not with moe.aux_sequences, whose groups are this rank's own).
   void AddRouterLosses(const RouterStats& stats, int64_t tokens, Tensor sums,
                        const Context& ctx) const;
   // Sets what MoE backwards need of them.

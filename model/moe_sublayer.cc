@@ -59,8 +59,9 @@ void MoeSublayer::Forward(Tensor y, Tensor x, const Weights& weights, Arena* kee
   MoeRouteForward(s.probs, s.choice, s.weight, s.logits, renormalize_, ctx);
   if (pass.router_logits != nullptr) *pass.router_logits = s.logits;
   if (pass.router != nullptr && !pass.recomputing) {
-    MoeStatistics(pass.router->prob_sum.Slice(0, moe_index_, 1).View({experts_}),
-                  pass.router->choice_count.Slice(0, moe_index_, 1).View({experts_}),
+    const int64_t groups = pass.router->groups;
+    MoeStatistics(pass.router->prob_sum.Slice(0, moe_index_ * groups, groups),
+                  pass.router->choice_count.Slice(0, moe_index_ * groups, groups),
                   pass.router->z_sum.Slice(0, moe_index_, 1), s.probs, s.choice, s.logits, ctx);
   }
   MoeSort(s.row_of, s.source, s.offsets, s.choice, ctx);
@@ -107,7 +108,8 @@ void MoeSublayer::Backward(Tensor dx, Tensor dy, Tensor x, const Weights& weight
 
   // Router: through the combine weights, the aux loss and the z-loss.
   Tensor d_prob = pass.router->d_prob;
-  if (d_prob.defined()) d_prob = d_prob.Slice(0, moe_index_, 1).View({experts_});
+  const int64_t groups = pass.router->groups;
+  if (d_prob.defined()) d_prob = d_prob.Slice(0, moe_index_ * groups, groups);
   const Tensor d_logits = ctx.scratch->Alloc(s.logits.dtype(), {m, experts_});
   MoeRouteBackward(d_logits, d_weight, d_prob, pass.router->z_scale, s.probs, s.choice, s.weight,
                    s.logits, renormalize_, ctx);

@@ -44,6 +44,8 @@ struct MoeSpec {
   bool renormalize = false;
   double aux_loss = 0.001, z_loss = 0;
   AuxPool aux_pool = AuxPool::kModel;
+  // Consecutive sequences over which the router's statistics are pooled; 0: all of a pass.
+  int64_t aux_sequences = 0;
 };
 
 enum class InitScheme : uint8_t { kMamba, kHf };

@@ -41,13 +41,15 @@ struct MixerState {
   virtual void Reset(const Context& ctx) = 0;
 };
 
-// Router statistics of one pass. Per MoE sublayer j (in order) one row.
+// Router statistics of one pass, whose sequences lie in `groups` groups: each MoE sublayer j (in
+// order) has a row for each of them.
 struct RouterStats {
-  Tensor prob_sum;      // [moe_count,E] sum over tokens of p_e; Wide
-  Tensor choice_count;  // [moe_count,E] i64
+  int64_t groups = 1;
+  Tensor prob_sum;      // [moe_count*groups,E] sum over tokens of p_e; Wide
+  Tensor choice_count;  // [moe_count*groups,E] i64
   Tensor z_sum;         // [moe_count] sum over tokens of logsumexp^2; Wide
   // Set by HybridModel between forward and backward: the gradient of the loss with respect to one
-  // token's p_e, [moe_count,E] (undefined: no aux loss), and the factor of the z-loss.
+  // token's p_e, [moe_count*groups,E] (undefined: no aux loss), and the factor of the z-loss.
   Tensor d_prob;
   double z_scale = 0;
 };

@@ -61,10 +61,11 @@ __global__ void __launch_bounds__(kThreads)
 
 // See kernels/moe.cc, RouteBackward, for the formula.
 __global__ void __launch_bounds__(kThreads)
-    RouteBackwardKernel(Rows<float> d_logits, Rows<const float> d_weight, const float* d_prob,
-                        float z_scale, Rows<const float> probs, Rows<const int32_t> choice,
-                        Rows<const float> weight, Rows<const float> logits, int64_t tokens,
-                        int experts, int top_k, bool renormalize) {
+    RouteBackwardKernel(Rows<float> d_logits, Rows<const float> d_weight, const float* d_probs,
+                        int64_t group_rows, float z_scale, Rows<const float> probs,
+                        Rows<const int32_t> choice, Rows<const float> weight,
+                        Rows<const float> logits, int64_t tokens, int experts, int top_k,
+                        bool renormalize) {
   const int64_t t = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (t >= tokens) return;
   const float* const p = probs[t];
@@ -78,6 +79,7 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   float* const q = d_logits[t];
+  const float* const d_prob = d_probs != nullptr ? d_probs + t / group_rows * experts : nullptr;
   for (int e = 0; e < experts; ++e) q[e] = d_prob != nullptr ? d_prob[e] : 0.0f;
   for (int j = 0; j < top_k; ++j) q[chosen[j]] += (d_weight[t][j] - shift) / total;
   float inner = 0.0f;
@@ -86,14 +88,18 @@ __global__ void __launch_bounds__(kThreads)
   for (int e = 0; e < experts; ++e) q[e] = p[e] * (q[e] - inner + z);
 }
 
-// Block b: the sums over its tokens, partial[b] = sum of p per expert, then that of lse^2; counts
-// are integers, so their order does not matter.
+// Block b, of `pieces` per group: the sums over its tokens, partial[b] = sum of p per expert, then
+// that of lse^2; counts are integers, so their order does not matter.
 __global__ void __launch_bounds__(kThreads)
     StatisticsKernel(Rows<double> partial, unsigned long long* choice_count,
                      Rows<const float> probs, Rows<const int32_t> choice, Rows<const float> logits,
-                     int64_t tokens, int64_t per_block, int experts, int top_k) {
+                     int64_t group_rows, int64_t pieces, int64_t per_block, int experts,
+                     int top_k) {
   __shared__ double sums[kThreads];
-  const int64_t begin = blockIdx.x * per_block, end = min(tokens, begin + per_block);
+  const int64_t group = blockIdx.x / pieces, first = group * group_rows;
+  const int64_t begin = min(first + blockIdx.x % pieces * per_block, first + group_rows);
+  const int64_t end = min(begin + per_block, first + group_rows);
+  choice_count += group * experts;
   for (int e = 0; e <= experts; ++e) {
     double sum = 0.0;
     for (int64_t t = begin + threadIdx.x; t < end; t += kThreads) {
@@ -118,45 +124,70 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// Block g: the sums of group g; the last one that of z over all groups.
 __global__ void AddStatisticsKernel(float* prob_sum, float* z_sum, Rows<const double> partial,
-                                    int64_t blocks, int experts) {
-  for (int e = threadIdx.x; e <= experts; e += blockDim.x) {
+                                    int64_t pieces, int experts) {
+  const int64_t group = blockIdx.x, groups = gridDim.x - 1;
+  if (group == groups) {
+    if (threadIdx.x > 0) return;
+    double total = 0.0;
+    for (int64_t g = 0; g < groups; ++g) {
+      double sum = 0.0;
+      for (int64_t b = 0; b < pieces; ++b) sum += partial[g * pieces + b][experts];
+      total += sum;
+    }
+    *z_sum += static_cast<float>(total);
+    return;
+  }
+  for (int e = threadIdx.x; e < experts; e += blockDim.x) {
     double sum = 0.0;
-    for (int64_t b = 0; b < blocks; ++b) sum += partial[b][e];
-    float* const to = e < experts ? &prob_sum[e] : z_sum;
-    *to += static_cast<float>(sum);
+    for (int64_t b = 0; b < pieces; ++b) sum += partial[group * pieces + b][e];
+    prob_sum[group * experts + e] += static_cast<float>(sum);
   }
 }
 
-// Few numbers: one thread, in the order of the CPU version.
-__global__ void LossesForwardKernel(double* aux, double* z, double* imbalance,
-                                    Rows<const float> prob_sum, Rows<const int64_t> choice_count,
-                                    const float* z_sum, int64_t sublayers, int64_t experts,
-                                    MoeLossShape shape) {
-  const int64_t per_pool = sublayers / shape.pools;
-  const double n = static_cast<double>(shape.tokens * per_pool);
-  double aux_loss = 0.0;
-  for (int64_t pool = 0; pool < shape.pools; ++pool) {
+// One block; thread i takes pools and groups i, i + kThreads, ... and the first one adds up.
+__global__ void __launch_bounds__(kThreads)
+    LossesForwardKernel(double* aux, double* z, double* imbalance, Rows<const float> prob_sum,
+                        Rows<const int64_t> choice_count, const float* z_sum, int64_t sublayers,
+                        int64_t experts, MoeLossShape shape) {
+  __shared__ double parts[kThreads];
+  const int64_t groups = shape.groups, per_pool = sublayers / shape.pools;
+  const double n = static_cast<double>(shape.tokens / groups * per_pool);
+  double part = 0.0;
+  for (int64_t i = threadIdx.x; i < shape.pools * groups; i += kThreads) {
+    const int64_t pool = i / groups, begin = pool * per_pool * groups + i % groups;
     double sum = 0.0;
     for (int64_t e = 0; e < experts; ++e) {
       double prob = 0.0;
       int64_t count = 0;
-      for (int64_t j = pool * per_pool; j < (pool + 1) * per_pool; ++j) {
-        prob += static_cast<double>(prob_sum[j][e]);
-        count += choice_count[j][e];
+      for (int64_t row = begin; row < (pool + 1) * per_pool * groups; row += groups) {
+        prob += static_cast<double>(prob_sum[row][e]);
+        count += choice_count[row][e];
       }
       sum += prob / n * (static_cast<double>(count) / n);
     }
-    aux_loss += static_cast<double>(experts) * sum / static_cast<double>(shape.pools);
+    part += static_cast<double>(experts) * sum / static_cast<double>(shape.pools * groups);
   }
+  parts[threadIdx.x] = part;
+  for (int64_t j = threadIdx.x; j < sublayers; j += kThreads) {
+    int64_t most = 0;
+    for (int64_t e = 0; e < experts; ++e) {
+      int64_t count = 0;
+      for (int64_t g = 0; g < groups; ++g) count += choice_count[j * groups + g][e];
+      most = max(most, count);
+    }
+    imbalance[j] +=
+        static_cast<double>(most * experts) / static_cast<double>(shape.tokens * shape.top_k);
+  }
+  __syncthreads();
+  if (threadIdx.x > 0) return;
+  double aux_loss = 0.0;
+  for (int i = 0; i < kThreads; ++i) aux_loss += parts[i];
   *aux += aux_loss;
   double z_loss = 0.0;
   for (int64_t j = 0; j < sublayers; ++j) {
     z_loss += static_cast<double>(z_sum[j]) / static_cast<double>(shape.tokens * sublayers);
-    int64_t most = 0;
-    for (int64_t e = 0; e < experts; ++e) most = max(most, choice_count[j][e]);
-    imbalance[j] +=
-        static_cast<double>(most * experts) / static_cast<double>(shape.tokens * shape.top_k);
   }
   *z += z_loss;
 }
@@ -164,17 +195,17 @@ __global__ void LossesForwardKernel(double* aux, double* z, double* imbalance,
 __global__ void LossesBackwardKernel(Rows<float> d_prob, Rows<const int64_t> choice_count,
                                      double scale, int64_t sublayers, int64_t experts,
                                      MoeLossShape shape) {
-  const int64_t per_pool = sublayers / shape.pools;
-  const double n = static_cast<double>(shape.tokens * per_pool);
-  for (int64_t i = threadIdx.x; i < shape.pools * experts; i += blockDim.x) {
-    const int64_t pool = i / experts, e = i % experts;
+  const int64_t groups = shape.groups, per_pool = sublayers / shape.pools;
+  const double n = static_cast<double>(shape.tokens / groups * per_pool);
+  for (int64_t i = threadIdx.x; i < shape.pools * groups * experts; i += blockDim.x) {
+    const int64_t pool = i / experts / groups, e = i % experts;
+    const int64_t begin = pool * per_pool * groups + i / experts % groups;
+    const int64_t end = (pool + 1) * per_pool * groups;
     int64_t count = 0;
-    for (int64_t j = pool * per_pool; j < (pool + 1) * per_pool; ++j) count += choice_count[j][e];
+    for (int64_t row = begin; row < end; row += groups) count += choice_count[row][e];
     const double value = scale * static_cast<double>(experts) * (static_cast<double>(count) / n) /
-                         (n * static_cast<double>(shape.pools));
-    for (int64_t j = pool * per_pool; j < (pool + 1) * per_pool; ++j) {
-      d_prob[j][e] = static_cast<float>(value);
-    }
+                         (n * static_cast<double>(shape.pools * groups));
+    for (int64_t row = begin; row < end; row += groups) d_prob[row][e] = static_cast<float>(value);
   }
 }
 
@@ -209,6 +240,7 @@ void MoeRouteBackward(Tensor d_logits, Tensor d_weight, Tensor d_prob, double z_
   Launch("MoeRouteBackward", RouteBackwardKernel, Blocks(tokens), dim3(kThreads), 0, ctx,
          RowsOf<float>(d_logits), RowsOf<const float>(d_weight),
          static_cast<const float*>(d_prob.defined() ? d_prob.device_data<float>() : nullptr),
+         d_prob.defined() ? std::max<int64_t>(1, tokens / d_prob.dim(0)) : 1,
          static_cast<float>(z_scale), RowsOf<const float>(probs), RowsOf<const int32_t>(choice),
          RowsOf<const float>(weight), RowsOf<const float>(logits), tokens,
          static_cast<int>(experts), static_cast<int>(top_k), renormalize);
@@ -216,32 +248,35 @@ void MoeRouteBackward(Tensor d_logits, Tensor d_weight, Tensor d_prob, double z_
 
 void MoeStatistics(Tensor prob_sum, Tensor choice_count, Tensor z_sum, Tensor probs, Tensor choice,
                    Tensor logits, Tensor partial, const Context& ctx) {
-  const int64_t tokens = probs.dim(0), experts = probs.dim(1);
+  const int64_t tokens = probs.dim(0), experts = probs.dim(1), groups = prob_sum.dim(0);
   if (tokens == 0) return;
-  const int64_t per_block = (tokens + partial.dim(0) - 1) / partial.dim(0);
-  const int64_t blocks = (tokens + per_block - 1) / per_block;
-  Launch("MoeStatistics", StatisticsKernel, blocks, dim3(kThreads), 0, ctx, RowsOf<double>(partial),
+  const int64_t group_rows = tokens / groups, planned = partial.dim(0) / groups;
+  const int64_t per_block = (group_rows + planned - 1) / planned;
+  const int64_t pieces = (group_rows + per_block - 1) / per_block;
+  Launch("MoeStatistics", StatisticsKernel, groups * pieces, dim3(kThreads), 0, ctx,
+         RowsOf<double>(partial),
          reinterpret_cast<unsigned long long*>(choice_count.device_data<int64_t>()),
          RowsOf<const float>(probs), RowsOf<const int32_t>(choice), RowsOf<const float>(logits),
-         tokens, per_block, static_cast<int>(experts), static_cast<int>(choice.dim(1)));
-  Launch("MoeStatistics sums", AddStatisticsKernel, 1, dim3(kThreads), 0, ctx,
+         group_rows, pieces, per_block, static_cast<int>(experts),
+         static_cast<int>(choice.dim(1)));
+  Launch("MoeStatistics sums", AddStatisticsKernel, groups + 1, dim3(kThreads), 0, ctx,
          prob_sum.device_data<float>(), z_sum.device_data<float>(), RowsOf<const double>(partial),
-         blocks, static_cast<int>(experts));
+         pieces, static_cast<int>(experts));
 }
 
 void MoeLossesForward(Tensor aux, Tensor z, Tensor imbalance, Tensor prob_sum, Tensor choice_count,
                       Tensor z_sum, const MoeLossShape& shape, const Context& ctx) {
-  Launch("MoeLossesForward", LossesForwardKernel, 1, dim3(1), 0, ctx, aux.device_data<double>(),
+  Launch("MoeLossesForward", LossesForwardKernel, 1, dim3(kThreads), 0, ctx, aux.device_data<double>(),
          z.device_data<double>(), imbalance.device_data<double>(), RowsOf<const float>(prob_sum),
          RowsOf<const int64_t>(choice_count), static_cast<const float*>(z_sum.device_data<float>()),
-         prob_sum.dim(0), prob_sum.dim(1), shape);
+         z_sum.numel(), prob_sum.dim(1), shape);
 }
 
 void MoeLossesBackward(Tensor d_prob, Tensor choice_count, double scale, const MoeLossShape& shape,
                        const Context& ctx) {
   Launch("MoeLossesBackward", LossesBackwardKernel, 1, dim3(kThreads), 0, ctx,
-         RowsOf<float>(d_prob), RowsOf<const int64_t>(choice_count), scale, d_prob.dim(0),
-         d_prob.dim(1), shape);
+         RowsOf<float>(d_prob), RowsOf<const int64_t>(choice_count), scale,
+         d_prob.dim(0) / shape.groups, d_prob.dim(1), shape);
 }
 
 void MoeSort(Tensor row_of, Tensor source, Tensor offsets, Tensor choice, Tensor counts,

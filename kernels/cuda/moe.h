@@ -25,7 +25,7 @@ void MoeRouteForward(Tensor probs, Tensor choice, Tensor weight, Tensor logits, 
 void MoeRouteBackward(Tensor d_logits, Tensor d_weight, Tensor d_prob, double z_scale, Tensor probs,
                       Tensor choice, Tensor weight, Tensor logits, bool renormalize,
                       const Context& ctx);
-// partial [StatisticsPieces(tokens), E + 1] f64.
+// partial [groups * StatisticsPieces(tokens of a group), E + 1] f64.
 inline int64_t StatisticsPieces(int64_t tokens) { return std::clamp<int64_t>(tokens / 64, 1, 256); }
 void MoeStatistics(Tensor prob_sum, Tensor choice_count, Tensor z_sum, Tensor probs, Tensor choice,
                    Tensor logits, Tensor partial, const Context& ctx);

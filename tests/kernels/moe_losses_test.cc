@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "kernels/moe.h"
@@ -76,42 +78,46 @@ TEST(Router, BFloat16ActivationsAndFloatWeights) {
 
 // Statistics of J sublayers with E experts over n tokens, k choices each.
 struct Losses {
-  int64_t sublayers, experts, tokens = 20, top_k = 2;
+  int64_t sublayers, experts, groups, tokens = 20, top_k = 2;
   Buf prob_sum, choice_count, z_sum, aux, z, imbalance, d_prob;
 
-  Losses(DType dtype, int64_t j, int64_t e)
+  Losses(DType dtype, int64_t j, int64_t e, int64_t g = 1)
       : sublayers(j),
         experts(e),
-        prob_sum(dtype, {j, e}),
-        choice_count(kI64, {j, e}),
+        groups(g),
+        prob_sum(dtype, {j * g, e}),
+        choice_count(kI64, {j * g, e}),
         z_sum(dtype, {j}),
         aux(kF64, {1}),
         z(kF64, {1}),
         imbalance(kF64, {j}),
-        d_prob(dtype, {j, e}) {
+        d_prob(dtype, {j * g, e}) {
     prob_sum.FillNormal(1, 1, 20.0 / static_cast<double>(e));
     choice_count.FillIntegers(2, 0, 17);
     z_sum.FillNormal(3, 1, 50);
   }
-  MoeLossShape Shape(int64_t pools) const { return {tokens, top_k, pools}; }
+  MoeLossShape Shape(int64_t pools) const { return {tokens, top_k, pools, groups}; }
   void Forward(int64_t pools, const Context& ctx) {
     MoeLossesForward(aux, z, imbalance, prob_sum, choice_count, z_sum, Shape(pools), ctx);
   }
 };
 
-// E * sum_e P_e * sum_j f_je with means over the tokens of a pool; the mean over pools.
+// E * sum_e P_e * sum_j f_je with means over the tokens of a pool in a group; the mean over both.
 double TextbookAux(const Losses& l, int64_t pools) {
   const int64_t per_pool = l.sublayers / pools;
-  const auto n = static_cast<double>(l.tokens * per_pool);
+  const auto n = static_cast<double>(l.tokens / l.groups * per_pool);
+  const auto parts = static_cast<double>(pools * l.groups);
   double aux = 0;
   for (int64_t pool = 0; pool < pools; ++pool) {
-    for (int64_t e = 0; e < l.experts; ++e) {
-      double prob = 0, count = 0;
-      for (int64_t j = pool * per_pool; j < (pool + 1) * per_pool; ++j) {
-        prob += Get(l.prob_sum, j * l.experts + e);
-        count += Get(l.choice_count, j * l.experts + e);
+    for (int64_t g = 0; g < l.groups; ++g) {
+      for (int64_t e = 0; e < l.experts; ++e) {
+        double prob = 0, count = 0;
+        for (int64_t j = pool * per_pool; j < (pool + 1) * per_pool; ++j) {
+          prob += Get(l.prob_sum, (j * l.groups + g) * l.experts + e);
+          count += Get(l.choice_count, (j * l.groups + g) * l.experts + e);
+        }
+        aux += static_cast<double>(l.experts) * prob / n * count / n / parts;
       }
-      aux += static_cast<double>(l.experts) * prob / n * count / n / static_cast<double>(pools);
     }
   }
   return aux;
@@ -120,9 +126,10 @@ double TextbookAux(const Losses& l, int64_t pools) {
 TEST(MoeLosses, AreTheFormulasAndAreAddedTo) {
   const TestContext ctx;
   for (const DType dtype : {kF32, kF64}) {
-    for (const auto& [sublayers, experts] : {std::pair<int64_t, int64_t>{1, 1}, {1, 5}, {3, 6}}) {
+    for (const auto& [sublayers, experts, groups] :
+         {std::tuple<int64_t, int64_t, int64_t>{1, 1, 1}, {1, 5, 1}, {3, 6, 1}, {3, 6, 4}}) {
       for (const int64_t pools : {int64_t{1}, sublayers}) {
-        Losses l(dtype, sublayers, experts);
+        Losses l(dtype, sublayers, experts, groups);
         l.aux.Fill(2), l.z.Fill(3), l.imbalance.Fill(4);
         l.Forward(pools, ctx);
         EXPECT_NEAR(Get(l.aux, 0), 2 + TextbookAux(l, pools), 1e-13);
@@ -132,7 +139,11 @@ TEST(MoeLosses, AreTheFormulasAndAreAddedTo) {
         }
         EXPECT_NEAR(Get(l.z, 0), 3 + z, 1e-13);
         for (int64_t j = 0; j < sublayers; ++j) {
-          const std::vector<double> counts = Values(l.choice_count.tensor().Slice(0, j, 1));
+          std::vector<double> counts(static_cast<size_t>(experts));
+          for (int64_t i = 0; i < groups * experts; ++i) {
+            counts[static_cast<size_t>(i % experts)] +=
+                Get(l.choice_count, j * groups * experts + i);
+          }
           // The mean count is that of all choices: k n / E.
           const double mean =
               static_cast<double>(l.tokens * l.top_k) / static_cast<double>(experts);
@@ -161,8 +172,8 @@ TEST(MoeLosses, EvenRouting) {
 TEST(MoeLosses, BackwardIsTheDerivative) {
   const TestContext ctx;
   const double scale = 0.7;
-  for (const int64_t pools : {1, 3}) {
-    Losses l(kF64, 3, 5);
+  for (const auto& [pools, groups] : {std::pair{1, 1}, {3, 1}, {1, 4}, {3, 4}}) {
+    Losses l(kF64, 3, 5, groups);
     l.d_prob.Fill(std::nan(""));
     MoeLossesBackward(l.d_prob, l.choice_count, scale, l.Shape(pools), ctx);
     CheckGradients(
@@ -172,7 +183,7 @@ TEST(MoeLosses, BackwardIsTheDerivative) {
           return scale * Get(l.aux, 0);
         },
         {{"prob_sum", l.prob_sum, l.d_prob}});
-    Losses f(kF32, 3, 5);
+    Losses f(kF32, 3, 5, groups);
     MoeLossesBackward(f.d_prob, f.choice_count, scale, f.Shape(pools), ctx);
     EXPECT_LE(RelativeError(f.d_prob, l.d_prob), 0x1p-24);  // rounded once
   }

@@ -152,7 +152,7 @@ TEST(MoeRoute, GradientsInDouble) {
                      std::to_string(losses));
         Routing r(kF64, shape);
         r.FillWithGaps();
-        Buf d_weight(kF64, {shape.tokens, shape.top_k}), d_prob(kF64, {shape.experts});
+        Buf d_weight(kF64, {shape.tokens, shape.top_k}), d_prob(kF64, {1, shape.experts});
         d_weight.FillNormal(2);
         d_prob.FillNormal(3);
         const bool aux = (losses & 1) != 0;
@@ -184,13 +184,61 @@ TEST(MoeRoute, GradientsInDouble) {
   }
 }
 
+// Groups of tokens are what their tokens are alone, bit for bit; z is that of all.
+TEST(MoeStatistics, GroupsAreThoseOfTheirTokens) {
+  const TestContext ctx;
+  const Shape shape{600, 5, 2};
+  Routing r(kF32, shape);
+  r.Forward(false, ctx);
+  for (const int64_t groups : {1, 3, 4, 600}) {
+    const int64_t rows = shape.tokens / groups;
+    Buf prob_sum(kF32, {groups, 5}), count(DType::kI64, {groups, 5}), z_sum(kF32, {1});
+    prob_sum.Fill(1), count.Fill(2), z_sum.Fill(3);
+    MoeStatistics(prob_sum, count, z_sum, r.probs, r.choice, r.logits, ctx);
+    double z = 3;
+    for (int64_t g = 0; g < groups; ++g) {
+      Buf own(kF32, {1, 5}), own_count(DType::kI64, {1, 5}), own_z(kF32, {1});
+      own.Fill(1), own_count.Fill(2);
+      const auto part = [&](const Buf& all) { return all.tensor().Slice(0, g * rows, rows); };
+      MoeStatistics(own, own_count, own_z, part(r.probs), part(r.choice), part(r.logits), ctx);
+      EXPECT_EQ(Values(prob_sum.tensor().Slice(0, g, 1)), Values(own)) << g << " of " << groups;
+      EXPECT_EQ(Values(count.tensor().Slice(0, g, 1)), Values(own_count)) << g << " of " << groups;
+      z += Get(own_z, 0);
+    }
+    EXPECT_NEAR(Get(z_sum, 0), z, 1e-5 * z);
+  }
+}
+
+// Each group's tokens get the gradient of their own statistics.
+TEST(MoeRoute, BackwardTakesTheGroupsGradient) {
+  const TestContext ctx;
+  const Shape shape{12, 5, 2};
+  Routing r(kF64, shape);
+  r.Forward(true, ctx);
+  Buf d_weight(kF64, {12, 2}), d_prob(kF64, {3, 5});
+  d_weight.FillNormal(2), d_prob.FillNormal(3);
+  MoeRouteBackward(r.d_logits, d_weight, d_prob, 0.1, r.probs, r.choice, r.weight, r.logits, true,
+                   ctx);
+  const std::vector<double> together = Values(r.d_logits);
+  std::vector<double> apart;
+  for (int64_t g = 0; g < 3; ++g) {
+    const auto part = [&](const Buf& all) { return all.tensor().Slice(0, g * 4, 4); };
+    MoeRouteBackward(part(r.d_logits), part(d_weight), d_prob.tensor().Slice(0, g, 1), 0.1,
+                     part(r.probs), part(r.choice), part(r.weight), part(r.logits), true, ctx);
+    const std::vector<double> values = Values(part(r.d_logits));
+    apart.insert(apart.end(), values.begin(), values.end());
+  }
+  EXPECT_EQ(together, apart);
+}
+
 TEST(MoeStatistics, AddsSumsOverTokens) {
   const TestContext ctx;
   for (const Shape shape : Shapes()) {
     for (const DType type : {kF32, kF64}) {
       Routing r(type, shape);
       r.Forward(false, ctx);
-      Buf prob_sum(type, {shape.experts}), count(DType::kI64, {shape.experts}), z_sum(type, {1});
+      Buf prob_sum(type, {1, shape.experts}), count(DType::kI64, {1, shape.experts}),
+          z_sum(type, {1});
       prob_sum.Fill(1);
       count.Fill(2);
       z_sum.Fill(3);
@@ -482,7 +530,8 @@ TEST(Moe, ThreadsDoNotChangeABit) {
       WeightedSwiGluBackward(p.d_gate_up, p.weighted, {p.weight, p.d_weight, p.sorted.source},
                              p.product, p.gate_up, ctx);
       MoePermuteBackward(p.dx, p.outputs, p.sorted.row_of, false, ctx);
-      Buf prob_sum(kF32, {shape.experts}), count(DType::kI64, {shape.experts}), z_sum(kF32, {1});
+      Buf prob_sum(kF32, {1, shape.experts}), count(DType::kI64, {1, shape.experts}),
+          z_sum(kF32, {1});
       MoeStatistics(prob_sum, count, z_sum, r.probs, r.choice, r.logits, ctx);
       MoeRouteBackward(r.d_logits, p.d_weight, prob_sum, 0.1, r.probs, r.choice, r.weight, r.logits,
                        true, ctx);
@@ -501,7 +550,7 @@ TEST(Moe, ThreadsDoNotChangeABit) {
 TEST(Moe, PlanningTakesTheSameScratchAndTouchesNothing) {
   const Shape shape{300, 4, 2};
   Routing r(kF32, shape);
-  Buf prob_sum(kF32, {4}), count(DType::kI64, {4}), z_sum(kF32, {1});
+  Buf prob_sum(kF32, {1, 4}), count(DType::kI64, {1, 4}), z_sum(kF32, {1});
   Arena measured("measured");
   Context plan;
   plan.planning = true;

@@ -66,6 +66,18 @@ TEST(HybridGradients, PooledPerLayerWithZLossRenormalisedTiedRope) {
   Check(spec, TestBatch(2, 5, spec.vocab_size, 2, {{}, {2}}), Recompute::kLayer);
 }
 
+// Statistics pooled over one sequence, and over two, of four in a pass.
+TEST(HybridGradients, RouterStatisticsOfSequences) {
+  for (const int64_t sequences : {1, 2}) {
+    ModelSpec spec = testing::TinySpec("mE aE", 2);
+    spec.moe.aux_loss = 0.1;
+    spec.moe.z_loss = 0.05;
+    spec.moe.aux_sequences = sequences;
+    spec.moe.aux_pool = sequences == 1 ? AuxPool::kModel : AuxPool::kLayer;
+    Check(spec, TestBatch(4, 3, spec.vocab_size, 5), Recompute::kNone);
+  }
+}
+
 TEST(HybridGradients, ZLossAloneNoInnerNormsWithBiases) {
   ModelSpec spec = testing::TinySpec("mE m", 2);
   spec.moe.aux_loss = 0;

@@ -13,11 +13,11 @@ struct Shape {
   int64_t tokens, experts, top_k;
 };
 
-void AddRouting(const Shape& s, std::vector<OpCase>* cases) {
+void AddRouting(const Shape& s, int64_t groups, std::vector<OpCase>* cases) {
   const std::vector<int64_t> all = {s.tokens, s.experts}, chosen = {s.tokens, s.top_k};
   for (const bool renormalize : {false, true}) {
     const std::string what =
-        Sizes({s.tokens, s.experts, s.top_k}) + (renormalize ? " renormalised" : "");
+        Sizes({s.tokens, s.experts, s.top_k, groups}) + (renormalize ? " renormalised" : "");
     cases->push_back(OpCase("MoeRouteForward", what)
                          .Out("probs", kWide, all, Sum(s.experts))
                          .Pad(1)
@@ -38,7 +38,7 @@ void AddRouting(const Shape& s, std::vector<OpCase>* cases) {
       OpCase c("MoeRouteBackward", what + (losses ? " with losses" : ""));
       c.Out("d_logits", kWide, all, Sum(s.experts, 8)).Pad(3);
       c.In("d_weight", kWide, chosen, Normal(2));
-      if (losses) c.In("d_prob", kWide, {s.experts}, Normal(3));
+      if (losses) c.In("d_prob", kWide, {groups, s.experts}, Normal(3));
       c.In("probs", kWide, all, List(Values(probs)))
           .In("choice", kI32, chosen, List(Values(choice)))
           .In("weight", kWide, chosen, List(Values(weight)))
@@ -52,8 +52,8 @@ void AddRouting(const Shape& s, std::vector<OpCase>* cases) {
     }
     if (renormalize) continue;
     cases->push_back(OpCase("MoeStatistics", what)
-                         .InOut("prob_sum", kWide, {s.experts}, Constant(1), Sum(4))
-                         .InOut("choice_count", kI64, {s.experts}, Constant(2), Exact())
+                         .InOut("prob_sum", kWide, {groups, s.experts}, Constant(1), Sum(4))
+                         .InOut("choice_count", kI64, {groups, s.experts}, Constant(2), Exact())
                          .InOut("z_sum", kWide, {1}, Constant(3), Sum(s.experts))
                          .In("probs", kWide, all, List(Values(probs)))
                          .Pad(2)
@@ -76,11 +76,12 @@ void AddRouting(const Shape& s, std::vector<OpCase>* cases) {
   }
 }
 
-void AddLosses(int64_t sublayers, int64_t experts, std::vector<OpCase>* cases) {
-  const std::vector<int64_t> all = {sublayers, experts};
+void AddLosses(int64_t sublayers, int64_t experts, int64_t groups, std::vector<OpCase>* cases) {
+  const std::vector<int64_t> all = {sublayers * groups, experts};
   for (int64_t pools = 1; pools <= sublayers; pools += std::max<int64_t>(1, sublayers - 1)) {
-    const std::string what = Sizes({sublayers, experts}) + " pools " + std::to_string(pools);
-    const MoeLossShape shape{20, 2, pools};
+    const std::string what =
+        Sizes({sublayers, experts, groups}) + " pools " + std::to_string(pools);
+    const MoeLossShape shape{20 * groups, 2, pools, groups};
     cases->push_back(OpCase("MoeLossesForward", what)
                          .InOut("aux", kF64, {1}, Constant(1), Sum(1))
                          .InOut("z", kF64, {1}, Constant(2), Sum(1))
@@ -181,10 +182,14 @@ Initial SortedRows::Rows(Initial initial, double unused) const {
 void AddMoeCases(std::vector<OpCase>* cases) {
   for (const Shape& s : {Shape{0, 3, 2}, Shape{1, 1, 1}, Shape{1, 4, 2}, Shape{7, 5, 3},
                          Shape{40, 16, 2}, Shape{9, 33, 5}, Shape{300, 8, 1}}) {
-    AddRouting(s, cases);
+    AddRouting(s, /*groups=*/1, cases);
   }
-  AddLosses(1, 1, cases);
-  AddLosses(3, 6, cases);
+  AddRouting({40, 16, 2}, /*groups=*/8, cases);
+  AddRouting({900, 8, 1}, /*groups=*/3, cases);
+  AddLosses(1, 1, /*groups=*/1, cases);
+  AddLosses(3, 6, /*groups=*/1, cases);
+  AddLosses(3, 6, /*groups=*/4, cases);
+  AddLosses(70, 3, /*groups=*/2, cases);  // more pools than a block has threads
   AddPath(SortedRows(1, 1), 3, 2, cases);
   AddPath(SortedRows(13, 2), 33, 1, cases);
   AddPath(SortedRows(50, 3), 64, 8, cases);
