@@ -1,28 +1,37 @@
 #include "kernels/cpu/gemm.h"
 
-#include <cblas.h>
-
 #include <algorithm>
 
 #include "kernels/base/check.h"
 #include "kernels/base/parallel_for.h"
+#include "kernels/cpu/blas.h"
 #include "kernels/cpu/vector_math.h"
 
 namespace krait::cpu {
 namespace {
 
-CBLAS_TRANSPOSE Op(bool transposed) { return transposed ? CblasTrans : CblasNoTrans; }
-
-void Blas(int m, int n, int k, float scale, Matrix<float> a, Matrix<float> b, float beta, float* c,
-          int c_stride) {
-  cblas_sgemm(CblasRowMajor, Op(a.transposed), Op(b.transposed), m, n, k, scale, a.data,
-              static_cast<int>(a.stride), b.data, static_cast<int>(b.stride), beta, c, c_stride);
+const Blas& Loaded() {
+  static const Blas blas = [] {
+    const absl::StatusOr<Blas> loaded = LoadBlas();
+    if (!loaded.ok())
+      Fatal(ExitCodeOf(loaded.status()), __FILE__, __LINE__, MessageOf(loaded.status()));
+    return *loaded;
+  }();
+  return blas;
 }
 
-void Blas(int m, int n, int k, double scale, Matrix<double> a, Matrix<double> b, double beta,
-          double* c, int c_stride) {
-  cblas_dgemm(CblasRowMajor, Op(a.transposed), Op(b.transposed), m, n, k, scale, a.data,
-              static_cast<int>(a.stride), b.data, static_cast<int>(b.stride), beta, c, c_stride);
+CBLAS_TRANSPOSE Op(bool transposed) { return transposed ? CblasTrans : CblasNoTrans; }
+
+void Product(int m, int n, int k, float scale, Matrix<float> a, Matrix<float> b, float beta,
+             float* c, int c_stride) {
+  Loaded().sgemm(CblasRowMajor, Op(a.transposed), Op(b.transposed), m, n, k, scale, a.data,
+                 static_cast<int>(a.stride), b.data, static_cast<int>(b.stride), beta, c, c_stride);
+}
+
+void Product(int m, int n, int k, double scale, Matrix<double> a, Matrix<double> b, double beta,
+             double* c, int c_stride) {
+  Loaded().dgemm(CblasRowMajor, Op(a.transposed), Op(b.transposed), m, n, k, scale, a.data,
+                 static_cast<int>(a.stride), b.data, static_cast<int>(b.stride), beta, c, c_stride);
 }
 
 template <typename T>
@@ -70,10 +79,11 @@ void Gemm(int64_t m, int64_t n, int64_t k, T scale, Matrix<T> a, Matrix<T> b, bo
   for (int64_t i = 0; i < m; i += max_extent) {
     for (int64_t j = 0; j < n; j += max_extent) {
       for (int64_t l = 0; l < k; l += max_extent) {
-        Blas(static_cast<int>(std::min(max_extent, m - i)),
-             static_cast<int>(std::min(max_extent, n - j)),
-             static_cast<int>(std::min(max_extent, k - l)), scale, At(a, i, l), At(b, l, j),
-             accumulate || l > 0 ? T{1} : T{0}, c + i * c_stride + j, static_cast<int>(c_stride));
+        Product(static_cast<int>(std::min(max_extent, m - i)),
+                static_cast<int>(std::min(max_extent, n - j)),
+                static_cast<int>(std::min(max_extent, k - l)), scale, At(a, i, l), At(b, l, j),
+                accumulate || l > 0 ? T{1} : T{0}, c + i * c_stride + j,
+                static_cast<int>(c_stride));
       }
     }
   }

@@ -23,6 +23,7 @@
 
 // Sanitizers cannot run before the function that picks the clone; Clang 14 has no "arch=" clones.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(KRAIT_SANITIZE)
+#define KRAIT_HAS_CLONES
 #define KRAIT_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define KRAIT_CLONES
