@@ -6,8 +6,10 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "kernels/base/number.h"
 #include "kernels/cuda/runtime.h"
+#include "kernels/hardware.h"
 #include "trainer/config/config_check.h"
 #include "trainer/config/config_keys.h"
 #include "trainer/config/config_print.h"
@@ -221,10 +223,32 @@ Placement PlacementOf(const RunConfig& config) {
 absl::Status CheckDevice(const RunConfig& config) {
   std::string reason;
   if (config.train.device != DevicePreference::kCuda || cuda::Available(&reason)) {
-    return absl::OkStatus();
+    return PrepareDevice(PlacementOf(config).device);
   }
   return Error(ExitCode::kConfig,
                "train.device: cuda cannot be used: " + reason + "; cpu and auto work here");
+}
+
+std::string WithoutEffect(const RunConfig& config) {
+  const RunConfig defaults;
+  std::vector<std::string> keys;
+  if (config.train.hang_timeout != defaults.train.hang_timeout) {
+    keys.push_back("train.hang_timeout");
+  }
+  if (config.parallel.expert_slack != defaults.parallel.expert_slack) {
+    keys.push_back("parallel.expert_slack");
+  }
+  std::string text;
+  if (!keys.empty()) text = absl::StrJoin(keys, " and ") + ": no effect in this version";
+  // Elsewhere there is nothing that is faster in another order.
+  const bool choice =
+      config.train.device == DevicePreference::kCuda && config.model.Has(SublayerKind::kAttention);
+  if (!config.train.deterministic && !choice) {
+    absl::StrAppend(
+        &text, text.empty() ? "" : "; ", "train.deterministic: false changes nothing ",
+        config.train.device == DevicePreference::kCuda ? "without attention layers" : "on the CPU");
+  }
+  return text;
 }
 
 absl::StatusOr<std::string> ExplainConfig(const std::string& path,

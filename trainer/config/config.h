@@ -61,6 +61,7 @@ struct ScheduleConfig {
 struct CheckpointConfig {
   int64_t every = 1000;
   int64_t keep = 3;
+  int64_t keep_every = 0;  // 0: none
   bool async = true;
   std::string dir;  // default run_dir/checkpoints
 };
@@ -95,9 +96,10 @@ struct RunConfig {
   }
 };
 
-// How much of the file a command needs: kPlan (plan, bench, a stored config) does without
-// data.train and train.steps (steps is 0 then).
-enum class ConfigUse : uint8_t { kTrain, kPlan };
+// What a config is read for. kPlan (plan, bench) does without data.train and train.steps (steps is
+// 0 then). kStored is what a checkpoint says of its run: in addition nothing is asked of this
+// machine and its ranks, so that it can be read anywhere.
+enum class ConfigUse : uint8_t { kTrain, kPlan, kStored };
 
 // Reads base files, the file, then "key.path=value" words. All errors at once, each with
 // file:line:column (or the word), what was found and what would be right; exit code kConfig.
@@ -115,8 +117,13 @@ absl::StatusOr<RunConfig> ParseConfig(const std::string& text, const std::string
 // Where a loaded config's run computes, and in which dtype (train.device, train.precision; loading
 // has resolved `auto`: CUDA in a build with it where a GPU can be used).
 Placement PlacementOf(const RunConfig& config);
-// kConfig when the run asks for CUDA and this build or machine has none. `plan` needs none.
+// Readies the device (kernels/hardware.h). kConfig when the run asks for CUDA and this build or
+// machine has none. `plan` needs none.
 absl::Status CheckDevice(const RunConfig& config);
+
+// One sentence on the settings that the user gave and that change nothing in this version or on
+// this device; "" when there are none.
+std::string WithoutEffect(const RunConfig& config);
 
 // The resolved config as YAML, each line with where its value came from as a comment:
 // file:line:column, a word of the command line, a key that it is derived from, or the default.

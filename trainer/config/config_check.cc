@@ -116,6 +116,17 @@ void CheckBatch(const RunConfig& config, int64_t data_ranks, ConfigReader* reade
                    nearest));
 }
 
+// The router's statistics of N sequences are taken within a pass.
+void CheckAuxSequences(const RunConfig& config, ConfigReader* reader) {
+  const int64_t n = config.model.moe.aux_sequences, micro_batch = config.train.micro_batch;
+  if (n == 0 || !reader->Good({"model.moe.aux_sequences", "train.micro_batch"})) return;
+  if (micro_batch % n == 0) return;
+  reader->Fail("model.moe.aux_sequences",
+               absl::StrCat("model.moe.aux_sequences ", n, " must divide ",
+                            reader->Show("train.micro_batch", std::to_string(micro_batch)),
+                            ", or be `pass`"));
+}
+
 void CheckSchedule(const RunConfig& config, ConfigReader* reader) {
   const int64_t steps = config.train.steps;
   if (steps == 0 || !reader->Good({"train.steps", "train.tokens", "train.batch_tokens",
@@ -162,6 +173,16 @@ void CheckMoments(const OptimizerConfig& optimizer, ConfigReader* reader) {
                             "fp32"));
 }
 
+void CheckKeepEvery(const CheckpointConfig& checkpoint, ConfigReader* reader) {
+  const int64_t keep = checkpoint.keep_every, every = checkpoint.every;
+  if (keep == 0 || !reader->Good({"checkpoint.keep_every", "checkpoint.every"})) return;
+  if (keep % every == 0) return;
+  reader->Fail("checkpoint.keep_every",
+               absl::StrCat("checkpoint.keep_every ", keep, " must be a multiple of ",
+                            reader->Show("checkpoint.every", std::to_string(every)),
+                            ", since steps between are not saved"));
+}
+
 void CheckParallel(const ParallelConfig& parallel, ConfigUse use, int64_t ranks,
                    ConfigReader* reader) {
   for (const auto& [key, value] :
@@ -192,9 +213,7 @@ void CheckLater(const ConfigDraft& draft, ConfigReader* reader) {
   const ConfigDraft defaults;
   for (const auto& [key, value, only, word] :
        {std::tuple{"model.pad_token", draft.pad_token, defaults.pad_token, "none"},
-        {"model.moe.aux_sequences", draft.aux_sequences, defaults.aux_sequences, "pass"},
-        {"parallel.reduce", draft.reduce, defaults.reduce, "fp32"},
-        {"checkpoint.keep_every", draft.keep_every, defaults.keep_every, "none"}}) {
+        {"parallel.reduce", draft.reduce, defaults.reduce, "fp32"}}) {
     if (value != only) {
       reader->Fail(key, absl::StrCat(key, ": this version knows ", word,
                                      " only; other values are "
@@ -214,10 +233,14 @@ void CheckModel(const ModelSpec& model, ConfigReader* reader) {
 }
 
 void CheckRun(const RunConfig& config, ConfigUse use, int64_t ranks, ConfigReader* reader) {
-  CheckMoments(config.optimizer, reader);
-  CheckParallel(config.parallel, use, ranks, reader);
-  CheckBatch(config, ranks, reader);
-  CheckSchedule(config, reader);
+  if (use != ConfigUse::kStored) {
+    CheckMoments(config.optimizer, reader);
+    CheckParallel(config.parallel, use, ranks, reader);
+    CheckBatch(config, ranks, reader);
+    CheckAuxSequences(config, reader);
+    CheckSchedule(config, reader);
+    CheckKeepEvery(config.checkpoint, reader);
+  }
 
   const auto pass_tokens =
       static_cast<double>(config.data.seq_len) * static_cast<double>(config.train.micro_batch);

@@ -97,11 +97,10 @@ void VisitModel(ModelSpec* model, ConfigDraft* draft, ConfigVisitor* v) {
   v->Enum({"model.moe.aux_pool", "layers over which the load-balancing statistics are pooled", "",
            nullptr, routes},
           &moe->aux_pool, {"model", "layer"});
-  v->Whole({.path = "model.moe.aux_sequences",
-            .meaning = "sequences over which they are pooled; pass: all of a forward pass",
-            .unit = "sequences",
-            .shown = false},
-           &draft->aux_sequences, {1, 1 << 20, "pass", 0});
+  v->Whole({"model.moe.aux_sequences",
+            "sequences over which they are pooled; pass: all of a forward pass", "sequences",
+            nullptr, routes},
+           &moe->aux_sequences, {1, 1 << 20, "pass", 0});
   v->Number({"model.init.std", "of the normal initial weights"}, &model->init_std, kPositive);
   v->Enum({"model.init.scheme", "mamba: scaled by depth, dt by range; hf: as transformers"},
           &model->init_scheme, {"mamba", "hf"});
@@ -197,11 +196,8 @@ void VisitKeys(RunConfig* config, ConfigDraft* draft, ConfigVisitor* v) {
   v->Whole({"checkpoint.every", "between two saves", "steps"}, &checkpoint->every, kFromOne);
   v->Whole({"checkpoint.keep", "newest checkpoints that are kept", "checkpoints"},
            &checkpoint->keep, {2});
-  v->Whole({.path = "checkpoint.keep_every",
-            .meaning = "every so many steps one is kept for good",
-            .unit = "steps",
-            .shown = false},
-           &draft->keep_every, {1, kMaxSteps, "none", 0});
+  v->Whole({"checkpoint.keep_every", "every so many steps one is kept for good", "steps"},
+           &checkpoint->keep_every, {1, kMaxSteps, "none", 0});
   v->Bool({"checkpoint.async", "a thread writes while training goes on"}, &checkpoint->async);
   // The default follows run_dir, so that a moved run keeps its checkpoints inside.
   v->String({"checkpoint.dir", "folder of the checkpoints", "", "run_dir/checkpoints",

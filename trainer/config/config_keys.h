@@ -71,7 +71,7 @@ struct ConfigDraft {
   int64_t tokens = 0;                      // RunConfig: train.steps
   double decay_steps = 0.1;                // RunConfig: a count
 
-  int64_t pad_token = -1, aux_sequences = 0, reduce = 0, keep_every = 0;
+  int64_t pad_token = -1, reduce = 0;
 };
 
 // Shows `visitor` every key with its place in `config` or `draft`, in the order of the resolved

@@ -3,6 +3,8 @@
 #include <cstring>
 
 #include "kernels/cuda/runtime.h"
+#include "kernels/hardware.h"
+#include "trainer/report/progress_line.h"
 #include "trainer/train/memory_plan.h"
 #include "trainer/train/optimizer_state.h"
 
@@ -20,21 +22,28 @@ absl::StatusOr<std::unique_ptr<InferenceModel>> InferenceModel::Load(
     const std::string& path, const Notice& notice, std::optional<Placement> placement) {
   std::vector<std::string> candidates;
   KRAIT_ASSIGN_OR_RETURN(candidates, FindCheckpoints(path));
+  ProgressLine line("loading", ProgressLine::OnStandardError());
+  const Progress progress = [&line](int64_t done, int64_t total) {
+    line.Update(done, total);
+    return absl::OkStatus();
+  };
   std::unique_ptr<InferenceModel> loaded(new InferenceModel());
   const auto load = [&](const Checkpoint& checkpoint) -> absl::Status {
     KRAIT_ASSIGN_OR_RETURN(loaded->config_, ParseConfig(checkpoint.meta.config_yaml,
                                                         checkpoint.path + "/manifest.json: config",
-                                                        {}, ConfigUse::kPlan, /*ranks=*/1));
+                                                        {}, ConfigUse::kStored, /*ranks=*/1));
     loaded->table_ = std::make_unique<ParamTable>(loaded->config_.model);
     Placement place = placement.value_or(PlacementOf(loaded->config_));
     // A run of a GPU can be looked at without one.
     if (place.device == Device::kCuda && !cuda::Available()) place = Placement();
+    KRAIT_RETURN_IF_ERROR(PrepareDevice(place.device));
     loaded->weights_ = NewWeights(loaded->table_.get(), place, &loaded->weight_arena_);
     Context ctx;
     ctx.device = place.device;
-    return LoadBoxes(checkpoint, StateBoxes(*loaded->weights_, nullptr), ctx);
+    return LoadBoxes(checkpoint, StateBoxes(*loaded->weights_, nullptr), ctx, progress);
   };
   KRAIT_ASSIGN_OR_RETURN(loaded->checkpoint_, LoadNewest(candidates, load, notice));
+  ProgressLine::ClearStandardError();
   loaded->model_ = std::make_unique<HybridModel>(loaded->config_.model, loaded->weights_.get(),
                                                  Recompute::kNone);
   return loaded;

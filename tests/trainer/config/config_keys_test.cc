@@ -64,9 +64,7 @@ TEST(ConfigKeys, EveryPrintedKeyIsListed) {
 
 TEST(ConfigKeys, KeysOfOneValueAreRefusedOtherwise) {
   const std::pair<const char*, const char*> cases[] = {{"model.pad_token", "0"},
-                                                       {"model.moe.aux_sequences", "1"},
-                                                       {"parallel.reduce", "bf16"},
-                                                       {"checkpoint.keep_every", "100"}};
+                                                       {"parallel.reduce", "bf16"}};
   for (const auto& [key, value] : cases) {
     const std::string word = std::string(key) + "=" + value;
     const std::string error = ErrorOf(Parse(kSmall, {word}));
@@ -74,8 +72,7 @@ TEST(ConfigKeys, KeysOfOneValueAreRefusedOtherwise) {
     EXPECT_THAT(error, HasSubstr("not there yet"));
     EXPECT_THAT(MustParse(kSmall).ToYaml(), Not(HasSubstr(std::string(key).substr(6))));
   }
-  MustParse(kSmall, {"model.pad_token=none", "model.moe.aux_sequences=pass", "parallel.reduce=fp32",
-                     "checkpoint.keep_every=none"});
+  MustParse(kSmall, {"model.pad_token=none", "parallel.reduce=fp32"});
 }
 
 TEST(ConfigKeys, RopeThetaNoneMeansNoPositions) {

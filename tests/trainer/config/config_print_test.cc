@@ -29,7 +29,8 @@ model:
   attention: {heads: 6, kv_heads: 2, head_dim: 10, rope_theta: 12345.678}
   mamba: {d_state: 7, d_conv: 3, expand: 3, dt_rank: 5, inner_norms: false, conv_bias: false, proj_bias: true}
   mlp: {d_ff: 100}
-  moe: {experts: 5, top_k: 3, d_ff: 60, renormalize: true, aux_loss: 0.0123, z_loss: 1e-3, aux_pool: layer}
+  moe: {experts: 5, top_k: 3, d_ff: 60, renormalize: true, aux_loss: 0.0123, z_loss: 1e-3, aux_pool: layer,
+        aux_sequences: 5}
   init: {std: 0.013, scheme: hf}
 parallel: {data: 1, expert_slack: 1.7}
 data:
@@ -49,7 +50,7 @@ train:
   hang_timeout: 12.5
 optimizer: {name: adamw, lr: 0.00123, betas: [0.85, 0.99], eps: 1e-9, weight_decay: 0.07, clip: 0, moments: bf16}
 schedule: {name: wsd, warmup_steps: 11, min_lr_ratio: 0.3, decay_steps: 99, decay: linear}
-checkpoint: {every: 7, keep: 2, async: false, dir: elsewhere}
+checkpoint: {every: 7, keep: 2, keep_every: 21, async: false, dir: elsewhere}
 log: {every: 3, tensorboard: false}
 evaluation: {every: 9, tokens: 480}
 )";
@@ -86,6 +87,7 @@ void ExpectSame(const RunConfig& a, const RunConfig& b) {
   EXPECT_EQ(a.model.moe.aux_loss, b.model.moe.aux_loss);
   EXPECT_EQ(a.model.moe.z_loss, b.model.moe.z_loss);
   EXPECT_EQ(a.model.moe.aux_pool, b.model.moe.aux_pool);
+  EXPECT_EQ(a.model.moe.aux_sequences, b.model.moe.aux_sequences);
   EXPECT_EQ(a.model.init_std, b.model.init_std);
   EXPECT_EQ(a.model.init_scheme, b.model.init_scheme);
   EXPECT_TRUE(std::equal(
@@ -122,6 +124,7 @@ void ExpectSame(const RunConfig& a, const RunConfig& b) {
   EXPECT_EQ(a.schedule.decay_steps, b.schedule.decay_steps);
   EXPECT_EQ(a.checkpoint.every, b.checkpoint.every);
   EXPECT_EQ(a.checkpoint.keep, b.checkpoint.keep);
+  EXPECT_EQ(a.checkpoint.keep_every, b.checkpoint.keep_every);
   EXPECT_EQ(a.checkpoint.async, b.checkpoint.async);
   EXPECT_EQ(a.checkpoint.dir, b.checkpoint.dir);
   EXPECT_EQ(a.log.every, b.log.every);

@@ -3,6 +3,8 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <fstream>
+#include <iterator>
 #include <string>
 #include <vector>
 
@@ -295,6 +297,49 @@ TEST(Config, ManyErrorsAreCutShort) {
   for (int i = 0; i < 5000; ++i) absl::StrAppend(&text, "key", i, ": 1\n");
   const std::string error = ErrorOf(Parse(text));
   EXPECT_THAT(error, HasSubstr("and 4900 more errors"));
+}
+
+// What a checkpoint says of its run is read anywhere; whether it could run here is another
+// question.
+TEST(Config, AStoredConfigAsksNothingOfThisMachine) {
+  const std::vector<std::string> words = {"parallel.tensor=2",      "parallel.data=3",
+                                          "train.device=cuda",      "train.precision=bf16",
+                                          "train.batch_tokens=3Ki", "schedule.warmup_steps=5000",
+                                          "optimizer.moments=bf16", "optimizer.betas=[0.9, 0.999]"};
+  const std::string error = ErrorOf(Parse(kSmall, words));
+  EXPECT_THAT(error, HasSubstr("parallel.tensor"));
+  EXPECT_THAT(error, HasSubstr("optimizer.moments"));
+  const RunConfig stored = MustParse(kSmall, words, ConfigUse::kStored);
+  EXPECT_EQ(stored.parallel.tensor, 2);
+  EXPECT_EQ(stored.train.device, DevicePreference::kCuda);
+  EXPECT_EQ(stored.train.precision, Precision::kBf16);
+  // Its model has to be one all the same.
+  EXPECT_THAT(ErrorOf(Parse(kSmall, {"model.attention.kv_heads=3"}, ConfigUse::kStored)),
+              HasSubstr("kv_heads"));
+}
+
+TEST(Config, SettingsWithoutEffectAreNamed) {
+  EXPECT_EQ(WithoutEffect(MustParse(kSmall)), "");
+  EXPECT_EQ(WithoutEffect(MustParse(kSmall, {"train.hang_timeout=600"})), "");
+  EXPECT_EQ(WithoutEffect(MustParse(kSmall, {"train.hang_timeout=60", "parallel.expert_slack=2"})),
+            "train.hang_timeout and parallel.expert_slack: no effect in this version");
+  EXPECT_EQ(WithoutEffect(MustParse(kSmall, {"train.deterministic=false"})),
+            "train.deterministic: false changes nothing on the CPU");
+  EXPECT_EQ(WithoutEffect(MustParse(kSmall, {"train.deterministic=false", "train.device=cuda"},
+                                    ConfigUse::kStored)),
+            "");
+}
+
+TEST(Config, TheReadmesBlockIsAConfig) {
+  std::ifstream in(KRAIT_SOURCE_DIR "/README.md");
+  const std::string text{std::istreambuf_iterator<char>(in), {}};
+  const size_t begin = text.find("```yaml\n") + 8, end = text.find("```", begin);
+  ASSERT_LT(begin, end);
+  const RunConfig config = MustParse(text.substr(begin, end - begin));
+  // The defaults that the contract names.
+  EXPECT_EQ(config.train.steps, 100000);
+  EXPECT_EQ(config.model.d_model, 4096);
+  EXPECT_EQ(config.model.attention.rope_theta, 0);
 }
 
 TEST(Config, SuggestsTheSection) {
