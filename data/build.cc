@@ -15,6 +15,7 @@
 #include "kernels/base/file.h"
 #include "kernels/base/output.h"
 #include "kernels/base/random.h"
+#include "kernels/base/stop_signals.h"
 #include "nlohmann/json.hpp"
 
 namespace krait {
@@ -26,6 +27,11 @@ constexpr size_t kTokenBuffer = size_t{1} << 20;  // tokens between two writes
 constexpr int64_t kTokenChunk = (int64_t{1} << 16) - 4;
 constexpr int64_t kDocumentChunk = int64_t{1} << 12;
 constexpr size_t kOpenFiles = 64;
+
+absl::Status CheckStop(const BuildOptions& options) {
+  if (!StopRequested()) return absl::OkStatus();
+  return Error(ExitCode::kStopped, "stopped on request: " + options.out + " was not written");
+}
 
 bool IsCompressed(const std::string& path) {
   return absl::EndsWith(path, ".gz") || absl::EndsWith(path, ".zst");
@@ -194,6 +200,7 @@ class DocumentList {
     std::sort(paths.begin(), paths.end());
     ErrorList errors;
     for (const std::string& path : paths) {
+      KRAIT_RETURN_IF_ERROR(CheckStop(options_));
       errors.Add(IsJsonLines(path) ? AddJsonLines(path, /*named=*/false)
                                    : AddText(path, /*named=*/false));
     }
@@ -234,6 +241,7 @@ class DocumentList {
     const size_t before = documents_.size();
     const int32_t file = NextFile(path);
     while (true) {
+      KRAIT_RETURN_IF_ERROR(CheckStop(options_));
       KRAIT_ASSIGN_OR_RETURN(const bool more, reader.Next(&line_));
       if (!more) break;
       if (IsBlank(line_)) continue;
@@ -325,17 +333,19 @@ class TokenWriter {
 };
 
 // Writes the whole token file at `path`, which must not exist.
-absl::Status WriteTokens(const std::string& path, const Tokenizer& tokenizer, uint64_t seed,
-                         DocumentList* documents, BuildReport* report) {
+absl::Status WriteTokens(const std::string& path, const Tokenizer& tokenizer,
+                         const BuildOptions& options, DocumentList* documents,
+                         BuildReport* report) {
   KRAIT_ASSIGN_OR_RETURN(H5File file, H5File::Create(path, ExitCode::kCannotSave));
   TokenWriter writer(&file, tokenizer.vocab_size());
   KRAIT_RETURN_IF_ERROR(writer.Start());
-  const KeyedPermutation order(static_cast<uint64_t>(documents->size()), seed,
+  const KeyedPermutation order(static_cast<uint64_t>(documents->size()), options.seed,
                                RandomPurpose::kDocumentShuffle, 0);
   std::vector<uint64_t> starts;
   std::vector<int32_t> ids;
   uint64_t tokens = 0;  // before `ids`
   for (int64_t i = 0; i < documents->size(); ++i) {
+    KRAIT_RETURN_IF_ERROR(CheckStop(options));
     const uint64_t start = tokens + ids.size();
     absl::Status write_status;
     KRAIT_RETURN_IF_ERROR(documents->Read(static_cast<int64_t>(order(static_cast<uint64_t>(i))),
@@ -389,11 +399,13 @@ absl::StatusOr<BuildReport> BuildTokenFile(const BuildOptions& options) {
   KRAIT_RETURN_IF_ERROR(CheckOutput(options.out, FileKind::kHdf5, options.paths));
   BuildReport report;
   DocumentList documents(options, &report);
-  KRAIT_RETURN_IF_ERROR(documents.Find());
+  const absl::Status found = documents.Find();
+  KRAIT_RETURN_IF_ERROR(CheckStop(options));  // alone, not beside what it cut short
+  KRAIT_RETURN_IF_ERROR(found);
   // The process id keeps two builds of one file apart.
   const std::string temporary = absl::StrFormat("%s.%d.tmp", options.out, getpid());
   KRAIT_RETURN_IF_ERROR(RemoveAll(temporary, ExitCode::kCannotSave));
-  absl::Status status = WriteTokens(temporary, *tokenizer, options.seed, &documents, &report);
+  absl::Status status = WriteTokens(temporary, *tokenizer, options, &documents, &report);
   if (status.ok()) status = Rename(temporary, options.out, ExitCode::kCannotSave);
   if (!status.ok()) {
     // The first error is the one to report; what cannot be removed has a name that says what it is.

@@ -70,6 +70,7 @@ class Dataset {
   // (evaluation), first + count <= sequences(), their number.
   absl::Status ReadStored(int64_t first, int64_t count, TokenBatch* batch) const;
   int64_t sequences() const;
+  int64_t SequencesOf(int source) const;
 
   int64_t seq_len() const { return seq_len_; }
   const std::vector<std::unique_ptr<TokenFile>>& files() const { return files_; }
@@ -81,7 +82,6 @@ class Dataset {
   // Shapes `batch` for `count` rows.
   void Prepare(int64_t count, TokenBatch* batch) const;
   absl::Status ReadRow(int source, int64_t sequence, int64_t row, TokenBatch* batch) const;
-  int64_t SequencesOf(int source) const;
 
   std::vector<std::unique_ptr<TokenFile>> files_;
   std::vector<double> weights_;

@@ -90,7 +90,8 @@ struct BuildReport {
 // read twice: once to find the documents, once to write them. The texts of compressed .jsonl files
 // go to an unnamed temporary file beside `out` in between, as large as they are.
 // Errors: kData with the place (path, line, byte), all paths' at once; kConfig for a bad tokenizer
-// or `out`; kCannotSave when `out` cannot be written.
+// or `out`; kCannotSave when `out` cannot be written; kStopped, with nothing left behind, after a
+// request to stop (kernels/base/stop_signals.h).
 absl::StatusOr<BuildReport> BuildTokenFile(const BuildOptions& options);
 
 }  // namespace krait

@@ -8,14 +8,17 @@
 #include <zstd.h>
 
 #include <algorithm>
+#include <chrono>
 #include <csignal>
 #include <filesystem>
+#include <thread>
 
 #include "data/inspect.h"
 #include "data/line_reader.h"
 #include "data/token_file.h"
 #include "kernels/base/file.h"
 #include "kernels/base/random.h"
+#include "kernels/base/stop_signals.h"
 #include "nlohmann/json.hpp"
 #include "support/temp_folder.h"
 
@@ -104,6 +107,25 @@ TEST_F(BuildTest, TextFilesBecomeDocuments) {
   EXPECT_EQ((*file)->tokenizer(), "bytes");
   EXPECT_EQ((*file)->vocab_size(), 256);
   EXPECT_EQ((*file)->dtype(), DType::kU8);
+}
+
+// At once, and in the midst of the work.
+TEST_F(BuildTest, ARequestToStopLeavesNothing) {
+  folder_.Write("in/a.txt", "alpha");
+  std::string lines;
+  while (lines.size() < (32 << 20)) lines += "{\"text\": \"a line\"}\n";
+  folder_.Write("long.jsonl", lines);
+  for (const std::string name : {"in", "long.jsonl"}) {
+    const StopSignals signals("stopping");
+    std::thread later([&] {
+      std::this_thread::sleep_for(std::chrono::milliseconds(name == "in" ? 0 : 300));
+      kill(getpid(), SIGTERM);
+    });
+    if (name == "in") later.join();
+    EXPECT_EQ(Fault({folder_ / name}, ExitCode::kStopped),
+              "stopped on request: " + out_ + " was not written");
+    if (later.joinable()) later.join();
+  }
 }
 
 TEST_F(BuildTest, FoldersAreReadRecursively) {

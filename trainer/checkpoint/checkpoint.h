@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "kernels/base/dtype.h"
+#include "kernels/base/progress.h"
 #include "kernels/base/status.h"
 #include "kernels/context.h"
 #include "kernels/tensor.h"
@@ -44,6 +45,7 @@ struct CheckpointMeta {
   std::string data_fingerprint;
   std::string config_yaml;  // resolved
   std::string tokenizer;    // name stored in the token files
+  std::string hardware;     // what the last steps ran on (kernels/hardware.h); "": not known
 };
 
 struct SaveOptions {
@@ -52,11 +54,13 @@ struct SaveOptions {
   // The folder's name instead of step-NNNNNNNN, for a single checkpoint outside a run (import).
   // Then `latest` is not written and nothing is pruned, and only a checkpoint is replaced.
   std::string name;
+  int64_t keep_every = 0;  // those of every so many steps stay for good; 0: none
 };
 
 // Writes step-N.SAVEID.tmp/ (shard, fsync, manifest, fsync, folder fsync), renames to step-N,
 // fsyncs the parent, points `latest` (a text file with the folder's name) at it by rename, then
-// removes old checkpoints: never the one just written, never below `keep` whole ones. An existing
+// removes old checkpoints: never the one just written, never below `keep` whole ones, never those
+// that `keep_every` names. An existing
 // step-N is moved aside as old-step-N.SAVEID first, which ListCheckpoints takes for it until the
 // new one is in place. What killed saves left behind goes at the start.
 //
@@ -115,9 +119,9 @@ absl::Status VerifyCheckpoint(const Checkpoint& checkpoint);
 // behind earlier work, and have arrived when the call returns. f32 and bf16 are converted into each
 // other, rounded to nearest even. kNoCheckpoint for damage; kConfig for what does not fit: tensors
 // that the checkpoint lacks, has in another shape, or in a dtype that cannot be converted. After an
-// error the targets hold garbage.
+// error the targets hold garbage. `progress` counts bytes.
 absl::Status LoadBoxes(const Checkpoint& checkpoint, const std::vector<CheckpointBox>& wanted,
-                       const Context& ctx = Context());
+                       const Context& ctx = Context(), const Progress& progress = nullptr);
 
 // Folders of `dir` named as checkpoints, newest step first, whole or not (a step-N without a
 // manifest is a damaged one). A missing `dir` has none.
@@ -152,6 +156,10 @@ absl::StatusOr<Checkpoint> LoadNewest(const std::vector<std::string>& folders,
                                       const CheckpointLoader& load, const Notice& notice,
                                       std::vector<PassedOver>* passed_over = nullptr);
 
+// Points `dir`/latest at the newest folder of a checkpoint, after one was moved away; removes it
+// where there is none.
+absl::Status MendLatest(const std::string& dir);
+
 // What is wrong with `dir`/latest, which is only a hint that loading does not rely on; "" when it
 // names the newest checkpoint, or when there is neither. `damaged` tells whether it is more than
 // what a kill just before its update leaves: a missing file, or one that names an older checkpoint.
@@ -171,8 +179,13 @@ class RunLock {
   static absl::StatusOr<RunLock> Acquire(const std::string& folder,
                                          const std::string& file = "lock");
 
+  // Whether the folder is still the one that was locked: false after it, or the lock file, was
+  // removed, moved or replaced. Then another process may have a folder of that name for its own.
+  bool Holds() const;
+
  private:
   int fd_ = -1;
+  std::string path_;
 };
 
 }  // namespace krait

@@ -326,11 +326,13 @@ absl::Status VerifyCheckpoint(const Checkpoint& checkpoint) {
 }
 
 absl::Status LoadBoxes(const Checkpoint& checkpoint, const std::vector<CheckpointBox>& wanted,
-                       const Context& ctx) {
+                       const Context& ctx, const Progress& progress) {
   KRAIT_ASSIGN_OR_RETURN(auto plan, PlanScatter(checkpoint, wanted));
   std::map<int64_t, std::vector<size_t>> of_file;
   for (const auto& entry : plan) of_file[checkpoint.boxes[entry.first].file].push_back(entry.first);
   const auto ranges = RangesOutsideBoxes(checkpoint.files, checkpoint.boxes);
+  int64_t done = 0, total = 0;
+  for (const auto& entry : plan) total += checkpoint.boxes[entry.first].bytes();
   std::vector<char> buffer;
   for (auto& [f, indices] : of_file) {
     const auto file_index = static_cast<size_t>(f);
@@ -344,6 +346,8 @@ absl::Status LoadBoxes(const Checkpoint& checkpoint, const std::vector<Checkpoin
     });
     for (const size_t i : indices) {
       const ManifestBox& box = checkpoint.boxes[i];
+      if (progress) KRAIT_RETURN_IF_ERROR(progress(done, total));
+      done += box.bytes();
       const int64_t width = SizeOf(box.dtype);
       std::vector<Scatter>& scatters = plan.at(i);
       const auto take = [&](char* data, int64_t at, int64_t size) {
@@ -429,6 +433,14 @@ absl::StatusOr<Checkpoint> LoadNewest(const std::vector<std::string>& folders,
     notice("passed over " + (*passed_over)[i].path + ": " + (*passed_over)[i].reason);
   }
   return loaded;
+}
+
+absl::Status MendLatest(const std::string& dir) {
+  const std::string path = dir + "/latest";
+  KRAIT_ASSIGN_OR_RETURN(const std::vector<std::string> folders, ListCheckpoints(dir));
+  if (folders.empty()) return RemoveFile(path, ExitCode::kCannotSave);
+  return WriteFileAtomic(path, folders.front().substr(dir.size() + 1) + "\n",
+                         ExitCode::kCannotSave);
 }
 
 std::string CheckLatest(const std::string& dir, bool* damaged) {

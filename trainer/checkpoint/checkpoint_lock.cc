@@ -1,5 +1,6 @@
 #include <fcntl.h>
 #include <sys/file.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -38,12 +39,14 @@ std::string ReadHolder(int fd) {
 
 }  // namespace
 
-RunLock::RunLock(RunLock&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
+RunLock::RunLock(RunLock&& other) noexcept
+    : fd_(std::exchange(other.fd_, -1)), path_(std::move(other.path_)) {}
 
 RunLock& RunLock::operator=(RunLock&& other) noexcept {
   if (this != &other) {
     if (fd_ >= 0) close(fd_);
     fd_ = std::exchange(other.fd_, -1);
+    path_ = std::move(other.path_);
   }
   return *this;
 }
@@ -53,10 +56,17 @@ RunLock::~RunLock() {
   if (fd_ >= 0) close(fd_);
 }
 
+bool RunLock::Holds() const {
+  struct stat held, named;
+  return fd_ >= 0 && fstat(fd_, &held) == 0 && stat(path_.c_str(), &named) == 0 &&
+         held.st_dev == named.st_dev && held.st_ino == named.st_ino;
+}
+
 absl::StatusOr<RunLock> RunLock::Acquire(const std::string& folder, const std::string& file) {
   KRAIT_RETURN_IF_ERROR(MakeDirectories(folder, ExitCode::kCannotSave));
   const std::string path = folder + "/" + file;
   RunLock lock;
+  lock.path_ = path;
   lock.fd_ = open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0644);
   const auto failed = [&](const char* operation) {
     return Error(ExitCode::kCannotSave, std::string("cannot ") + operation + " " + path + ": " +

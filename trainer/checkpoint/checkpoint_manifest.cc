@@ -48,6 +48,7 @@ struct MetaText {
 constexpr MetaText kMetaTexts[] = {
     {"data_fingerprint", &CheckpointMeta::data_fingerprint, kRequired},
     {"tokenizer", &CheckpointMeta::tokenizer, kOptional},
+    {"hardware", &CheckpointMeta::hardware, kOptional},
     {"config", &CheckpointMeta::config_yaml, kRequired},
 };
 

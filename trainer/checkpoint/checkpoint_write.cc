@@ -222,17 +222,22 @@ void RemoveLeftovers(const SaveOptions& options, std::vector<std::string>* warni
   }
 }
 
-// Keeps the newest `keep` whole checkpoints and the one just written; all older folders go.
+// Keeps the newest `keep` whole checkpoints, the one just written, and those of every keep_every-th
+// step; all other older folders go.
 absl::Status Prune(const SaveOptions& options, const SaveNames& names,
                    std::vector<std::string>* warnings) {
   KRAIT_ASSIGN_OR_RETURN(const std::vector<std::string> folders, ListCheckpoints(options.dir));
   int64_t whole = 0;
   for (const std::string& folder : folders) {
+    int64_t step = 0;
+    const bool milestone = options.keep_every > 0 &&
+                           IsStepFolderName(folder.substr(folder.rfind('/') + 1), &step) &&
+                           step % options.keep_every == 0;
     if (folder == names.final_path()) {
       ++whole;
     } else if (whole < options.keep) {
       if (OpenCheckpoint(folder).ok()) ++whole;
-    } else {
+    } else if (!milestone) {
       // Renamed first: a folder half deleted must not look like a checkpoint.
       const std::string trash = names.trash(folder.substr(options.dir.size() + 1));
       KRAIT_RETURN_IF_ERROR(Rename(folder, trash, kCode));

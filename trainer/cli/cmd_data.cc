@@ -5,12 +5,14 @@
 #include "data/inspect.h"
 #include "data/token_file.h"
 #include "kernels/base/number.h"
+#include "kernels/base/stop_signals.h"
 #include "trainer/cli/commands.h"
 
 namespace krait {
 namespace {
 
 absl::StatusOr<ExitCode> Build(const BuildOptions& options) {
+  const StopSignals signals("stopping, nothing is written; once more to end at once");
   BuildReport report;
   KRAIT_ASSIGN_OR_RETURN(report, BuildTokenFile(options));
   absl::PrintF("%s: %s tokens in %s documents from %s files", options.out,

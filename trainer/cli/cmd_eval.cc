@@ -7,6 +7,7 @@
 #include "kernels/base/number.h"
 #include "nlohmann/json.hpp"
 #include "trainer/cli/commands.h"
+#include "trainer/report/progress_line.h"
 #include "trainer/tools/inference.h"
 #include "trainer/train/evaluate.h"
 
@@ -47,10 +48,19 @@ absl::StatusOr<ExitCode> Evaluate(const Arguments& arguments) {
     std::fprintf(stderr, "krait: passes of %s sequences do not fit the free memory: %s each\n",
                  PrintGrouped(asked).c_str(), PrintGrouped(micro_batch).c_str());
   }
+  ProgressLine line("evaluating", ProgressLine::OnStandardError());
   EvalResult result;
   KRAIT_ASSIGN_OR_RETURN(
       result, EvaluateStored(model->ForEvaluate({.batch = micro_batch, .seq_len = seq_len}), *data,
-                             sequences, micro_batch));
+                             /*first=*/0, sequences, micro_batch, [&](int64_t done, int64_t total) {
+                               line.Update(done, total);
+                               return absl::OkStatus();
+                             }));
+  ProgressLine::ClearStandardError();
+  if (result.targets == 0) {
+    return Error(ExitCode::kData,
+                 arguments.data + ": nothing to evaluate: every token starts a document");
+  }
   if (!std::isfinite(result.loss)) {
     return Error(ExitCode::kNumerics,
                  model->checkpoint().path + " on " + arguments.data + ": the loss is not finite");

@@ -33,6 +33,8 @@ void AddTrainCommand(CLI::App* app, CommandLine* line) {
                    "let a resumed run change seq_len, batch_tokens, data or seed; once per key")
       ->type_name("KEY")
       ->allow_extra_args(false);
+  train->add_flag("--force", arguments->options.force,
+                  "try it even where the planned memory is more than there is");
   train->callback([line, arguments] {
     line->run = [line, arguments]() -> absl::StatusOr<ExitCode> {
       RunConfig config;

@@ -113,7 +113,11 @@ std::string VersionString() {
   return KRAIT_VERSION " (" KRAIT_BUILD_TYPE ", " + compiler + ", " + devices + ")";
 }
 
-std::string EnvironmentJson() {
+std::string EnvironmentJson(const std::string& before, int64_t step) {
+  auto starts = nlohmann::ordered_json::parse(before, nullptr, /*allow_exceptions=*/false);
+  // A single record is what a run of an earlier version had.
+  if (starts.is_object()) starts = nlohmann::ordered_json::array({starts});
+  if (!starts.is_array()) starts = nlohmann::ordered_json::array();
   nlohmann::ordered_json json;
   json["krait"] = VersionString();
   utsname system = {};
@@ -123,6 +127,7 @@ std::string EnvironmentJson() {
   }
   json["pid"] = getpid();
   json["started"] = UnixSeconds();
+  json["step"] = step;
   json["processor"] = ProcValue("/proc/cpuinfo", "model name");
   json["processors_online"] = sysconf(_SC_NPROCESSORS_ONLN);
   json["threads"] = MaxThreads();
@@ -133,14 +138,21 @@ std::string EnvironmentJson() {
     if (value != nullptr) variables[name] = value;
   }
   json["variables"] = variables;
+  starts.push_back(json);
   // A variable may hold any bytes: what is not UTF-8 is replaced, never thrown at.
-  return json.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
+  return starts.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
 }
 
 int64_t MachineMemory() {
+  int64_t limited = std::numeric_limits<int64_t>::max();
+  for (const auto resource : {RLIMIT_AS, RLIMIT_DATA}) {
+    rlimit limit = {};
+    if (getrlimit(resource, &limit) != 0 || limit.rlim_cur == RLIM_INFINITY) continue;
+    limited = std::min(limited, static_cast<int64_t>(limit.rlim_cur));
+  }
   const int64_t pages = sysconf(_SC_PHYS_PAGES);
   const int64_t page = sysconf(_SC_PAGESIZE);
-  int64_t memory = pages > 0 && page > 0 ? pages * page : std::numeric_limits<int64_t>::max();
+  int64_t memory = pages > 0 && page > 0 ? std::min(limited, pages * page) : limited;
   for (const char* path :
        {"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"}) {
     const int64_t limit = ReadLimit(path);

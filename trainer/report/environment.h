@@ -12,9 +12,11 @@ namespace krait {
 // "0.1.0 (Release, GCC 12.2.0, CPU)".
 std::string VersionString();
 
-// The text of environment.json: version, host, kernel, processor, cores and threads, memory, start
-// time, and the variables of the environment that change how the run computes.
-std::string EnvironmentJson();
+// The text of environment.json, a list with a record for each start of the run: `before`, the text
+// so far ("" at the first start; what is no list of records is left out), and that of this process:
+// version, host, kernel, processor, cores and threads, memory, start time, `step` at which it goes
+// on, and the variables of the environment that change how the run computes.
+std::string EnvironmentJson(const std::string& before, int64_t step);
 
 // The largest resident set of this process so far.
 int64_t PeakMemoryBytes();
@@ -23,7 +25,8 @@ int64_t PeakMemoryBytes();
 // message is empty on all ranks but the first.
 absl::Status RefuseSeveralRanks();
 
-// Bytes of memory that this process may use: the machine's, or its control group's limit if lower.
+// Bytes of memory that this process may use: the machine's, or the limit of its control group or
+// its own (ulimit -v, -d) if lower.
 int64_t MachineMemory();
 
 }  // namespace krait

@@ -209,6 +209,22 @@ std::optional<double> LastRecorded(const std::string& run_dir, const std::string
   return last;
 }
 
+bool IsRecorded(const std::string& run_dir, int64_t step, const std::string& name) {
+  const auto content =
+      ReadFile(run_dir + "/metrics.jsonl", kMaxMetricsBytes, ExitCode::kCannotSave);
+  if (!content.ok()) return false;
+  std::istringstream lines(*content);
+  for (std::string line; std::getline(lines, line);) {
+    if (line.find(name) == std::string::npos) continue;
+    const auto record = nlohmann::json::parse(line, nullptr, /*allow_exceptions=*/false);
+    if (record.is_object() && record.contains(name) &&
+        record.value("step", nlohmann::json()) == step) {
+      return true;
+    }
+  }
+  return false;
+}
+
 std::vector<std::string> FormatSummary(const Summary& s) {
   std::vector<std::string> lines;
   lines.push_back(s.finished ? absl::StrFormat("finished: %d steps", s.step)

@@ -79,6 +79,9 @@ absl::Status DiscardMetricsAfter(const std::string& run_dir, int64_t step);
 // The last value of that name in metrics.jsonl, if any.
 std::optional<double> LastRecorded(const std::string& run_dir, const std::string& name);
 
+// Whether a record of that step has a member of that name.
+bool IsRecorded(const std::string& run_dir, int64_t step, const std::string& name);
+
 // What a finished or stopped run prints last.
 struct Summary {
   bool finished = false;

@@ -1,33 +1,59 @@
 #include "trainer/train/evaluate.h"
 
 #include <algorithm>
+#include <cmath>
+#include <filesystem>
 #include <numbers>
-#include <string>
+#include <set>
 
 #include "kernels/activation.h"
 #include "kernels/transfer.h"
 
 namespace krait {
+
 absl::StatusOr<EvalResult> EvaluateStored(const Evaluator& evaluator, const Dataset& data,
-                                          int64_t sequences, int64_t micro_batch) {
+                                          int64_t first, int64_t count, int64_t micro_batch,
+                                          const Progress& progress) {
   const Context& ctx = evaluator.ctx;
   EvalResult result;
-  result.sequences = std::min(sequences, data.sequences());
+  result.sequences = count;
   TokenBatch rows;
   Fill(evaluator.sums, 0, ctx);
-  for (int64_t first = 0; first < result.sequences; first += micro_batch) {
-    const int64_t count = std::min(micro_batch, result.sequences - first);
-    KRAIT_RETURN_IF_ERROR(data.ReadStored(first, count, &rows));
-    evaluator.model->Evaluate(evaluator.batch.Of(rows, 0, count, ctx), evaluator.sums, ctx);
+  for (int64_t done = 0; done < count; done += micro_batch) {
+    if (progress) KRAIT_RETURN_IF_ERROR(progress(done, count));
+    const int64_t now = std::min(micro_batch, count - done);
+    KRAIT_RETURN_IF_ERROR(data.ReadStored(first + done, now, &rows));
+    evaluator.model->Evaluate(evaluator.batch.Of(rows, 0, now, ctx), evaluator.sums, ctx);
     result.targets += rows.target_count;
   }
-  if (result.targets == 0) {
-    return Error(ExitCode::kData, data.files().front()->path() +
-                                      ": nothing to evaluate: every token starts a document");
-  }
-  result.loss = PassSumsOf(DownloadDoubles(evaluator.sums, ctx)).cross_entropy /
-                static_cast<double>(result.targets);
+  const double sum = PassSumsOf(DownloadDoubles(evaluator.sums, ctx)).cross_entropy;
+  result.loss = result.targets > 0 ? sum / static_cast<double>(result.targets) : std::nan("");
   return result;
+}
+
+std::vector<EvalShare> EvalShares(const Dataset& data, const std::vector<SourceSpec>& sources,
+                                  int64_t tokens) {
+  double weights = 0;
+  for (const SourceSpec& source : sources) weights += source.weight;
+  const auto sequences = static_cast<double>(tokens / data.seq_len());
+  std::vector<EvalShare> shares;
+  std::set<std::string> names;
+  int64_t first = 0;
+  for (size_t i = 0; i < sources.size(); ++i) {
+    const int64_t there = data.SequencesOf(static_cast<int>(i));
+    EvalShare share;
+    share.first = first;
+    share.count = static_cast<int64_t>(sequences * (sources[i].weight / weights));
+    share.count = std::clamp<int64_t>(share.count, 1, there);
+    const std::string stem = std::filesystem::path(sources[i].path).stem().string();
+    share.name = stem;
+    for (int n = 2; !names.insert(share.name).second; ++n) {
+      share.name = stem + "-" + std::to_string(n);
+    }
+    shares.push_back(share);
+    first += there;
+  }
+  return shares;
 }
 
 std::optional<double> BitsPerByte(double loss, const std::string& tokenizer) {

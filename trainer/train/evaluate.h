@@ -4,15 +4,18 @@
 
 #include <cstdint>
 #include <optional>
+#include <string>
+#include <vector>
 
 #include "data/sampler.h"
+#include "kernels/base/progress.h"
 #include "model/hybrid_model.h"
 #include "trainer/train/pass_batch.h"
 
 namespace krait {
 
 struct EvalResult {
-  double loss = 0;  // cross-entropy per target, in nats
+  double loss = 0;  // cross-entropy per target, in nats; NaN without a target
   int64_t targets = 0;
   int64_t sequences = 0;
 };
@@ -25,11 +28,21 @@ struct Evaluator {
   Context ctx;
 };
 
-// The first `sequences` sequences of `data` in stored order (all when there are fewer),
-// `micro_batch` of them per pass. Losses are summed in double in that order. kData when they have
-// no target.
+// Sequences [first, first + count) of `data` in stored order, `micro_batch` of them per pass.
+// Losses are summed in double in that order. `progress` counts sequences.
 absl::StatusOr<EvalResult> EvaluateStored(const Evaluator& evaluator, const Dataset& data,
-                                          int64_t sequences, int64_t micro_batch);
+                                          int64_t first, int64_t count, int64_t micro_batch,
+                                          const Progress& progress = nullptr);
+
+// What an evaluation of a run takes of each source: its share of `tokens` by weight, in whole
+// sequences from the beginning of the file, at least one and at most all. The same on every layout.
+struct EvalShare {
+  std::string name;   // the file's stem; made unique by a number
+  int64_t first = 0;  // sequence of the dataset in stored order
+  int64_t count = 0;
+};
+std::vector<EvalShare> EvalShares(const Dataset& data, const std::vector<SourceSpec>& sources,
+                                  int64_t tokens);
 
 // Bits per byte of a loss in nats per token: known for the byte tokenizer, whose tokens are bytes.
 std::optional<double> BitsPerByte(double loss, const std::string& tokenizer);

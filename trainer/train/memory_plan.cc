@@ -54,7 +54,7 @@ MemoryPlan PlanTraining(const RunConfig& config) {
       model.NewActivations(batch.shape, &activation_arena);
   model.Forward(batch, scalars.loss_scale, scalars.sums, activations.get(), ctx);
   model.Backward(batch, /*aux_scale=*/1, activations.get(), ctx);
-  optimizer.Init(config.model, config.train.seed, ctx);
+  KRAIT_CHECK(optimizer.Init(config.model, config.train.seed, ctx).ok());
   optimizer.SumOfSquares(scalars.sum_of_squares, ctx);
   optimizer.Update(/*lr=*/0, scalars.sums, scalars.sum_of_squares, scalars.control, ctx);
   model.Evaluate(batch, scalars.sums, ctx);

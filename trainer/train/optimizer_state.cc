@@ -69,25 +69,32 @@ OptimizerState::OptimizerState(const Weights* weights, const OptimizerConfig& co
   }
 }
 
-void OptimizerState::Init(const ModelSpec& spec, uint64_t seed, const Context& ctx) {
+absl::Status OptimizerState::Init(const ModelSpec& spec, uint64_t seed, const Context& ctx,
+                                  const Progress& progress) {
   const Layout& layout = weights_->layout();
-  const auto init = [&](const Tensor& values, int64_t first, const ParamBox& box) {
+  int64_t done = 0, total = 0;
+  for (const OwnedBox& part : layout.Owned()) total += part.box.numel();
+  const auto init = [&](const Tensor& values, int64_t first, const ParamBox& box) -> absl::Status {
+    if (progress) KRAIT_RETURN_IF_ERROR(progress(done, total));
     InitParam(values.Slice(0, box.begin - first, box.numel()),
               weights_->table().params()[box.param], box, spec, seed, ctx);
+    done += box.numel();
+    return absl::OkStatus();
   };
   for (const LocalStorage& storage : layout.storages()) {
     // Weights that are rounded from masters of this rank need none of their own.
     const Tensor weight = weights_->FlatWeight(storage.flat);
     const Tensor& master = masters_[storage.flat];
     if (master.raw() != weight.raw() && master.numel() == weight.numel()) continue;
-    for (const ParamBox& box : storage.boxes) init(weight, 0, box);
+    for (const ParamBox& box : storage.boxes) KRAIT_RETURN_IF_ERROR(init(weight, 0, box));
   }
   for (const OwnedBox& part : layout.Owned()) {
     const Owned& owned = buckets_[part.bucket];
     if (owned.master.raw() == owned.weight.raw()) continue;
-    init(owned.master, layout.Own(part.bucket).begin, part.box);
+    KRAIT_RETURN_IF_ERROR(init(owned.master, layout.Own(part.bucket).begin, part.box));
   }
   MastersToWeights(ctx);
+  return absl::OkStatus();
 }
 
 void OptimizerState::MastersToWeights(const Context& ctx) {

@@ -33,7 +33,8 @@ class OptimizerState {
 
   // Fresh masters by the model's scheme, and the weights rounded from them: also those that other
   // ranks own.
-  void Init(const ModelSpec& spec, uint64_t seed, const Context& ctx);
+  absl::Status Init(const ModelSpec& spec, uint64_t seed, const Context& ctx,
+                    const Progress& progress = nullptr);
   // The owned weights rounded from their masters, after these were loaded.
   void MastersToWeights(const Context& ctx);
 

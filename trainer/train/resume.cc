@@ -6,6 +6,7 @@
 
 #include "absl/strings/str_format.h"
 #include "kernels/base/file.h"
+#include "kernels/hardware.h"
 #include "trainer/checkpoint/run_record.h"
 
 namespace krait {
@@ -37,18 +38,20 @@ absl::Status Misfit(const absl::Status& status, const std::string& cure) {
 
 // Restores everything from `checkpoint`, after its config has been compared with the run's.
 absl::Status Restore(const ResumeOptions& options, const std::string& fingerprint,
-                     const Checkpoint& checkpoint, Trainer* trainer, const Notice& notice) {
+                     const Checkpoint& checkpoint, Trainer* trainer, const Notice& notice,
+                     const Progress& progress) {
   RunConfig saved;
   KRAIT_ASSIGN_OR_RETURN(
       saved, ParseConfig(checkpoint.meta.config_yaml, checkpoint.path + "/manifest.json: config",
-                         {}, ConfigUse::kTrain, 1));
+                         {}, ConfigUse::kStored, 1));
   KRAIT_RETURN_IF_ERROR(CheckChanges(saved, trainer->config(), options.allow_change, notice));
   if (trainer->config().model.Has(SublayerKind::kMoe) &&
+      trainer->config().model.moe.aux_sequences == 0 &&
       saved.train.micro_batch != trainer->config().train.micro_batch) {
     notice(
         absl::StrFormat("train.micro_batch: %d in the checkpoint, %d now; the router's "
                         "statistics are those of a pass, so the weights come out otherwise than "
-                        "without the change",
+                        "without the change (not with model.moe.aux_sequences)",
                         saved.train.micro_batch, trainer->config().train.micro_batch));
   }
   const bool data_allowed =
@@ -61,17 +64,23 @@ absl::Status Restore(const ResumeOptions& options, const std::string& fingerprin
   }
   const std::vector<CheckpointBox> boxes = trainer->Boxes();
   KRAIT_RETURN_IF_ERROR(
-      Misfit(LoadBoxes(checkpoint, boxes, trainer->ctx()),
+      Misfit(LoadBoxes(checkpoint, boxes, trainer->ctx(), progress),
              checkpoint.path + " does not hold the weights and moments that this run goes on with; "
                                "--init starts another run_dir from weights alone"));
   trainer->Loaded();
+  const std::string here = HardwareName(trainer->ctx().device);
+  if (!checkpoint.meta.hardware.empty() && checkpoint.meta.hardware != here) {
+    notice("the last steps ran on " + checkpoint.meta.hardware + "; this is " + here +
+           ": the results are as good, but not the bits of a run that goes on there");
+  }
   trainer->state() = checkpoint.meta;
   return absl::OkStatus();
 }
 
-absl::Status RestoreWeights(const Checkpoint& checkpoint, Trainer* trainer, const Notice& notice) {
+absl::Status RestoreWeights(const Checkpoint& checkpoint, Trainer* trainer, const Notice& notice,
+                            const Progress& progress) {
   const auto saved =
-      ParseConfig(checkpoint.meta.config_yaml, checkpoint.path, {}, ConfigUse::kPlan, 1);
+      ParseConfig(checkpoint.meta.config_yaml, checkpoint.path, {}, ConfigUse::kStored, 1);
   if (!saved.ok()) {
     notice(checkpoint.path + ": its config cannot be read here: " + MessageOf(saved.status()));
   } else {
@@ -82,7 +91,7 @@ absl::Status RestoreWeights(const Checkpoint& checkpoint, Trainer* trainer, cons
   }
   std::vector<CheckpointBox> boxes = trainer->Boxes();
   std::erase_if(boxes, [](const CheckpointBox& box) { return box.slot != "weight"; });
-  KRAIT_RETURN_IF_ERROR(Misfit(LoadBoxes(checkpoint, boxes, trainer->ctx()),
+  KRAIT_RETURN_IF_ERROR(Misfit(LoadBoxes(checkpoint, boxes, trainer->ctx(), progress),
                                "--init " + checkpoint.path +
                                    " does not fit this run's model; give the run the "
                                    "model of the checkpoint, or take another one"));
@@ -102,6 +111,7 @@ absl::Status SetNewerAside(const std::string& dir, int64_t step, const Notice& n
         dir + "/discarded-" + folder.substr(folder.rfind('/') + 1) + "." + checkpoint->save_id;
     KRAIT_RETURN_IF_ERROR(Rename(folder, aside, ExitCode::kCannotSave));
     notice(folder + " is past the resumed step: moved to " + aside);
+    KRAIT_RETURN_IF_ERROR(MendLatest(dir));
   }
   return absl::OkStatus();
 }
@@ -116,6 +126,7 @@ absl::Status SetDamagedAside(const std::vector<PassedOver>& passed_over, const N
     for (int n = 2; Exists(aside); ++n) aside = absl::StrFormat("%s-%d", stem, n);
     KRAIT_RETURN_IF_ERROR(Rename(damaged.path, aside, ExitCode::kCannotSave));
     notice(damaged.path + " was moved to " + aside);
+    KRAIT_RETURN_IF_ERROR(MendLatest(ParentFolder(damaged.path)));
   }
   return absl::OkStatus();
 }
@@ -170,7 +181,7 @@ absl::Status CheckChanges(const RunConfig& saved, const RunConfig& now,
 }
 
 absl::Status StartRun(const ResumeOptions& asked, const std::string& fingerprint, Trainer* trainer,
-                      const Notice& notice) {
+                      const Notice& notice, const StartProgress& progress) {
   KRAIT_RETURN_IF_ERROR(CheckAllowWords(asked.allow_change));
   const std::string& dir = trainer->config().checkpoint.dir;
   const std::string& run_dir = trainer->config().run_dir;
@@ -186,7 +197,7 @@ absl::Status StartRun(const ResumeOptions& asked, const std::string& fingerprint
     options.resume = "auto";
   }
   const auto restore = [&](const Checkpoint& checkpoint) {
-    return Restore(options, fingerprint, checkpoint, trainer, notice);
+    return Restore(options, fingerprint, checkpoint, trainer, notice, progress.loading);
   };
 
   std::vector<std::string> candidates;
@@ -232,16 +243,17 @@ absl::Status StartRun(const ResumeOptions& asked, const std::string& fingerprint
   if (!options.init.empty()) {
     KRAIT_ASSIGN_OR_RETURN(candidates, FindCheckpoints(options.init));
     Checkpoint checkpoint;
-    KRAIT_ASSIGN_OR_RETURN(
-        checkpoint,
-        LoadNewest(
-            candidates, [&](const Checkpoint& c) { return RestoreWeights(c, trainer, notice); },
-            notice));
+    KRAIT_ASSIGN_OR_RETURN(checkpoint, LoadNewest(
+                                           candidates,
+                                           [&](const Checkpoint& c) {
+                                             return RestoreWeights(c, trainer, notice,
+                                                                   progress.loading);
+                                           },
+                                           notice));
     notice("starting at step 0 with the weights of " + checkpoint.path);
     return absl::OkStatus();
   }
-  trainer->Init();
-  return absl::OkStatus();
+  return trainer->Init(progress.initialising);
 }
 
 }  // namespace krait

@@ -18,11 +18,17 @@ struct ResumeOptions {
   std::vector<std::string> allow_change;  // seq_len, batch_tokens, data, seed
 };
 
+// Of the two ways to begin that take long.
+struct StartProgress {
+  Progress loading;       // bytes
+  Progress initialising;  // weights
+};
+
 // Brings `trainer` to its starting point: weights, moments and state. `fingerprint` is that of the
 // training data. Errors: kConfig for a config that does not fit the checkpoint, kNoCheckpoint when
 // checkpoints exist and none is whole (a run never starts anew beside them by itself).
 absl::Status StartRun(const ResumeOptions& options, const std::string& fingerprint,
-                      Trainer* trainer, const Notice& notice);
+                      Trainer* trainer, const Notice& notice, const StartProgress& progress = {});
 
 // The differences between a checkpoint's config and the run's: one notice per change that applies;
 // kConfig with all changes that are refused or need `allow_change`.

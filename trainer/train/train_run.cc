@@ -1,6 +1,6 @@
 #include "trainer/train/train_run.h"
 
-#include <csignal>
+#include <cmath>
 #include <cstring>
 #include <memory>
 #include <optional>
@@ -9,13 +9,15 @@
 #include "kernels/base/clock.h"
 #include "kernels/base/file.h"
 #include "kernels/base/number.h"
+#include "kernels/base/stop_signals.h"
+#include "kernels/hardware.h"
 #include "trainer/checkpoint/checkpoint.h"
 #include "trainer/checkpoint/checkpoint_async.h"
 #include "trainer/checkpoint/run_record.h"
 #include "trainer/report/environment.h"
 #include "trainer/report/metrics.h"
+#include "trainer/report/progress_line.h"
 #include "trainer/train/evaluate.h"
-#include "trainer/train/signals.h"
 #include "trainer/train/trainer.h"
 
 namespace krait {
@@ -23,6 +25,9 @@ namespace {
 
 constexpr int64_t kMaxSkippedInRow = 10;
 constexpr double kRedrawSeconds = 0.1;  // of the live line, at most this often
+// From so many on, a line of the log says that they are being initialised.
+constexpr int64_t kManyParameters = 1'000'000'000;
+constexpr int64_t kMaxRecordBytes = int64_t{64} << 20;  // of command.txt and environment.json
 
 bool Due(int64_t every, int64_t step) { return every > 0 && step % every == 0; }
 
@@ -34,23 +39,34 @@ class Run {
   absl::StatusOr<ExitCode> Loop();
 
  private:
+  absl::Status CheckMemory();
+  absl::Status TakeStaging();
   absl::Status LockCheckpoints();
+  absl::Status CheckFolder() const;
+  Progress ShowProgress(const std::string& what);
   absl::Status WriteRunFolder();
   absl::Status Describe();
+  absl::Status Steps();
   absl::Status Report(StepReport report, double seconds);
-  absl::Status Evaluate(int64_t step);
+  bool EvaluationDue() const;
+  absl::Status Evaluate();
   absl::Status Save(bool wait);
-  absl::Status Diverged(const std::string& what);
+  absl::Status SaveState(bool wait);
   absl::Status SaveEnded(const absl::Status& result, const std::vector<std::string>& warnings);
+  absl::Status SaveBeforeEnding(const absl::Status& error);
+  absl::Status Diverged(const std::string& what);
   absl::Status PrintSummary();
   absl::Status Say(const std::string& line) { return console_.Line(line); }
-  CheckpointMeta& state() { return trainer_->state(); }
+  CheckpointMeta& state() const { return trainer_->state(); }
+  std::string CheckpointPath(int64_t step) const {
+    return absl::StrFormat("%s/step-%08d", config_.checkpoint.dir, step);
+  }
 
   const RunConfig& config_;
   const TrainOptions& options_;
   const Mesh mesh_;                 // a single rank
   RunLock lock_, checkpoint_lock_;  // rank 0's
-  StopSignals signals_;
+  StopSignals signals_{"stopping after this step; once more to end at once"};
   Console console_;
   std::optional<MetricsLog> metrics_;
   std::unique_ptr<Dataset> train_data_, validation_;
@@ -59,15 +75,63 @@ class Run {
   AsyncSaver saver_;
 
   int64_t first_step_ = 0, first_tokens_ = 0;  // of this process
-  int64_t saving_step_ = 0;                    // of the save under way
+  int64_t saving_step_ = 0;                    // of the save under way, or the last one
+  int64_t saved_step_ = -1;                    // the last one that is in place
+  bool sound_ = true;                          // the last step was not skipped
+  bool evaluation_missed_ = false;             // of the last step: a stop request came first
   double start_ = MonotonicSeconds();
   double drawn_ = 0;           // the live line
   double window_seconds_ = 0;  // since the last log line
   int64_t window_steps_ = 0;
 };
 
+// Before anything is allocated: a plan that does not fit is refused.
+absl::Status Run::CheckMemory() {
+  const MemoryPlan plan = PlanTraining(config_);
+  const int64_t there = MemoryOf(plan.device).total;
+  const bool staging_fits = plan.device == Device::kCpu || plan.staging <= MachineMemory();
+  if (options_.force || (plan.total() <= there && staging_fits)) return absl::OkStatus();
+  const std::string what =
+      staging_fits ? absl::StrFormat("this run takes %s, and %s has %s", PrintBytes(plan.total()),
+                                     plan.device == Device::kCpu ? "this process" : "the GPU",
+                                     PrintBytes(there))
+                   : absl::StrFormat("saving this run takes %s of the host's memory, which has %s",
+                                     PrintBytes(plan.staging), PrintBytes(MachineMemory()));
+  return Error(ExitCode::kOutOfMemory,
+               what +
+                   ": nothing was started. `krait plan` shows what takes it; a smaller "
+                   "train.micro_batch or train.recompute: layer take less, and --force tries");
+}
+
+// The copy that saves in the background write from, taken now and not at the first save: a machine
+// that lacks it shows before the first step.
+absl::Status Run::TakeStaging() {
+  if (!config_.checkpoint.async && trainer_->ctx().device == Device::kCpu) return absl::OkStatus();
+  staging_.emplace("checkpoint staging", Device::kCpu, AsyncSaver::StagingBytes(trainer_->Boxes()));
+  const Tensor copy = staging_->Alloc(DType::kU8, {staging_->capacity()});
+  std::memset(copy.raw(), 0, static_cast<size_t>(copy.bytes()));
+  staging_->Release(0);
+  return absl::OkStatus();
+}
+
+// Draws on the terminal, and ends the work when a stop is requested.
+Progress Run::ShowProgress(const std::string& what) {
+  auto line = std::make_shared<ProgressLine>(
+      what, [this](const std::string& text) { console_.Status(text); });
+  return [this, line, what](int64_t done, int64_t total) -> absl::Status {
+    if (StopRequested()) {
+      console_.ClearStatus();
+      return Error(ExitCode::kStopped, "stopped on request while " + what);
+    }
+    if (done == 0) line->Begin();
+    line->Update(done, total);
+    return absl::OkStatus();
+  };
+}
+
 absl::Status Run::Open() {
   KRAIT_RETURN_IF_ERROR(CheckDevice(config_));
+  KRAIT_RETURN_IF_ERROR(CheckMemory());
   ErrorList errors;
   const auto open = [&](const std::vector<SourceSpec>& sources, std::unique_ptr<Dataset>* data) {
     auto opened = Dataset::Open(sources, config_.data.seq_len, config_.model.vocab_size,
@@ -93,8 +157,19 @@ absl::Status Run::Open() {
   trainer_ = std::make_unique<Trainer>(config_);
   absl::Status said;
   const Notice notice = [&](const std::string& line) { said.Update(Say(line)); };
+  const Progress initialising = ShowProgress("initialising");
+  const StartProgress progress = {
+      .loading = ShowProgress("loading"),
+      .initialising = [&](int64_t done, int64_t total) -> absl::Status {
+        if (done == 0 && total >= kManyParameters) {
+          notice(absl::StrFormat("initialising %s parameters",
+                                 PrintShort(static_cast<double>(total))));
+        }
+        return initialising(done, total);
+      }};
   KRAIT_RETURN_IF_ERROR(
-      StartRun(options_.resume, train_data_->Fingerprint(), trainer_.get(), notice));
+      StartRun(options_.resume, train_data_->Fingerprint(), trainer_.get(), notice, progress));
+  console_.ClearStatus();
   KRAIT_RETURN_IF_ERROR(said);
 
   int64_t bytes = 0;
@@ -103,11 +178,13 @@ absl::Status Run::Open() {
     KRAIT_RETURN_IF_ERROR(CheckCanSave(config_.checkpoint.dir, bytes));
     // Once more: the folder may be there only by now, or have been moved away with its lock.
     KRAIT_RETURN_IF_ERROR(LockCheckpoints());
+    KRAIT_RETURN_IF_ERROR(TakeStaging());
   }
+  state().hardware = HardwareName(trainer_->ctx().device);
   state().data_fingerprint = train_data_->Fingerprint();
   state().config_yaml = config_.ToYaml();
   state().tokenizer = train_data_->files().front()->tokenizer();
-  first_step_ = state().step;
+  first_step_ = saving_step_ = state().step;
   first_tokens_ = state().tokens;
   return absl::OkStatus();
 }
@@ -121,14 +198,33 @@ absl::Status Run::LockCheckpoints() {
   return absl::OkStatus();
 }
 
+// A folder that was removed or moved while the run uses it: nothing can be written there any more,
+// and a folder of that name may by now be another run's.
+absl::Status Run::CheckFolder() const {
+  if (mesh_.rank != 0 || lock_.Holds()) return absl::OkStatus();
+  return Error(ExitCode::kCannotSave,
+               config_.run_dir +
+                   " was removed, moved or replaced while this run used it: the run "
+                   "ends, since nothing can be written there any more");
+}
+
 absl::Status Run::WriteRunFolder() {
   const std::string& dir = config_.run_dir;
+  const auto so_far = [&](const std::string& name) -> absl::StatusOr<std::string> {
+    const std::string path = dir + "/" + name;
+    if (!Exists(path)) return "";
+    return ReadFile(path, kMaxRecordBytes, ExitCode::kCannotSave);
+  };
   KRAIT_RETURN_IF_ERROR(
       WriteFileAtomic(dir + "/config.yaml", config_.ToYaml(), ExitCode::kCannotSave));
-  KRAIT_RETURN_IF_ERROR(
-      WriteFileAtomic(dir + "/command.txt", options_.command_line + "\n", ExitCode::kCannotSave));
-  KRAIT_RETURN_IF_ERROR(
-      WriteFileAtomic(dir + "/environment.json", EnvironmentJson(), ExitCode::kCannotSave));
+  std::string commands, environments;
+  KRAIT_ASSIGN_OR_RETURN(commands, so_far("command.txt"));
+  KRAIT_RETURN_IF_ERROR(WriteFileAtomic(
+      dir + "/command.txt", commands + options_.command_line + "\n", ExitCode::kCannotSave));
+  KRAIT_ASSIGN_OR_RETURN(environments, so_far("environment.json"));
+  KRAIT_RETURN_IF_ERROR(WriteFileAtomic(dir + "/environment.json",
+                                        EnvironmentJson(environments, state().step),
+                                        ExitCode::kCannotSave));
   KRAIT_ASSIGN_OR_RETURN(metrics_, MetricsLog::Open(dir, state().step, config_.log.tensorboard));
   return absl::OkStatus();
 }
@@ -141,6 +237,20 @@ absl::Status Run::Describe() {
       PrintShort(static_cast<double>(table.active(config_.model))), config_.model.n_layers,
       PrintShort(static_cast<double>(config_.train.batch_tokens)),
       PrintBytes(trainer_->memory().total()))));
+  double there_are = 0;
+  for (const auto& file : train_data_->files()) there_are += static_cast<double>(file->tokens());
+  const size_t files = train_data_->files().size();
+  const double tokens =
+      static_cast<double>(config_.train.steps) * static_cast<double>(config_.train.batch_tokens);
+  KRAIT_RETURN_IF_ERROR(Say(absl::StrFormat(
+      "data: %s tokens in %d file%s; the run takes %s, %s epochs", PrintShort(there_are), files,
+      files == 1 ? "" : "s", PrintShort(tokens), PrintShort(tokens / there_are))));
+  if (config_.log.tensorboard) {
+    KRAIT_RETURN_IF_ERROR(Say("curves: tensorboard --logdir " + config_.run_dir + "/tensorboard"));
+  }
+  if (const std::string idle = WithoutEffect(config_); !idle.empty()) {
+    KRAIT_RETURN_IF_ERROR(Say("note: " + idle));
+  }
   const int64_t there = MemoryOf(trainer_->ctx().device).total;
   if (trainer_->memory().total() <= there) return absl::OkStatus();
   return Say(
@@ -149,7 +259,11 @@ absl::Status Run::Describe() {
 
 absl::StatusOr<ExitCode> Run::Loop() {
   const int64_t steps = config_.train.steps;
-  if (state().step >= steps) {
+  // An evaluation that a stop request cut short is made up, so that the metrics are those of a run
+  // without it.
+  const bool make_up = state().step > 0 && state().step <= steps && EvaluationDue() &&
+                       !IsRecorded(config_.run_dir, state().step, "val/loss");
+  if (state().step >= steps && !make_up) {
     KRAIT_RETURN_IF_ERROR(
         Say(absl::StrFormat("this run is finished: step %d of %d; to train on, raise train.steps",
                             state().step, steps)));
@@ -159,16 +273,27 @@ absl::StatusOr<ExitCode> Run::Loop() {
   KRAIT_RETURN_IF_ERROR(WriteRunFolder());
   KRAIT_RETURN_IF_ERROR(Describe());
   start_ = MonotonicSeconds();
+  absl::Status status = make_up ? Evaluate() : absl::OkStatus();
+  if (status.ok()) status = Steps();
+  if (!status.ok()) return SaveBeforeEnding(status);
+  KRAIT_RETURN_IF_ERROR(PrintSummary());
+  return state().step < steps || evaluation_missed_ ? ExitCode::kStopped : ExitCode::kOk;
+}
+
+// To the last step, or to that of a stop request.
+absl::Status Run::Steps() {
+  const int64_t steps = config_.train.steps;
   // This rank's rows of each pass.
   const int64_t rows = config_.train.micro_batch, pass_rows = rows * mesh_.data;
   TokenBatch batch;
-  bool stop = false, save = false;
+  bool stop = StopRequested(), save = false;
   while (state().step < steps && !(stop && !save)) {
     const double begin = MonotonicSeconds();
     KRAIT_RETURN_IF_ERROR(train_data_->ReadTraining(state().sequences + mesh_.data_index() * rows,
                                                     config_.accumulation(mesh_.data), pass_rows,
                                                     rows, &batch));
     const StepReport report = trainer_->Step(batch);
+    sound_ = !report.was_skipped;
     KRAIT_RETURN_IF_ERROR(Report(report, MonotonicSeconds() - begin));
     if (report.skipped_in_row >= kMaxSkippedInRow) {
       return Diverged(
@@ -177,10 +302,8 @@ absl::StatusOr<ExitCode> Run::Loop() {
                           report.skipped_in_row, report.step));
     }
     const bool last = state().step == steps;
-    if (validation_ != nullptr && (Due(config_.evaluation.every, state().step) || last)) {
-      KRAIT_RETURN_IF_ERROR(Evaluate(state().step));
-    }
-    if (!stop && signals_.received() != 0) {
+    if (EvaluationDue()) KRAIT_RETURN_IF_ERROR(Evaluate());
+    if (!stop && StopRequested()) {
       stop = true;
       if (report.was_skipped && !last) {
         KRAIT_RETURN_IF_ERROR(Say("the last step was skipped: stopping after one that is not"));
@@ -197,8 +320,7 @@ absl::StatusOr<ExitCode> Run::Loop() {
       save = false;
     }
   }
-  KRAIT_RETURN_IF_ERROR(PrintSummary());
-  return state().step < steps ? ExitCode::kStopped : ExitCode::kOk;
+  return absl::OkStatus();
 }
 
 absl::Status Run::Report(StepReport report, double seconds) {
@@ -225,26 +347,58 @@ absl::Status Run::Report(StepReport report, double seconds) {
     console_.Status(FormatLiveLine(report));
   }
   if (!log) return absl::OkStatus();
+  KRAIT_RETURN_IF_ERROR(CheckFolder());
   window_seconds_ = 0;
   window_steps_ = 0;
   KRAIT_RETURN_IF_ERROR(Say(FormatLogLine(report)));
   return metrics_->Write(report.step, StepMetrics(report));
 }
 
-absl::Status Run::Evaluate(int64_t step) {
-  console_.Status("evaluating ...");
-  const int64_t wanted = std::max<int64_t>(1, config_.evaluation.tokens / config_.data.seq_len);
-  EvalResult result;
-  KRAIT_ASSIGN_OR_RETURN(result, EvaluateStored(trainer_->evaluator(), *validation_, wanted,
-                                                config_.train.micro_batch));
-  const std::optional<double> bpb = BitsPerByte(result.loss, state().tokenizer);
-  std::string line =
-      absl::StrFormat("step %5d/%d | val loss %.4f", step, config_.train.steps, result.loss);
-  if (bpb.has_value()) line += absl::StrFormat(" | val bpb %.4f", *bpb);
-  KRAIT_RETURN_IF_ERROR(Say(line));
-  return metrics_->Write(step, {{"val/loss", result.loss},
-                                {"val/bpb", bpb.value_or(std::nan(""))},
-                                {"tokens", state().tokens}});
+bool Run::EvaluationDue() const {
+  return validation_ != nullptr &&
+         (Due(config_.evaluation.every, state().step) || state().step == config_.train.steps);
+}
+
+// Every validation source, and all of them by tokens. Ends without a result on a stop request.
+absl::Status Run::Evaluate() {
+  KRAIT_RETURN_IF_ERROR(CheckFolder());
+  const std::vector<EvalShare> shares =
+      EvalShares(*validation_, config_.data.validation, config_.evaluation.tokens);
+  int64_t before = 0, total = 0;
+  for (const EvalShare& share : shares) total += share.count;
+  const Progress show = ShowProgress("evaluating");
+  std::vector<Metric> metrics;
+  std::vector<std::string> lines;
+  // NaN, and nothing in the line, where the tokenizer says nothing about bytes.
+  const auto add = [&](const std::string& name, const std::string& said, double loss) {
+    const std::optional<double> bpb = BitsPerByte(loss, state().tokenizer);
+    metrics.push_back({name + "/loss", loss});
+    metrics.push_back({name + "/bpb", bpb.value_or(std::nan(""))});
+    lines.push_back(absl::StrFormat("step %5d/%d | %s loss %.4f", state().step, config_.train.steps,
+                                    said, loss));
+    if (bpb.has_value()) lines.back() += absl::StrFormat(" | %s bpb %.4f", said, *bpb);
+  };
+  double sum = 0;
+  int64_t targets = 0;
+  for (const EvalShare& share : shares) {
+    const auto result = EvaluateStored(
+        trainer_->evaluator(), *validation_, share.first, share.count, config_.train.micro_batch,
+        [&](int64_t done, int64_t /*total*/) { return show(before + done, total); });
+    if (ExitCodeOf(result.status()) == ExitCode::kStopped) {
+      evaluation_missed_ = true;
+      return absl::OkStatus();
+    }
+    KRAIT_RETURN_IF_ERROR(result.status());
+    before += share.count;
+    if (shares.size() > 1) add("val/" + share.name, "val " + share.name, result->loss);
+    if (result->targets == 0) continue;
+    sum += result->loss * static_cast<double>(result->targets);
+    targets += result->targets;
+  }
+  add("val", "val", sum / static_cast<double>(targets));
+  metrics.push_back({"tokens", state().tokens});
+  for (const std::string& line : lines) KRAIT_RETURN_IF_ERROR(Say(line));
+  return metrics_->Write(state().step, metrics);
 }
 
 // The end of a run whose numbers are of no use any more.
@@ -260,10 +414,34 @@ absl::Status Run::Diverged(const std::string& what) {
   return Error(ExitCode::kNumerics, message);
 }
 
-// Saves the state at this step boundary; in the background unless `wait`.
+// Saves the state at this step boundary, and what was reported up to it; in the background unless
+// `wait`.
 absl::Status Run::Save(bool wait) {
   if (saver_.busy()) KRAIT_RETURN_IF_ERROR(SaveEnded(saver_.Wait(), saver_.warnings()));
+  KRAIT_RETURN_IF_ERROR(CheckFolder());
+  // A folder that somebody removed is made again.
+  if (mesh_.rank == 0 && !checkpoint_lock_.Holds()) KRAIT_RETURN_IF_ERROR(LockCheckpoints());
   KRAIT_RETURN_IF_ERROR(metrics_->Sync());
+  return SaveState(wait);
+}
+
+// The last step that is worth it, before the run ends with an error that has nothing to do with it:
+// a disk that fails under data, evaluation or logs. Gives the error back, with what became of it.
+absl::Status Run::SaveBeforeEnding(const absl::Status& error) {
+  console_.ClearStatus();
+  if (saver_.busy()) SaveEnded(saver_.Wait(), saver_.warnings()).IgnoreError();
+  const int64_t step = state().step;
+  const bool tried = saving_step_ == step || ExitCodeOf(error) == ExitCode::kNumerics;
+  if (tried || !sound_ || !checkpoint_lock_.Holds()) return error;
+  const absl::Status saved = SaveState(/*wait=*/true);
+  const std::string what =
+      saved_step_ == step
+          ? absl::StrFormat("step %d was saved before the end: %s", step, CheckpointPath(step))
+          : absl::StrFormat("step %d could not be saved: %s", step, MessageOf(saved));
+  return Error(ExitCodeOf(error), MessageOf(error) + "\n" + what);
+}
+
+absl::Status Run::SaveState(bool wait) {
   if (!trainer_->WeightsFinite()) {
     return Diverged(
         absl::StrFormat("after step %d there are weights that are not finite", state().step));
@@ -271,6 +449,7 @@ absl::Status Run::Save(bool wait) {
   SaveOptions options;
   options.dir = config_.checkpoint.dir;
   options.keep = config_.checkpoint.keep;
+  options.keep_every = config_.checkpoint.keep_every;
   saving_step_ = state().step;
   const std::vector<CheckpointBox> boxes = trainer_->Boxes();
   const bool now = wait || !config_.checkpoint.async;
@@ -279,9 +458,6 @@ absl::Status Run::Save(bool wait) {
     std::vector<std::string> warnings;
     const absl::Status saved = SaveCheckpoint(options, state(), boxes, &warnings);
     return SaveEnded(saved, warnings);
-  }
-  if (!staging_.has_value()) {
-    staging_.emplace("checkpoint staging", Device::kCpu, AsyncSaver::StagingBytes(boxes));
   }
   const Tensor copy = staging_->Alloc(DType::kU8, {staging_->capacity()});
   staging_->Release(0);
@@ -293,9 +469,11 @@ absl::Status Run::Save(bool wait) {
 absl::Status Run::SaveEnded(const absl::Status& result, const std::vector<std::string>& warnings) {
   KRAIT_RETURN_IF_ERROR(result);
   for (const std::string& warning : warnings) KRAIT_RETURN_IF_ERROR(Say(warning));
-  const std::string path = absl::StrFormat("%s/step-%08d", config_.checkpoint.dir, saving_step_);
+  const std::string path = CheckpointPath(saving_step_);
   const auto saved = OpenCheckpoint(path);
   if (!saved.ok()) return Error(ExitCode::kCannotSave, MessageOf(saved.status()));
+  saved_step_ = saving_step_;
+  KRAIT_RETURN_IF_ERROR(CheckFolder());
   std::optional<RunRecord> record;
   KRAIT_ASSIGN_OR_RETURN(record, ReadRunRecord(config_.run_dir));
   if (!record.has_value()) record.emplace();
@@ -308,8 +486,7 @@ absl::Status Run::SaveEnded(const absl::Status& result, const std::vector<std::s
 
 absl::Status Run::PrintSummary() {
   console_.ClearStatus();
-  const std::string checkpoint =
-      absl::StrFormat("%s/step-%08d", config_.checkpoint.dir, state().step);
+  const std::string checkpoint = CheckpointPath(state().step);
   Summary summary;
   summary.finished = state().step >= config_.train.steps;
   summary.step = state().step;
@@ -321,7 +498,7 @@ absl::Status Run::PrintSummary() {
   summary.val_loss = LastRecorded(config_.run_dir, "val/loss");
   summary.val_bpb = LastRecorded(config_.run_dir, "val/bpb");
   if (Exists(checkpoint)) summary.checkpoint = checkpoint;
-  if (!summary.finished) {
+  if (!summary.finished || evaluation_missed_) {
     summary.next_commands = {options_.continue_line};
   } else if (!summary.checkpoint.empty()) {
     summary.next_commands = {options_.program + " generate " + checkpoint + " --prompt \"...\""};
@@ -338,7 +515,12 @@ absl::Status Run::PrintSummary() {
 
 absl::StatusOr<ExitCode> RunTraining(const RunConfig& config, const TrainOptions& options) {
   Run run(config, options);
-  KRAIT_RETURN_IF_ERROR(run.Open());
+  const absl::Status opened = run.Open();
+  if (ExitCodeOf(opened) == ExitCode::kStopped) {
+    return Error(ExitCode::kStopped,
+                 MessageOf(opened) + ": no step was made; to go on: " + options.continue_line);
+  }
+  KRAIT_RETURN_IF_ERROR(opened);
   return run.Loop();
 }
 

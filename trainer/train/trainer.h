@@ -38,7 +38,11 @@ class Trainer {
   explicit Trainer(const RunConfig& config);
 
   // Fresh weights by the model's init scheme and the run's seed.
-  void Init() { optimizer_.Init(config_.model, config_.train.seed, ctx_); }
+  void Init() { KRAIT_CHECK(Init(nullptr).ok()); }
+  // `progress` counts elements; after its error the weights hold garbage.
+  absl::Status Init(const Progress& progress) {
+    return optimizer_.Init(config_.model, config_.train.seed, ctx_, progress);
+  }
   // After the boxes were loaded.
   void Loaded() { optimizer_.MastersToWeights(ctx_); }
 

@@ -219,6 +219,17 @@ TEST_F(CheckpointTest, KeepsTheNewestAndNeverFewerWholeOnes) {
   EXPECT_THAT(*ListCheckpoints(dir_), ElementsAre(Step(123456789), Step(7)));
 }
 
+TEST_F(CheckpointTest, MilestonesStay) {
+  for (int64_t step = 1; step <= 9; ++step) {
+    State state = SmallState();
+    Fill(step, &state);
+    const SaveOptions options = {.dir = dir_, .keep = 2, .name = "", .keep_every = 3};
+    ASSERT_TRUE(SaveCheckpoint(options, SmallMeta(step), state.boxes, &warnings_).ok());
+  }
+  EXPECT_THAT(Names(), ElementsAre("latest", "step-00000003", "step-00000006", "step-00000008",
+                                   "step-00000009"));
+}
+
 TEST_F(CheckpointTest, TheSameStepIsReplaced) {
   ASSERT_TRUE(Save(5).ok());
   const std::string first = OpenCheckpoint(Step(5))->save_id;
@@ -383,6 +394,42 @@ TEST_F(CheckpointTest, TheHintLatest) {
   std::filesystem::remove(dir_ + "/latest");
   EXPECT_THAT(CheckLatest(dir_, &damaged), HasSubstr("missing"));
   EXPECT_FALSE(damaged);
+}
+
+TEST_F(CheckpointTest, TheHintIsMendedWhenItsFolderIsMovedAway) {
+  ASSERT_TRUE(Save(1).ok() && Save(2).ok());
+  std::filesystem::rename(Step(2), dir_ + "/damaged-step-00000002");
+  EXPECT_NE(CheckLatest(dir_), "");
+  ASSERT_TRUE(MendLatest(dir_).ok());
+  EXPECT_EQ(CheckLatest(dir_), "");
+  std::filesystem::rename(Step(1), dir_ + "/damaged-step-00000001");
+  ASSERT_TRUE(MendLatest(dir_).ok());
+  EXPECT_EQ(CheckLatest(dir_), "");
+  EXPECT_FALSE(Exists(dir_ + "/latest"));
+}
+
+TEST_F(CheckpointTest, ALoadCountsItsBytesAndEndsWhenToldTo) {
+  ASSERT_TRUE(Save(1).ok());
+  const auto checkpoint = OpenCheckpoint(Step(1));
+  State state = SmallState();
+  int64_t bytes = 0, calls = 0, last = -1;
+  for (const CheckpointBox& box : state.boxes) bytes += box.bytes();
+  const auto count = [&](int64_t done, int64_t total) {
+    EXPECT_EQ(total, bytes);
+    EXPECT_GT(done, last);
+    last = done;
+    return ++calls < 5 ? absl::OkStatus() : Error(ExitCode::kStopped, "enough");
+  };
+  EXPECT_EQ(ExitCodeOf(LoadBoxes(*checkpoint, state.boxes, Context(), count)), ExitCode::kStopped);
+  EXPECT_EQ(calls, 5);
+  // A search does not take it for damage.
+  std::vector<PassedOver> passed;
+  const auto load = [&](const Checkpoint& c) {
+    last = -1;
+    return LoadBoxes(c, state.boxes, Context(), count);
+  };
+  EXPECT_EQ(ExitCodeOf(LoadNewestWhole(*ListCheckpoints(dir_), load, &passed).status()),
+            ExitCode::kStopped);
 }
 
 TEST_F(CheckpointTest, AFailedSaveHarmsNothingAndNamesSpace) {

@@ -34,7 +34,7 @@ class RankState {
       : weights_(&table, {.compute = compute}, true, &weight_arena_, &grad_arena_, mesh) {
     ctx_.scratch = &scratch_;
     optimizer_ = std::make_unique<OptimizerState>(&weights_, OptimizerConfig(), &arena_, ctx_);
-    optimizer_->Init(spec, kSeed, ctx_);
+    KRAIT_CHECK(optimizer_->Init(spec, kSeed, ctx_).ok());
   }
 
   // Gradients that are functions of the published element, of about 1e-3.

@@ -13,6 +13,8 @@
 
 #include "nlohmann/json.hpp"
 #include "support/tiny_run.h"
+#include "trainer/checkpoint/checkpoint.h"
+#include "trainer/checkpoint/checkpoint_manifest.h"
 
 namespace krait {
 namespace {
@@ -241,6 +243,76 @@ TEST(ResumeRun, WhatCannotBeReadStopsTheStart) {
   EXPECT_EQ(result.code, 30) << result.out << result.err;
   EXPECT_THAT(result.err, AllOf(HasSubstr(loop), HasSubstr("symbolic links")));
   EXPECT_THAT(result.out, Not(HasSubstr("resuming")));
+}
+
+TEST(ResumeRun, LatestIsMendedWhenDamagedOnesAreMovedAway) {
+  const TinyRun tiny;
+  const std::string dir = tiny / "run/checkpoints";
+  ASSERT_EQ(tiny.Train("run", {"train.steps=30"}).code, 0);
+  Damage(dir + "/step-00000030");
+  // Nothing is saved by this start.
+  const ProcessResult result = tiny.Train("run", {"train.steps=20"});
+  EXPECT_EQ(result.code, 0) << result.err;
+  EXPECT_EQ(ReadText(dir + "/latest"), "step-00000020\n");
+}
+
+TEST(ResumeRun, MilestonesAreKept) {
+  const TinyRun tiny;
+  ASSERT_EQ(tiny.Train("run", {"train.steps=40", "checkpoint.every=5", "checkpoint.keep=2",
+                               "checkpoint.keep_every=10"})
+                .code,
+            0);
+  EXPECT_EQ(Steps(tiny / "run/checkpoints"),
+            (std::vector<std::string>{"step-00000010", "step-00000020", "step-00000030",
+                                      "step-00000035", "step-00000040"}));
+}
+
+TEST(ResumeRun, OtherThreadsAreNamed) {
+  const TinyRun tiny;
+  ASSERT_EQ(tiny.Train("run", {"train.steps=10"}).code, 0);
+  const auto resume = [&](const char* threads, const char* steps) {
+    return RunProcess(TinyRun::Argv(tiny.TrainWords("run", {steps})),
+                      {{"OMP_NUM_THREADS", threads}, {"OMP_WAIT_POLICY", "passive"}});
+  };
+  ProcessResult result = resume("2", "train.steps=20");
+  EXPECT_EQ(result.code, 0) << result.err;
+  EXPECT_THAT(result.out, Not(HasSubstr("the last steps ran on")));
+  result = resume("1", "train.steps=30");
+  EXPECT_EQ(result.code, 0) << result.err;
+  EXPECT_THAT(result.out, AllOf(HasSubstr("the last steps ran on CPU, 2 threads, "),
+                                HasSubstr("; this is CPU, 1 thread, ")));
+}
+
+// A checkpoint of a run on other hardware: its config is rewritten to what such a run stores.
+TEST(ResumeRun, ACheckpointOfAnotherLayoutAndDeviceIsOfUseHere) {
+  const TinyRun tiny;
+  ASSERT_EQ(tiny.Train("run", {"train.steps=10"}).code, 0);
+  const std::string path = tiny / "run/checkpoints/step-00000010";
+  auto checkpoint = OpenCheckpoint(path);
+  ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
+  std::string& config = checkpoint->meta.config_yaml;
+  for (const auto& [from, to] : {std::pair<std::string, std::string>{"tensor: 1", "tensor: 2"},
+                                 {"data: auto", "data: 4"},
+                                 {"device: cpu", "device: cuda"},
+                                 {"precision: fp32", "precision: bf16"},
+                                 {"batch_tokens: 128", "batch_tokens: 1024"}}) {
+    ASSERT_NE(config.find(from), std::string::npos) << from;
+    config.replace(config.find(from), from.size(), to);
+  }
+  const auto text = ManifestText(*checkpoint);
+  ASSERT_TRUE(text.ok()) << text.status();
+  std::ofstream(path + "/manifest.json", std::ios::binary) << *text;
+
+  for (const std::vector<std::string>& words :
+       {std::vector<std::string>{"checkpoint", "inspect", path},
+        {"eval", path, "--data", tiny / "more.h5", "--tokens", "512"},
+        {"generate", path, "--prompt", "krait", "--tokens", "4"},
+        {"export", path, "--hf", tiny / "hf"},
+        tiny.TrainWords("weights", {"train.steps=10", "--init", path}),
+        tiny.TrainWords("run", {"train.steps=20", "--allow-change", "batch_tokens"})}) {
+    const ProcessResult result = TinyRun::Krait(words);
+    EXPECT_EQ(result.code, 0) << words[0] << ": " << result.out << result.err;
+  }
 }
 
 TEST(ResumeRun, AnotherMicroBatchIsNamedWhereItChangesTheWeights) {

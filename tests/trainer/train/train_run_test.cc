@@ -8,6 +8,8 @@
 #include <sstream>
 #include <thread>
 
+#include "data/token_file.h"
+#include "kernels/base/number.h"
 #include "nlohmann/json.hpp"
 #include "support/tiny_run.h"
 
@@ -100,8 +102,75 @@ TEST(TrainRun, TheEnvironmentIsKeptWithoutCredentials) {
       variables);
   ASSERT_EQ(run.code, 0) << run.err;
   const std::string kept = ReadText(tiny / "run/environment.json");
-  EXPECT_EQ(nlohmann::json::parse(kept)["variables"]["SLURM_JOB_ID"], "17");
+  EXPECT_EQ(nlohmann::json::parse(kept)[0]["variables"]["SLURM_JOB_ID"], "17");
   EXPECT_THAT(kept, ::testing::Not(HasSubstr("hidden")));
+}
+
+TEST(TrainRun, EveryStartIsKept) {
+  const TinyRun tiny;
+  ASSERT_EQ(tiny.Train("run", {"train.steps=10"}).code, 0);
+  // What a run of the first version left is one record.
+  std::ofstream(tiny / "run/environment.json") << R"({"pid": 17})";
+  ASSERT_EQ(tiny.Train("run", {"train.steps=20"}).code, 0);
+  ASSERT_EQ(tiny.Train("run", {"train.steps=30"}).code, 0);
+  std::istringstream commands(ReadText(tiny / "run/command.txt"));
+  std::vector<std::string> lines;
+  for (std::string line; std::getline(commands, line);) lines.push_back(line);
+  ASSERT_EQ(lines.size(), 3U);
+  EXPECT_THAT(lines[0], HasSubstr("train.steps=10"));
+  EXPECT_THAT(lines[2], HasSubstr("train.steps=30"));
+  const auto starts = nlohmann::json::parse(ReadText(tiny / "run/environment.json"));
+  ASSERT_EQ(starts.size(), 3U);
+  EXPECT_EQ(starts[0]["pid"], 17);
+  EXPECT_EQ(starts[1]["step"], 10);
+  EXPECT_EQ(starts[2]["step"], 20);
+}
+
+TEST(TrainRun, TheStartSaysWhatIsToCome) {
+  const TinyRun tiny;
+  const ProcessResult result =
+      tiny.Train("run", {"train.steps=10", "train.hang_timeout=5",
+                         "data.train=[{path: " + (tiny / "more.h5") + "}]"});
+  ASSERT_EQ(result.code, 0) << result.err;
+  const auto file = TokenFile::Open(tiny / "more.h5");
+  const auto tokens = static_cast<double>((*file)->tokens());
+  EXPECT_THAT(result.out,
+              AllOf(HasSubstr("data: " + PrintShort(tokens) +
+                              " tokens in 1 file; the run takes "
+                              "1.28k, " +
+                              PrintShort(1280 / tokens) + " epochs\n"),
+                    HasSubstr("curves: tensorboard --logdir " + (tiny / "run") + "/tensorboard\n"),
+                    HasSubstr("note: train.hang_timeout: no effect in this version\n")));
+}
+
+TEST(TrainRun, EveryValidationSourceIsEvaluated) {
+  const TinyRun tiny;
+  const std::string valid = WriteText(tiny.folder(), "valid", 30, 5);
+  const std::vector<std::string> words = {
+      "train.steps=10", "evaluation.tokens=1024",
+      "data.validation=[{path: " + (tiny / "more.h5") + "}, {path: " + valid + ", weight: 3}]"};
+  const ProcessResult result = tiny.Train("run", words);
+  ASSERT_EQ(result.code, 0) << result.err;
+  std::istringstream lines(ReadText(tiny / "run/metrics.jsonl"));
+  std::string line, last;
+  while (std::getline(lines, line)) last = line;
+  const auto record = nlohmann::json::parse(last);
+  // Each one's share, alone.
+  double sum = 0, targets = 0;
+  for (const auto& [name, tokens] : {std::pair{"more", "256"}, {"valid", "768"}}) {
+    const ProcessResult eval =
+        TinyRun::Krait({"eval", tiny / "run", "--data", tiny / (std::string(name) + ".h5"),
+                        "--tokens", tokens, "--json"});
+    ASSERT_EQ(eval.code, 0) << eval.err;
+    const auto alone = nlohmann::json::parse(eval.out);
+    const std::string key = std::string("val/") + name;
+    EXPECT_NEAR(record[key + "/loss"].get<double>(), alone["loss"].get<double>(), 1e-6);
+    EXPECT_NEAR(record[key + "/bpb"].get<double>(), alone["bits_per_byte"].get<double>(), 1e-6);
+    EXPECT_THAT(result.out, HasSubstr(std::string("val ") + name + " loss"));
+    sum += alone["loss"].get<double>() * alone["targets"].get<double>();
+    targets += alone["targets"].get<double>();
+  }
+  EXPECT_NEAR(record["val/loss"].get<double>(), sum / targets, 1e-6);
 }
 
 TEST(TrainRun, FinishedRunSaysSoAndFolderHasItsFiles) {

@@ -1,6 +1,9 @@
-#include "trainer/train/signals.h"
+#include "kernels/base/stop_signals.h"
+
+#include <unistd.h>
 
 #include <csignal>
+#include <cstring>
 
 #include "kernels/base/check.h"
 
@@ -8,10 +11,11 @@ namespace krait {
 namespace {
 
 volatile std::sig_atomic_t g_received = 0;
+const char* volatile g_acknowledgement = "";
 
 struct Handled {
   int signal;
-  bool stops;  // asks for save-and-stop; else ignored
+  bool stops;  // asks to stop; else ignored
   struct sigaction before;
 };
 Handled g_handled[] = {{SIGUSR1, true, {}}, {SIGTERM, true, {}},
@@ -21,12 +25,19 @@ Handled g_handled[] = {{SIGUSR1, true, {}}, {SIGTERM, true, {}},
 
 void OnStop(int signal) {
   if (g_received == 0) g_received = signal;
+  if (signal != SIGINT) return;
+  // What a handler may call: no formatting, no streams. Whether it arrives does not matter.
+  const char* parts[] = {"\nkrait: ", g_acknowledgement, "\n"};
+  for (const char* part : parts) {
+    if (write(STDERR_FILENO, part, std::strlen(part)) < 0) return;
+  }
 }
 
 }  // namespace
 
-StopSignals::StopSignals() {
+StopSignals::StopSignals(const char* acknowledgement) {
   g_received = 0;
+  g_acknowledgement = acknowledgement;
   for (Handled& handled : g_handled) {
     KRAIT_CHECK(sigaction(handled.signal, nullptr, &handled.before) == 0);
     // A shell's background job starts with SIGINT ignored and keeps it so; nohup's with SIGHUP.
@@ -43,8 +54,9 @@ StopSignals::StopSignals() {
 
 StopSignals::~StopSignals() {
   for (const Handled& handled : g_handled) sigaction(handled.signal, &handled.before, nullptr);
+  g_received = 0;
 }
 
-int StopSignals::received() const { return g_received; }
+bool StopRequested() { return g_received != 0; }
 
 }  // namespace krait

@@ -1,0 +1,27 @@
+// Requests to stop: SIGUSR1, SIGTERM, SIGHUP and SIGINT only set a flag, which long work reads where
+// it can end cleanly. A second SIGINT ends the process at once.
+#ifndef KRAIT_KERNELS_BASE_STOP_SIGNALS_H_
+#define KRAIT_KERNELS_BASE_STOP_SIGNALS_H_
+
+namespace krait {
+
+// Installs the handlers for the lifetime of the object and restores the ones before. Also ignores
+// SIGPIPE and SIGXFSZ, so that a closed terminal or a file size limit is an error code of write()
+// and not the death of the process. At most one object at a time.
+class StopSignals {
+ public:
+  // `acknowledgement`, a string literal of one line, is written to standard error at the first
+  // SIGINT: who pressed Ctrl-C learns what happens, and that a second one ends it at once.
+  explicit StopSignals(const char* acknowledgement);
+  ~StopSignals();
+  StopSignals(const StopSignals&) = delete;
+  StopSignals& operator=(const StopSignals&) = delete;
+};
+
+// Whether a stop signal has arrived since the StopSignals object at hand was made; false without
+// one. Any thread.
+bool StopRequested();
+
+}  // namespace krait
+
+#endif  // KRAIT_KERNELS_BASE_STOP_SIGNALS_H_
