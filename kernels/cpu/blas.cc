@@ -13,21 +13,24 @@
 namespace krait::cpu {
 namespace {
 
-// What OpenBLAS maps: the library with those that it needs, a buffer for the caller and for each
-// thread, and the stacks of the threads. Nothing of it is touched before it is used.
-int64_t AddressSpace() {
-  constexpr int64_t kLibraries = int64_t{64} << 20, kBuffer = int64_t{128} << 20;
-  constexpr int64_t kStack = int64_t{16} << 20;
-  return kLibraries + kBuffer + MaxThreads() * (kBuffer + kStack);
-}
-
 bool Limited(__rlimit_resource_t resource) {
   rlimit limit = {};
   return getrlimit(resource, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY;
 }
 
+// Whether the process may not have all the address space that it asks for.
+bool Limited() { return Limited(RLIMIT_AS) || Limited(RLIMIT_DATA); }
+
+// What OpenBLAS maps: the library with those that it needs, the stacks of the threads, and buffers:
+// one for each thread of a product, and one for each product, of which every thread may run one.
+int64_t AddressSpace() {
+  constexpr int64_t kLibraries = int64_t{64} << 20, kBuffer = int64_t{128} << 20;
+  constexpr int64_t kStack = int64_t{16} << 20;
+  return kLibraries + kBuffer + MaxThreads() * (2 * kBuffer + kStack);
+}
+
 absl::Status CheckAddressSpace() {
-  if (!Limited(RLIMIT_AS) && !Limited(RLIMIT_DATA)) return absl::OkStatus();
+  if (!Limited()) return absl::OkStatus();
   const int64_t bytes = AddressSpace();
   void* memory = mmap(nullptr, static_cast<size_t>(bytes), PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -42,14 +45,23 @@ absl::Status CheckAddressSpace() {
                                PrintBytes(bytes), MaxThreads()));
 }
 
-// A product on all threads, so that their buffers are there before the rest of the space is used.
-void TakeBuffers(const Blas& blas) {
+#ifdef KRAIT_OPENBLAS
+// Has the buffers mapped before the rest of the space is used: later on OpenBLAS would wait for
+// them for ever. Its own functions for them are not in its headers.
+void TakeBuffers(const Blas& blas, void* library) {
+  const auto take = reinterpret_cast<void* (*)(int)>(dlsym(library, "blas_memory_alloc"));
+  const auto give_back = reinterpret_cast<void (*)(void*)>(dlsym(library, "blas_memory_free"));
   constexpr int kSize = 256;
   const std::vector<float> zeros(static_cast<size_t>(kSize) * kSize);
   std::vector<float> product(zeros.size());
   blas.sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, kSize, kSize, kSize, 1, zeros.data(), kSize,
              zeros.data(), kSize, 0, product.data(), kSize);
+  if (take == nullptr || give_back == nullptr) return;
+  std::vector<void*> buffers;
+  for (int i = 0; i < MaxThreads(); ++i) buffers.push_back(take(0));
+  for (void* buffer : buffers) give_back(buffer);
 }
+#endif
 
 absl::StatusOr<Blas> Load() {
   KRAIT_RETURN_IF_ERROR(CheckAddressSpace());
@@ -73,11 +85,11 @@ absl::StatusOr<Blas> Load() {
     return Error(ExitCode::kConfig, "the OpenBLAS that was found lacks functions of OpenBLAS");
   }
   const Blas loaded = {sgemm, dgemm, core()};
-#else
-  const Blas loaded = {&cblas_sgemm, &cblas_dgemm, openblas_get_corename()};
-#endif
-  TakeBuffers(loaded);
+  if (Limited()) TakeBuffers(loaded, library);
   return loaded;
+#else
+  return Blas{&cblas_sgemm, &cblas_dgemm, openblas_get_corename()};
+#endif
 }
 
 }  // namespace

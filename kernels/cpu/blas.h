@@ -19,8 +19,8 @@ struct Blas {
   const char* core;  // the kernels that it chose for this processor: "Haswell", "SkylakeX"
 };
 
-// Loads it, with the buffers of all threads, at the first call; any thread. kOutOfMemory when the
-// process may not have the space, kConfig when the library is missing.
+// Loads it at the first call, under a limit with the buffers of all threads; any thread.
+// kOutOfMemory when the process may not have the space, kConfig when the library is missing.
 absl::StatusOr<Blas> LoadBlas();
 
 }  // namespace krait::cpu
