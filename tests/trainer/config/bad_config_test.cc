@@ -110,7 +110,7 @@ constexpr Case kCases[] = {
     {19, "schedule: {min_lr_ratio: 1.5}", ":19:26: ", "at least 0 and at most 1"},
     {20, "checkpoint: {keep: 1}", ":20:20: ", "expected a whole number of at least 2"},
     {20, "checkpoint: {every: 4, keep_every: 6}",
-     ":20:35: ", "checkpoint.keep_every 6 must be a multiple of checkpoint.every 4"},
+     ":20:36: ", "checkpoint.keep_every 6 must be a multiple of checkpoint.every 4"},
     {8, "  mamba: {d_conv: 9}", ":8:19: ", "expected a whole number from 1 to 8"},
     {8, "  mamba: {d_state: 512}", ":8:20: ", "expected a whole number from 1 to 256"},
     {12, "  train: [{path: a.h5, weight: 0}]", ":12:32: ", "expected a number above 0"},
