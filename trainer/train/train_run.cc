@@ -467,7 +467,10 @@ absl::Status Run::SaveState(bool wait) {
 }
 
 absl::Status Run::SaveEnded(const absl::Status& result, const std::vector<std::string>& warnings) {
-  KRAIT_RETURN_IF_ERROR(result);
+  if (!result.ok()) {
+    KRAIT_RETURN_IF_ERROR(CheckFolder());  // the cause, where it is one
+    return result;
+  }
   for (const std::string& warning : warnings) KRAIT_RETURN_IF_ERROR(Say(warning));
   const std::string path = CheckpointPath(saving_step_);
   const auto saved = OpenCheckpoint(path);

@@ -152,7 +152,7 @@ TEST(StopRun, AFolderThatWasRemovedEndsTheRun) {
     words.insert(words.end(), more.begin(), more.end());
     return tiny.TrainWords(run, words);
   };
-  Process removed(TinyRun::Argv(start("removed")), TinyRun::Variables());
+  Process removed(TinyRun::Argv(start("removed", {"checkpoint.every=1000"})), TinyRun::Variables());
   ASSERT_TRUE(WaitFor(&removed, "step    20/"));
   std::filesystem::remove_all(tiny / "removed");
   ProcessResult result = removed.Wait();
@@ -181,7 +181,8 @@ TEST(StopRun, AFolderThatWasRemovedEndsTheRun) {
   EXPECT_THAT(result.err, HasSubstr("was saved before the end: " + (tiny / "saves")));
 
   // A removed folder of checkpoints is made again.
-  Process saves(TinyRun::Argv(start("saves_again")), TinyRun::Variables());
+  Process saves(TinyRun::Argv(start("saves_again", {"checkpoint.every=300"})),
+                TinyRun::Variables());
   ASSERT_TRUE(WaitFor(&saves, "saved "));
   std::filesystem::remove_all(tiny / "saves_again/checkpoints");
   result = Stopped(&saves, SIGTERM);

@@ -215,17 +215,34 @@ TEST_F(TrainerTest, EvaluateStoredWeighsTargetsAndNotPasses) {
   Trainer trainer(config);
   trainer.Init();
   const auto data = Data(config);
-  const auto five = EvaluateStored(trainer.evaluator(), *data, 5, 2);
-  const auto single = EvaluateStored(trainer.evaluator(), *data, 5, 1);
+  const auto five = EvaluateStored(trainer.evaluator(), *data, 0, 5, 2);
+  const auto single = EvaluateStored(trainer.evaluator(), *data, 0, 5, 1);
   ASSERT_TRUE(five.ok() && single.ok());
   EXPECT_EQ(five->sequences, 5);
   EXPECT_EQ(five->targets, single->targets);
   EXPECT_NEAR(five->loss, single->loss, 1e-6);
-  const auto all = EvaluateStored(trainer.evaluator(), *data, 1 << 20, 2);
+  const auto all = EvaluateStored(trainer.evaluator(), *data, 0, data->sequences(), 2);
   ASSERT_TRUE(all.ok());
-  EXPECT_EQ(all->sequences, data->sequences());
   EXPECT_NEAR(*BitsPerByte(all->loss, "bytes"), all->loss / std::log(2.0), 1e-12);
   EXPECT_FALSE(BitsPerByte(all->loss, "bpe").has_value());
+}
+
+TEST_F(TrainerTest, EvaluationTakesOfEachSourceItsShare) {
+  const RunConfig config = Config();  // two sources, weights 3 and 1
+  const auto data = Data(config);
+  const auto shares = EvalShares(*data, config.data.train, 512);
+  ASSERT_EQ(shares.size(), 2U);
+  EXPECT_EQ(shares[0].name, "train");
+  EXPECT_EQ(shares[0].first, 0);
+  EXPECT_EQ(shares[0].count, 12);
+  EXPECT_EQ(shares[1].name, "more");
+  EXPECT_EQ(shares[1].first, data->SequencesOf(0));
+  EXPECT_EQ(shares[1].count, 4);
+  // At least one, at most all, and names apart.
+  EXPECT_EQ(EvalShares(*data, config.data.train, 33)[1].count, 1);
+  EXPECT_EQ(EvalShares(*data, config.data.train, 1 << 30)[1].count, data->SequencesOf(1));
+  const auto& source = config.data.train[0];
+  EXPECT_EQ(EvalShares(*data, {source, source}, 512)[1].name, "train-2");
 }
 
 TEST_F(TrainerTest, InitLoadsTheWeightsOfTheOtherRunBitForBit) {
