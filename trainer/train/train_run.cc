@@ -243,8 +243,8 @@ absl::Status Run::Describe() {
   const double tokens =
       static_cast<double>(config_.train.steps) * static_cast<double>(config_.train.batch_tokens);
   KRAIT_RETURN_IF_ERROR(Say(absl::StrFormat(
-      "data: %s tokens in %d file%s; the run takes %s, %s epochs", PrintShort(there_are), files,
-      files == 1 ? "" : "s", PrintShort(tokens), PrintShort(tokens / there_are))));
+      "data: %s tokens in %d file%s; the run takes %s, %.3g epochs", PrintShort(there_are), files,
+      files == 1 ? "" : "s", PrintShort(tokens), tokens / there_are)));
   if (config_.log.tensorboard) {
     KRAIT_RETURN_IF_ERROR(Say("curves: tensorboard --logdir " + config_.run_dir + "/tensorboard"));
   }

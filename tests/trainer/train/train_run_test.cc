@@ -8,6 +8,7 @@
 #include <sstream>
 #include <thread>
 
+#include "absl/strings/str_format.h"
 #include "data/token_file.h"
 #include "kernels/base/number.h"
 #include "nlohmann/json.hpp"
@@ -135,10 +136,9 @@ TEST(TrainRun, TheStartSaysWhatIsToCome) {
   const auto file = TokenFile::Open(tiny / "more.h5");
   const auto tokens = static_cast<double>((*file)->tokens());
   EXPECT_THAT(result.out,
-              AllOf(HasSubstr("data: " + PrintShort(tokens) +
-                              " tokens in 1 file; the run takes "
-                              "1.28k, " +
-                              PrintShort(1280 / tokens) + " epochs\n"),
+              AllOf(HasSubstr(absl::StrFormat(
+                        "data: %s tokens in 1 file; the run takes 1.28k, %.3g epochs\n",
+                        PrintShort(tokens), 1280 / tokens)),
                     HasSubstr("curves: tensorboard --logdir " + (tiny / "run") + "/tensorboard\n"),
                     HasSubstr("note: train.hang_timeout: no effect in this version\n")));
 }
