@@ -1,8 +1,8 @@
 // What the forward and the backward of the selective scan share: how a warp lies over channels and
-// states, tiles of 16 tokens in shared memory, and the functions of one element.
+// states, and how tiles of 16 tokens get into shared memory and out of it.
 //
 // A warp owns 8 channels of one sequence and walks through time; lane = 4 * g + s owns channel g
-// and states 4s .. 4s+3 (of each group of 16 states). A chunk is 16 tokens. What belongs to a token
+// and four states of each group of 16 (StateOf). A chunk is 16 tokens. What belongs to a token
 // and channel but to no state (softplus, gates, ...) is computed once, by the lane s that has
 // tokens 2s, 2s+1, 8+2s, 9+2s of channel g: where the matrix instruction leaves its sums.
 #ifndef KRAIT_KERNELS_CUDA_SELECTIVE_SCAN_CUH_
@@ -14,18 +14,24 @@
 #include <type_traits>
 
 #include "kernels/cuda/selective_scan.h"
+#include "kernels/cuda/selective_scan_math.cuh"
 #include "kernels/cuda/vector.cuh"
 
 namespace krait::cuda {
 
 inline constexpr int kSteps = static_cast<int>(kScanSteps);
 inline constexpr int kWarpChannels = 8;
-inline constexpr float kLog2E = 0x1.715476p0f, kLn2 = 0x1.62e430p-1f;
 // Floats of a channel's 16 steps in a warp's scratch; the padding spreads channels over the banks.
 inline constexpr int kPitch = 24;
 
 // The token of lane s's value v, 0 to 3.
 __device__ inline int TokenOf(int v, int s) { return v / 2 * 8 + 2 * s + v % 2; }
+// The state, of a group of 16, that is lane s's j-th, 0 to 3: in bf16 where ldmatrix leaves B and
+// C.
+template <bool kExact>
+__device__ inline int StateOf(int j, int s) {
+  return kExact ? 4 * s + j : j / 2 * 8 + 2 * s + j % 2;
+}
 
 // A tensor [B,T,X] in device memory.
 template <typename T>
@@ -96,11 +102,18 @@ struct Shape {
   static_assert(!kPlain || kGroups == 1);
 };
 
+// Keeps the compiler from computing a loop's invariant again in every turn.
+__device__ inline void Keep(uint32_t& value) { asm volatile("" : "+r"(value)); }
+__device__ inline void Keep(int& value) { asm volatile("" : "+r"(value)); }
+
 __device__ inline uint32_t SharedAddress(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 
 // A barrier in shared memory. Thread 0 initialises it, and all synchronise before its first use.
+// One lane arrives for its warp after a __syncwarp(), which orders what the others did before it,
+// and fetches arrive by themselves. compute-sanitizer's racecheck (13.0) does not see that order:
+// it reports pairs of an access by a helper and one by a computing warp, and no other pairs.
 class Barrier {
  public:
   __device__ void Init(int arrivals) {
@@ -206,55 +219,103 @@ struct Tiles {
   }
 };
 
-// B and C of a chunk, and where its documents begin: fetched into a helper's registers, then
-// stored, B and C as floats [2][16][kStates], zeros where there is no such token or state.
-template <typename S>
+// B and C of a chunk in shared memory: zeros where there is no such token or state. kCFloats: also
+// C as floats, each lane's states together (StateOf).
+template <typename S, bool kCFloats>
 struct ChunkInputs {
   using T = typename S::T;
-  static constexpr int kFloats = 2 * kSteps * S::kStates;
-  static constexpr int kVec = kVectorOf<T>, kPacks = 16 / kVec;
-  Pack<T, kVec> packs[kPacks];  // kPlain: of token lane / 2, b or c
-  int32_t start;
+  static constexpr int kVec = kVectorOf<T>;
+  static constexpr int kRow = S::kStates + kVec;  // the padding parts eight rows' banks
+  alignas(16) T b[kSteps][kRow];
+  alignas(16) T c[kSteps][kRow];
+  alignas(16) float c_floats[kCFloats ? kSteps : 1][S::kStates];
+  // Bit t: token t begins a document; kBroken: the chunk has fewer than 16 tokens.
+  uint32_t cuts;
+  static constexpr uint32_t kBroken = 1u << 31;
+};
 
-  // Starts loading the chunk at t0.
-  __device__ void Fetch(const ScanArgs<T>& args, int b, int t0, int lane) {
-    start = args.doc_start != nullptr && lane < kSteps && t0 + lane < args.time
-                ? args.doc_start[static_cast<int64_t>(b) * args.time + t0 + lane]
-                : -1;
-    if constexpr (S::kPlain) {
-      const bool exists = t0 + lane / 2 < args.time;
-      const T* from = (lane % 2 == 0 ? args.b : args.c).At(b, exists ? t0 + lane / 2 : 0);
-      if (args.aligned_bc) {
+// What one helper does about B, C and documents. What it has to look at itself, it fetches kAhead
+// chunks before it does, so as never to wait for memory.
+template <typename S, bool kCFloats>
+struct InputFetcher {
+  using T = typename S::T;
+  using Inputs = ChunkInputs<S, kCFloats>;
+  static constexpr int kAhead = 4, kSlots = 2 * kAhead;
+  static constexpr int kVec = Inputs::kVec, kPerRow = S::kStates / kVec;
+  alignas(16) T c[kCFloats ? kSlots : 1][kSteps][S::kStates];
+  int32_t doc_start[kSlots][kSteps];
+
+  static __device__ bool Whole(const ScanArgs<T>& args) { return S::kPlain && args.aligned_bc; }
+  template <int kFrom, int kTo, typename Move>
+  static __device__ void ForRows(int lane, const Move& move) {
 #pragma unroll
-        for (int i = 0; i < kPacks; ++i) {
-          packs[i] = exists ? Load<kVec>(from + i * kVec) : Pack<T, kVec>{};
-        }
-      } else {
-#pragma unroll
-        for (int i = 0; i < 16; ++i) packs[i / kVec].v[i % kVec] = exists ? from[i] : T{};
-      }
+    for (int i = kFrom * kSteps * kPerRow + lane; i < kTo * kSteps * kPerRow; i += 32) {
+      move(i < kSteps * kPerRow, i / kPerRow % kSteps, i % kPerRow * kVec);
     }
   }
-  // Bit t of `cuts`: token t0 + t begins a document.
-  __device__ void Put(float* bc, uint32_t* cuts, const ScanArgs<T>& args, int b, int t0,
-                      int lane) const {
-    const unsigned mask =
-        __ballot_sync(~0u, args.doc_start != nullptr && lane < kSteps && t0 + lane < args.time &&
-                               start == args.first_position + t0 + lane);
-    if (lane == 0) *cuts = mask;
-    if constexpr (S::kPlain) {
-      float* to = bc + lane % 2 * (kSteps * S::kStates) + lane / 2 * S::kStates;
-#pragma unroll
-      for (int i = 0; i < 16; i += 4) {
-        const auto at = [&](int k) { return ToFloat(packs[(i + k) / kVec].v[(i + k) % kVec]); };
-        *reinterpret_cast<float4*>(to + i) = {at(0), at(1), at(2), at(3)};
-      }
+  static __device__ void FetchRow(T* to, const TokenRows<const T>& from, const ScanArgs<T>& args,
+                                  int sequence, int t, int column) {
+    auto* pack = reinterpret_cast<Pack<T, kVec>*>(to + column);
+    if (t < args.time) {
+      FetchAsync(pack, from.At(sequence, t) + column);
     } else {
-#pragma unroll 1
-      for (int i = lane; i < kFloats; i += 32) {
-        const int n = i % S::kStates, t = i / S::kStates % kSteps;
-        const bool exists = t0 + t < args.time && n < args.states;
-        bc[i] = exists ? ToFloat((i < kFloats / 2 ? args.b : args.c).At(b, t0 + t)[n]) : 0.0f;
+      *pack = {};
+    }
+  }
+  // Starts fetching what will be looked at of a chunk; of none, where its number is negative.
+  __device__ void FetchAhead(const ScanArgs<T>& args, int sequence, int chunk, int lane) {
+    const int t0 = chunk * kSteps;
+    if (chunk >= 0 && t0 < args.time) {
+      if (args.doc_start != nullptr && lane < kSteps && t0 + lane < args.time) {
+        FetchAsync(reinterpret_cast<Pack<int32_t, 1>*>(&doc_start[chunk % kSlots][lane]),
+                   args.doc_start + static_cast<int64_t>(sequence) * args.time + t0 + lane);
+      }
+      if (kCFloats && Whole(args)) {
+        ForRows<0, 1>(lane, [&](bool, int t, int column) {
+          FetchRow(c[chunk % kSlots][t], args.c, args, sequence, t0 + t, column);
+        });
+      }
+    }
+    __pipeline_commit();
+  }
+  // Fills `inputs` of a chunk, some of it by fetches; before it, FetchAhead() of the chunks up to
+  // kAhead further on.
+  __device__ void Fetch(Inputs* inputs, const ScanArgs<T>& args, int sequence, int chunk,
+                        int lane) {
+    const int t0 = chunk * kSteps;
+    __pipeline_wait_prior(kAhead);
+    __syncwarp();
+    const uint32_t cuts = __ballot_sync(
+        ~0u, args.doc_start != nullptr && lane < kSteps && t0 + lane < args.time &&
+                 doc_start[chunk % kSlots][lane % kSteps] == args.first_position + t0 + lane);
+    if (lane == 0) inputs->cuts = cuts | (t0 + kSteps > args.time ? Inputs::kBroken : 0);
+    if (Whole(args)) {
+      ForRows<0, 2>(lane, [&](bool of_b, int t, int column) {
+        FetchRow((of_b ? inputs->b : inputs->c)[t], of_b ? args.b : args.c, args, sequence, t0 + t,
+                 column);
+      });
+      if constexpr (kCFloats) {
+        static_assert(sizeof(T) == 2);
+        const int t = lane / 2, half = lane % 2;
+        const auto wide = Widen(Load<8>(c[chunk % kSlots][t] + 8 * half));
+#pragma unroll
+        for (int s = 0; s < 4; ++s) {
+          *reinterpret_cast<float2*>(inputs->c_floats[t] + 4 * s + 2 * half) = {wide.v[2 * s],
+                                                                                wide.v[2 * s + 1]};
+        }
+      }
+      return;
+    }
+#pragma unroll 8
+    for (int i = lane; i < 2 * kSteps * S::kStates; i += 32) {
+      const int n = i % S::kStates, t = i / S::kStates % kSteps;
+      const bool exists = t0 + t < args.time && n < args.states;
+      const bool of_b = i < kSteps * S::kStates;
+      const T value = exists ? (of_b ? args.b : args.c).At(sequence, t0 + t)[n] : T{};
+      (of_b ? inputs->b : inputs->c)[t][n] = value;
+      if (kCFloats && !of_b) {
+        const int slot = n % 8 / 2 * 4 + n / 8 % 2 * 2 + n % 2;
+        inputs->c_floats[t][n / 16 * 16 + slot] = ToFloat(value);
       }
     }
   }
@@ -272,13 +333,15 @@ __device__ void InitBarriers(Stage (&stages)[kStages]) {
 // In place of dt in the decay exp(dt * A): makes it zero, which cuts the state here and its
 // gradient on the way back.
 inline constexpr float kCut = 3e38f;
-// Sets dt of this lane's tokens of a chunk of `steps` tokens, where it is not what softplus gave:
-// a zero, beyond the last token, leaves the state as it is.
-__device__ inline void AdjustDecay(float* dts, int s, int steps, uint32_t cuts) {
-#pragma unroll 1
+// Changes dt of this lane's tokens of a chunk of `steps` tokens, where it is not what softplus
+// gave: a zero, beyond the last token, leaves the state as it is. Sets their dt to zero in `dt`
+// too.
+__device__ inline void AdjustDecay(float (&dt)[4], float* dts, int s, int steps, uint32_t cuts) {
+  asm volatile("");  // no selects in place of the branch that leads here
+#pragma unroll
   for (int v = 0; v < 4; ++v) {
     const int t = TokenOf(v, s);
-    if (t >= steps) dts[t] = 0.0f;
+    if (t >= steps) dt[v] = dts[t] = 0.0f;
     if (cuts >> t & 1) dts[t] = kCut;
   }
 }
@@ -289,119 +352,41 @@ __device__ inline float DecayRate(const float* a_log, bool exists, int64_t index
   return fminf(-expf(a_log[index]) * kLog2E, -1e-30f);  // kCut must still cut
 }
 
-// Four floats of a state [.., I, N], of which those below `count` exist (kPlain: all or none).
-// Null counts as zeros.
-template <bool kPlain>
-__device__ inline float4 LoadState(const float* from, int count) {
-  float4 state = {0.0f, 0.0f, 0.0f, 0.0f};
-  if (from == nullptr || count <= 0) return state;
-  if constexpr (kPlain) {
-    state = *reinterpret_cast<const float4*>(from);
-  } else {
-    state.x = from[0];
-    if (count > 1) state.y = from[1];
-    if (count > 2) state.z = from[2];
-    if (count > 3) state.w = from[3];
-  }
-  return state;
-}
-template <bool kPlain>
-__device__ inline void StoreState(float* to, int count, const float (&h)[4]) {
-  if (to == nullptr || count <= 0) return;
-  if constexpr (kPlain) {
-    *reinterpret_cast<float4*>(to) = {h[0], h[1], h[2], h[3]};
-  } else {
+// A lane's four floats of a group of 16 of a state [.., I, N], of which the first `count` states
+// exist (kPlain: all or none). Null counts as zeros.
+template <bool kPlain, bool kExact>
+__device__ inline void LoadState(float (&h)[4], const float* from, int count, int s) {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      if (j < count) to[j] = h[j];
-    }
+  for (int j = 0; j < 4; ++j) {
+    const int n = StateOf<kExact>(j, s);
+    h[j] = from != nullptr && (kPlain ? count > 0 : n < count) ? from[n] : 0.0f;
   }
+}
+template <bool kPlain, bool kExact>
+__device__ inline void StoreState(float* to, int count, int s, const float (&h)[4]) {
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const int n = StateOf<kExact>(j, s);
+    if (to != nullptr && (kPlain ? count > 0 : n < count)) to[n] = h[j];
+  }
+}
+// The same of the states that the forward keeps: in order of states, but in order of lanes where
+// there are 16, so that a lane's lie together.
+template <bool kExact>
+__device__ inline void LoadKept(float (&h)[4], const float* from, int count, int s) {
+  if (count != 16) return LoadState<false, kExact>(h, from, count, s);
+  const float4 all = *reinterpret_cast<const float4*>(from + 4 * s);
+  h[0] = all.x, h[1] = all.y, h[2] = all.z, h[3] = all.w;
+}
+template <bool kExact>
+__device__ inline void StoreKept(float* to, int count, int s, const float (&h)[4]) {
+  if (count != 16) return StoreState<false, kExact>(to, count, s, h);
+  *reinterpret_cast<float4*>(to + 4 * s) = {h[0], h[1], h[2], h[3]};
 }
 // Null stays null.
 template <typename T>
 __device__ inline T* Offset(T* data, int64_t offset) {
   return data == nullptr ? nullptr : data + offset;
-}
-
-__device__ inline float FastExp2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-// 2^x, x <= 0. Exact: the polynomial of the CPU's vector_math.h, whose relative error of 1 - 2^x
-// is that of float arithmetic for x near 0.
-template <bool kExact>
-__device__ inline float Decay(float x) {
-  if constexpr (!kExact) return FastExp2(x);
-  constexpr float magic = 0x1.8p23f;
-  const float shifted = x + magic;
-  const float f = x - (shifted - magic);
-  float q = 1.559491939e-4f;
-  q = fmaf(q, f, 1.340673538e-3f);
-  q = fmaf(q, f, 9.617691860e-3f);
-  q = fmaf(q, f, 5.550310388e-2f);
-  q = fmaf(q, f, 2.402265221e-1f);
-  q = fmaf(q, f, 6.931472421e-1f);
-  const float power =
-      __uint_as_float(__float_as_uint(fmaf(q, f, 1.0f)) + (__float_as_uint(shifted) << 23));
-  return x < -64.0f ? 0.0f : power;
-}
-
-struct SoftplusAndSlope {
-  float value, slope;
-};
-template <bool kExact>
-__device__ inline SoftplusAndSlope Softplus(float x) {
-  if constexpr (kExact) {
-    const float e = expf(-fabsf(x));
-    return {fmaxf(x, 0.0f) + log1pf(e), (x >= 0.0f ? 1.0f : e) / (1.0f + e)};
-  } else {
-    const float e = FastExp2(-fabsf(x) * kLog2E);
-    // log(1 + e) = e q(e) on [0, 1]; minimax, relative error 8e-6.
-    float q = -2.38691047e-2f;
-    q = fmaf(q, e, 1.01222165e-1f);
-    q = fmaf(q, e, -2.10048586e-1f);
-    q = fmaf(q, e, 3.25206637e-1f);
-    q = fmaf(q, e, -4.99361366e-1f);
-    q = fmaf(q, e, 9.99991596e-1f);
-    const float value = fmaf(q, e, fmaxf(x, 0.0f));
-    return {value, 1.0f - FastExp2(value * -kLog2E)};
-  }
-}
-template <bool kExact>
-__device__ inline float Sigmoid(float x) {
-  if constexpr (kExact) return 1.0f / (1.0f + expf(-x));
-  float tanh;
-  asm("tanh.approx.f32 %0, %1;" : "=f"(tanh) : "f"(0.5f * x));
-  return fmaf(0.5f, tanh, 0.5f);
-}
-
-// d += a b, m16n8k8, inputs cut to TF32.
-__device__ inline void MmaTf32(float (&d)[4], float a0, float a1, float a2, float a3, float b0,
-                               float b1) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-      "{%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(a2)),
-        "r"(__float_as_uint(a3)), "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
-}
-
-// For 16 states per channel: the sums over states of `even` and `odd`, two tokens' values, times
-// the weights of 8 tokens, of which lane group g holds token g's. The lane s that is the number of
-// the pair finds the two sums in d[0] and d[3]: the rows of the product are the channels at the
-// even token, then at the odd one, its columns the tokens of the weights.
-__device__ inline void SumOverStates(float (&d)[4], const float (&even)[4], const float (&odd)[4],
-                                     float4 weights) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) d[i] = 0.0f;
-  MmaTf32(d, even[0], odd[0], even[1], odd[1], weights.x, weights.y);
-  MmaTf32(d, even[2], odd[2], even[3], odd[3], weights.z, weights.w);
-}
-
-// The sum over the four lanes of a channel, in each of them.
-__device__ inline float QuadSum(float value) {
-  value += __shfl_xor_sync(~0u, value, 1);
-  return value + __shfl_xor_sync(~0u, value, 2);
 }
 
 }  // namespace krait::cuda

@@ -1,5 +1,6 @@
 // The selective scan on the GPU in bf16, with D, gate, bias and softplus: time, bytes that must
 // move (each operand once) per second, and that rate as a share of a device copy of the same run.
+// Then the time of a call between products that keep the card at its power limit, as in a step.
 //
 //   build/cuda/tests/bench_selective_scan_gpu_bench [B T I]      default: the project's shapes
 #include <algorithm>
@@ -15,12 +16,14 @@
 #include "kernels/base/random.h"
 #include "kernels/cuda/runtime.h"
 #include "kernels/cuda/selective_scan.h"
+#include "kernels/gemm.h"
 #include "kernels/selective_scan.h"
 
 namespace krait {
 namespace {
 
 constexpr int64_t kStates = 16, kRank = 256;
+constexpr int64_t kProduct = 8192;  // size of the products that load the card
 
 // The median over rounds of the time of one call.
 double Milliseconds(const std::function<void()>& call) {
@@ -33,6 +36,25 @@ double Milliseconds(const std::function<void()>& call) {
     const std::chrono::duration<double, std::milli> took = std::chrono::steady_clock::now() - start;
     if (round >= 3) rounds.push_back(took.count() / kCalls);  // the first are warm-up
   }
+  std::sort(rounds.begin(), rounds.end());
+  return rounds[rounds.size() / 2];
+}
+
+// The same between calls of `load`, over a second.
+double MillisecondsAmong(const std::function<void()>& load, const std::function<void()>& call) {
+  void *const begin = cuda::CreateEvent(true), *const end = cuda::CreateEvent(true);
+  std::vector<double> rounds;
+  const auto start = std::chrono::steady_clock::now();
+  while (std::chrono::steady_clock::now() - start < std::chrono::seconds(1)) {
+    load();
+    cuda::RecordEvent(begin, nullptr);
+    call();
+    cuda::RecordEvent(end, nullptr);
+    load();
+    cuda::Synchronize();
+    rounds.push_back(cuda::SecondsBetween(begin, end) * 1e3);
+  }
+  cuda::DestroyEvent(begin), cuda::DestroyEvent(end);
   std::sort(rounds.begin(), rounds.end());
   return rounds[rounds.size() / 2];
 }
@@ -67,8 +89,8 @@ void Bench(int64_t batch, int64_t time, int64_t channels) {
   Arena memory("operands", Device::kCuda,
                8 * tokens * channels * 2 + tokens * width * 6 +
                    batch * (kept + 4) * channels * kStates * 4 + channels * 256 +
-                   (int64_t{8} << 20));
-  Arena scratch("scratch", Device::kCuda, scratch_floats * 4 + (int64_t{1} << 20));
+                   3 * kProduct * kProduct * 2 + (int64_t{8} << 20));
+  Arena scratch("scratch", Device::kCuda, scratch_floats * 4 + (int64_t{64} << 20));
   Context ctx;
   ctx.device = Device::kCuda;
   ctx.scratch = &scratch;
@@ -112,16 +134,27 @@ void Bench(int64_t batch, int64_t time, int64_t channels) {
   const int64_t one = tokens * channels * 2, state_bytes = states.bytes();
   const double copy = static_cast<double>(2 * one) /
                       Milliseconds([&] { cuda::CopyOnDevice(ddt.raw(), dt.raw(), one, nullptr); });
-  const double forward = Milliseconds([&] { SelectiveScanForward(y, Tensor(), states, in, ctx); });
-  const double backward =
-      Milliseconds([&] { SelectiveScanBackward(grad, y, dy, Tensor(), states, in, ctx); });
+  const auto run_forward = [&] { SelectiveScanForward(y, Tensor(), states, in, ctx); };
+  const auto run_backward = [&] { SelectiveScanBackward(grad, y, dy, Tensor(), states, in, ctx); };
+  const double forward = Milliseconds(run_forward), backward = Milliseconds(run_backward);
+  Tensor product[3];
+  for (Tensor& t : product) {
+    t = memory.Alloc(DType::kBF16, {kProduct, kProduct});
+    Fill(t, 8, 1, 0);
+  }
+  const auto load = [&] {
+    for (int i = 0; i < 3; ++i) LinearForward(product[2], product[0], product[1], Tensor(), ctx);
+  };
+  const double hot_forward = MillisecondsAmong(load, run_forward);
+  const double hot_backward = MillisecondsAmong(load, run_backward);
   const auto rate = [&](double ms, int64_t bytes) { return static_cast<double>(bytes) / ms; };
   const double f = rate(forward, 4 * one + state_bytes), b = rate(backward, 8 * one + state_bytes);
   std::printf(
       "B%ld T%ld I%ld  copy %.0f GB/s  forward %.3f ms %.0f GB/s %.0f %%  backward %.3f ms "
-      "%.0f GB/s %.0f %%\n",
+      "%.0f GB/s %.0f %%  among products %.3f and %.3f ms\n",
       static_cast<long>(batch), static_cast<long>(time), static_cast<long>(channels), copy * 1e-6,
-      forward, f * 1e-6, 100 * f / copy, backward, b * 1e-6, 100 * b / copy);
+      forward, f * 1e-6, 100 * f / copy, backward, b * 1e-6, 100 * b / copy, hot_forward,
+      hot_backward);
   std::fflush(stdout);
 }
 

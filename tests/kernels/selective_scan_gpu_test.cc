@@ -36,10 +36,12 @@ struct Shape {
   int64_t pad = 0;    // elements between rows
   int64_t shift = 0;  // elements before the first, in device memory
   int64_t first_position = 0;
+  int64_t dy_shift = 0;  // the same of dy alone
 };
 std::ostream& operator<<(std::ostream& out, const Shape& s) {
   return out << "B " << s.batch << " T " << s.time << " I " << s.channels << " N " << s.states
-             << " pad " << s.pad << " shift " << s.shift << " from " << s.first_position;
+             << " pad " << s.pad << " shift " << s.shift << " from " << s.first_position
+             << " shift of dy " << s.dy_shift;
 }
 
 // Values a trained model could have: time steps around softplus(-1), decays from exp(-dt/2) down.
@@ -152,7 +154,8 @@ struct Scan {
                                     states ? ginitial : none,
                                     {documents ? gdoc : none, s.first_position}};
     SelectiveScanForward(gy, states ? gfinal : none, gkept, in, ctx);
-    OnGpu gdy(dy, s.shift), gdfinal(d_final_state), gagain(y_again, s.shift), gdx(dx, s.shift);
+    OnGpu gdy(dy, s.shift + s.dy_shift), gdfinal(d_final_state), gagain(y_again, s.shift),
+        gdx(dx, s.shift);
     OnGpu gddt(d_dt_raw, s.shift), gdz(dz, s.shift), gdb(db), gdc(dc), gda(d_a_log), gdd(dd);
     OnGpu gdbias(d_dt_bias), gdinitial(d_initial_state);
     if (in_place) {
@@ -218,6 +221,8 @@ TEST_P(SelectiveScanGpu, AgreesWithTheCpu) {
   Check({2, 47, 72, 16, 8}, {0, 16, 17, 31, 32}, true);
   Check({2, 33, 67, 16, 3}, {5}, true);
   Check({1, 40, 64, 16, 0, 1}, {}, true);
+  // Aligned rows in the forward, which keeps the states, and not in the backward.
+  Check({2, 47, 72, 16, 8, 0, 0, 1}, {0, 20}, true);
   // Enough channels for blocks of 64 of them.
   Check({3, 50, 2056, 16}, {20}, true);
   Check({3, 50, 2059, 16, 5}, {20}, false);
