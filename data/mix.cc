@@ -99,4 +99,13 @@ Mix::Use Mix::At(int64_t position) const {
   return {slot.source, periods * shares_[static_cast<size_t>(slot.source)] + slot.n};
 }
 
+std::vector<int64_t> Mix::Uses(int64_t position) const {
+  std::vector<int64_t> uses = shares_;
+  for (int64_t& n : uses) n *= position / period();
+  for (int64_t t = 0; t < position % period(); ++t) {
+    ++uses[static_cast<size_t>(schedule_[static_cast<size_t>(t)].source)];
+  }
+  return uses;
+}
+
 }  // namespace krait

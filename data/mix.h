@@ -28,6 +28,8 @@ class Mix {
     int64_t n;  // how often the source was used before
   };
   Use At(int64_t position) const;  // position >= 0
+  // How often each source is used before `position`.
+  std::vector<int64_t> Uses(int64_t position) const;
 
   int64_t period() const { return static_cast<int64_t>(schedule_.size()); }
   const std::vector<int64_t>& shares() const { return shares_; }  // p_i

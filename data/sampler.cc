@@ -38,6 +38,11 @@ absl::StatusOr<std::unique_ptr<Dataset>> Dataset::Open(const std::vector<SourceS
       errors.Add(ExitCode::kData,
                  absl::StrFormat("%s: %d tokens are less than one sequence of seq_len %d",
                                  source.path, file.tokens(), seq_len));
+    } else if (result->TargetsOf(file) == 0) {
+      errors.Add(ExitCode::kData,
+                 absl::StrFormat("%s: no token of its sequences has a target: each starts a "
+                                 "document (data.reset_at_documents)",
+                                 source.path));
     }
     if (file.vocab_size() > model_vocab) {
       errors.Add(ExitCode::kData,
@@ -50,15 +55,40 @@ absl::StatusOr<std::unique_ptr<Dataset>> Dataset::Open(const std::vector<SourceS
     }
     result->files_.push_back(*std::move(opened));
   }
-  auto mix = Mix::Create(result->weights_);
-  errors.Add(mix.status());
+  errors.Add(Mix::Create(result->weights_).status());
   if (!errors.empty()) return errors.ToStatus();
-  result->mix_ = *std::move(mix);
+  KRAIT_ASSIGN_OR_RETURN(Continuation beginning, result->ContinueFrom(DataPosition()));
+  result->Seek(std::move(beginning));
   return result;
+}
+
+absl::StatusOr<Continuation> Dataset::ContinueFrom(const DataPosition& saved) const {
+  std::vector<SourceFile> files;
+  for (size_t i = 0; i < files_.size(); ++i) {
+    files.push_back(
+        {files_[i]->path(), files_[i]->content_hash(), weights_[i], files_[i]->tokens()});
+  }
+  return krait::ContinueFrom(saved, files, seq_len_, seed_);
+}
+
+void Dataset::Seek(Continuation continuation) {
+  start_ = std::move(continuation);
+  uses_ = start_.mix.Uses(start_.position.sequences - start_.position.mix_start);
 }
 
 int64_t Dataset::SequencesOf(int source) const {
   return files_[static_cast<size_t>(source)]->tokens() / seq_len_;
+}
+
+int64_t Dataset::TargetsOf(const TokenFile& file) const {
+  const int64_t used = file.tokens() / seq_len_ * seq_len_;
+  int64_t targets = used - used / seq_len_;
+  if (!reset_at_documents_) return targets;
+  for (const uint64_t start : file.document_starts()) {
+    if (static_cast<int64_t>(start) >= used) break;
+    if (static_cast<int64_t>(start) % seq_len_ != 0) --targets;
+  }
+  return targets;
 }
 
 int64_t Dataset::sequences() const {
@@ -68,15 +98,63 @@ int64_t Dataset::sequences() const {
 }
 
 SequenceRef Dataset::At(int64_t q) const {
-  KRAIT_CHECK(q >= 0);
-  const Mix::Use use = mix_.At(q);
-  const int64_t count = SequencesOf(use.source);
-  const int64_t epoch = use.n / count;
+  KRAIT_CHECK(q >= start_.position.sequences);
+  const Mix::Use use = start_.mix.At(q - start_.position.mix_start);
+  const auto i = static_cast<size_t>(use.source);
+  const SourcePosition& source = start_.position.sources[i];
+  const int file = start_.files[i];
+  const int64_t count = SequencesOf(file);
+  const int64_t n = source.place + use.n - uses_[i];
+  const int64_t epoch = source.epoch + n / count;
   // Sources and epochs share no permutation: epochs stay far below 2^40.
-  const uint64_t step = static_cast<uint64_t>(use.source) << 40 | static_cast<uint64_t>(epoch);
-  const KeyedPermutation order(static_cast<uint64_t>(count), seed_, RandomPurpose::kDataShuffle,
-                               step);
-  return {use.source, epoch, static_cast<int64_t>(order(static_cast<uint64_t>(use.n % count)))};
+  const uint64_t step = static_cast<uint64_t>(source.key) << 40 | static_cast<uint64_t>(epoch);
+  // Each shuffle permutes what is left from its place on, the last one first.
+  int64_t sequence = n % count;
+  const auto permute = [&](const Shuffle& shuffle, int64_t from) {
+    if (sequence < from) return;
+    const KeyedPermutation order(static_cast<uint64_t>(count - from), shuffle.seed,
+                                 RandomPurpose::kDataShuffle, step);
+    sequence = from + static_cast<int64_t>(order(static_cast<uint64_t>(sequence - from)));
+  };
+  if (epoch > source.epoch) {
+    permute(source.shuffles.back(), 0);
+  } else {
+    for (auto shuffle = source.shuffles.rbegin(); shuffle != source.shuffles.rend(); ++shuffle) {
+      permute(*shuffle, shuffle->from);
+    }
+  }
+  return {file, epoch, sequence};
+}
+
+DataPosition Dataset::PositionAt(int64_t q) const {
+  KRAIT_CHECK(q >= start_.position.sequences);
+  DataPosition position = start_.position;
+  position.sequences = q;
+  const std::vector<int64_t> uses = start_.mix.Uses(q - position.mix_start);
+  for (size_t i = 0; i < uses.size(); ++i) {
+    SourcePosition& source = position.sources[i];
+    const int64_t count = SequencesOf(start_.files[i]);
+    const int64_t n = source.place + uses[i] - uses_[i];
+    if (n >= count) source.shuffles = {{0, source.shuffles.back().seed}};
+    source.epoch += n / count;
+    source.place = n % count;
+  }
+  return position;
+}
+
+std::vector<std::string> Dataset::StandingAt(int64_t q) const {
+  const DataPosition position = PositionAt(q);
+  std::vector<std::string> lines;
+  for (size_t i = 0; i < start_.files.size(); ++i) {
+    const SourcePosition& source = position.sources[i];
+    const int64_t count = SequencesOf(start_.files[i]);
+    lines.push_back(absl::StrFormat("%s: epoch %s (%s of %s sequences), %.4g %% of the mix",
+                                    source.path, PrintEpoch(source.epoch, source.place, count),
+                                    PrintGrouped(source.place), PrintGrouped(count),
+                                    100 * static_cast<double>(start_.mix.shares()[i]) /
+                                        static_cast<double>(start_.mix.period())));
+  }
+  return lines;
 }
 
 void Dataset::Prepare(int64_t count, TokenBatch* batch) const {
@@ -143,6 +221,26 @@ std::string Dataset::Fingerprint() const {
                           PrintNumber(weights_[i]), files_[i]->content_hash());
   }
   return text;
+}
+
+std::vector<std::string> Dataset::Contents() const {
+  std::vector<std::string> contents;
+  for (const auto& file : files_) contents.push_back(file->content_hash());
+  return contents;
+}
+
+std::vector<std::string> Dataset::Repeated() const {
+  std::vector<std::string> lines;
+  for (size_t i = 0; i < files_.size(); ++i) {
+    for (size_t j = 0; j < i; ++j) {
+      if (files_[j]->content_hash() != files_[i]->content_hash()) continue;
+      lines.push_back(files_[i]->path() == files_[j]->path()
+                          ? files_[i]->path() + " is named twice"
+                          : files_[i]->path() + " holds the same tokens as " + files_[j]->path());
+      break;
+    }
+  }
+  return lines;
 }
 
 }  // namespace krait

@@ -1,10 +1,10 @@
 // Which sequence a training position reads, and the batches made of them.
 //
-// Everything is a pure function of (seed, position): any position is reachable in O(1), nothing but
-// the number of sequences consumed is saved, and the order does not depend on the number of ranks.
-// Global sequence q of the run: the weights choose the source of each q (mix.h); the n-th use of a
-// source reads its sequence perm(n mod count), with one keyed permutation per source and epoch
-// n / count, so that a source gives each of its sequences once per epoch.
+// Everything is a pure function of where the run started or last changed its data (position.h) and
+// of the position: any position is reachable in O(1), and the order does not depend on the number
+// of ranks. Global sequence q of the run: the weights choose the source of each q (mix.h); the n-th
+// use of a source reads its sequence perm(n mod count), with one keyed permutation per source and
+// epoch n / count, so that a source gives each of its sequences once per epoch.
 #ifndef KRAIT_DATA_SAMPLER_H_
 #define KRAIT_DATA_SAMPLER_H_
 
@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "data/mix.h"
+#include "data/position.h"
 #include "data/token_file.h"
 #include "kernels/base/status.h"
 
@@ -52,14 +53,24 @@ absl::Status CheckSameTokenizer(const TokenFile& file, const std::string& other,
 // anything.
 class Dataset {
  public:
-  // Opens every source; collects all errors (kData): missing or broken files, fewer than one
-  // sequence, vocab_size of a file above the model's, tokenizers that differ, weights not > 0.
+  // Opens every source, each at its beginning; collects all errors (kData): missing or broken
+  // files, fewer than one sequence, no target (every token of a file starts a document), vocab_size
+  // of a file above the model's, tokenizers that differ, weights not > 0.
   static absl::StatusOr<std::unique_ptr<Dataset>> Open(const std::vector<SourceSpec>& sources,
                                                        int64_t seq_len, int64_t model_vocab,
                                                        uint64_t seed, bool reset_at_documents);
 
+  // How these sources go on from a position of an earlier start; Seek does so. Training positions
+  // before it can no longer be asked for.
+  absl::StatusOr<Continuation> ContinueFrom(const DataPosition& saved) const;
+  void Seek(Continuation continuation);
+
   // Sequence of training position q >= 0.
   SequenceRef At(int64_t q) const;
+  // Where each source stands at training position q.
+  DataPosition PositionAt(int64_t q) const;
+  // The same for the user, a line for each source of the mix: its path, its epoch as in "1.37".
+  std::vector<std::string> StandingAt(int64_t q) const;
   // Rows for positions [first, first + count), in order.
   absl::Status ReadTraining(int64_t first, int64_t count, TokenBatch* batch) const;
   // Rows for positions [first + k * stride, first + k * stride + rows) for k = 0 ... passes - 1: a
@@ -74,18 +85,26 @@ class Dataset {
 
   int64_t seq_len() const { return seq_len_; }
   const std::vector<std::unique_ptr<TokenFile>>& files() const { return files_; }
-  // Paths, weights and content hashes, a line per source: a resume compares it.
+  // Paths, weights and content hashes, a line per source.
   std::string Fingerprint() const;
+  // The content hashes.
+  std::vector<std::string> Contents() const;
+  // A line for each file that holds the tokens of one before it.
+  std::vector<std::string> Repeated() const;
 
  private:
   Dataset() = default;
   // Shapes `batch` for `count` rows.
   void Prepare(int64_t count, TokenBatch* batch) const;
   absl::Status ReadRow(int source, int64_t sequence, int64_t row, TokenBatch* batch) const;
+  int64_t TargetsOf(const TokenFile& file) const;
 
   std::vector<std::unique_ptr<TokenFile>> files_;
   std::vector<double> weights_;
-  Mix mix_;
+  // Where the run started or its data last changed. `mix` and `uses` count sources as the position
+  // does.
+  Continuation start_;
+  std::vector<int64_t> uses_;  // of the mix, before the start
   int64_t seq_len_ = 0;
   uint64_t seed_ = 0;
   bool reset_at_documents_ = true;

@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <array>
 #include <chrono>
 #include <cmath>
 #include <limits>
@@ -153,6 +154,29 @@ TEST_F(SamplerTest, EverySequenceComesOncePerEpoch) {
   EXPECT_TRUE(orders.contains({2, 1})) << "the test must see more than one epoch of each source";
 }
 
+// What a run reads that never changes its data, whatever version began it: {source, epoch, k}.
+TEST_F(SamplerTest, TheOrderIsThatOfTheFirstVersion) {
+  const std::string a = MakeFile("a", 1, 20, 300), b = MakeFile("b", 2, 9, 100),
+                    c = MakeFile("c", 3, 9, 90);
+  const auto three = Open({{a, 0.7}, {b, 0.2}, {c, 0.1}}, 16, 7);
+  const std::vector<std::array<int64_t, 3>> expected = {
+      {0, 0, 29},  {0, 0, 125}, {0, 0, 62},  {1, 0, 11},  {0, 0, 103}, {0, 0, 146},
+      {1, 0, 4},   {0, 0, 129}, {0, 0, 13},  {2, 0, 6},   {0, 0, 82},  {0, 0, 85},
+      {0, 0, 157}, {1, 0, 9},   {0, 0, 115}, {0, 0, 182}, {1, 0, 0},   {0, 0, 150},
+      {0, 0, 10},  {2, 0, 11},  {0, 3, 110}, {0, 3, 72},  {0, 3, 42},  {1, 7, 18},
+      {0, 3, 183}, {0, 3, 143}, {1, 7, 27},  {0, 3, 104}, {0, 3, 140}, {2, 3, 9}};
+  for (size_t i = 0; i < expected.size(); ++i) {
+    const int64_t q = std::array<int64_t, 3>{0, 100, 1000}[i / 10] + static_cast<int64_t>(i % 10);
+    const SequenceRef ref = three->At(q);
+    EXPECT_EQ((std::array<int64_t, 3>{ref.source, ref.epoch, ref.sequence}), expected[i]) << q;
+  }
+  const auto one = Open({{b, 1}}, 32, 123456789);
+  std::vector<int64_t> order;
+  for (int64_t q = 0; q < 20; ++q) order.push_back(one->At(q).sequence);
+  EXPECT_EQ(order, (std::vector<int64_t>{6, 4,  2,  11, 1, 5, 10, 8,  9, 0,
+                                         3, 12, 13, 7,  6, 8, 1,  11, 2, 5}));
+}
+
 TEST_F(SamplerTest, SeedsAndSourcesHaveTheirOwnOrders) {
   const std::string a = MakeFile("a", 1, 20, 300);
   const auto order = [&](const Dataset& data, int source) {
@@ -288,6 +312,21 @@ TEST_F(SamplerTest, OpenCollectsAllErrors) {
               AllOf(HasSubstr(good + ": its vocab_size 256 is above the model's vocab_size 200"),
                     HasSubstr(small + ": "), HasSubstr("less than one sequence of seq_len 64"),
                     HasSubstr("none.h5: No such file"), HasSubstr("weight of a source is -1")));
+}
+
+TEST_F(SamplerTest, ASourceWithoutASingleTargetIsRefused) {
+  const std::string good = MakeFile("a", 1, 20, 300);
+  // Documents of one token.
+  const std::string ones = MakeFile("ones", 2, 60, 1);
+  const auto data = Dataset::Open({{good, 1}, {ones, 1}}, 16, 256, 1, true);
+  EXPECT_EQ(ExitCodeOf(data.status()), ExitCode::kData);
+  EXPECT_THAT(MessageOf(data.status()), AllOf(HasSubstr(ones), HasSubstr("target")));
+  EXPECT_TRUE(Dataset::Open({{good, 1}, {ones, 1}}, 16, 256, 1, false).ok());
+  // A single target is enough: one document of two tokens among them.
+  folder_.Write("ones.d/last", "ab");
+  ASSERT_TRUE(BuildTokenFile({.out = folder_ / "few.h5", .paths = {folder_ / "ones.d"}}).ok());
+  const auto few = Dataset::Open({{folder_ / "few.h5", 1}}, 61, 256, 1, true);
+  EXPECT_TRUE(few.ok()) << few.status();
 }
 
 TEST_F(SamplerTest, TokenizersMustAgree) {

@@ -12,9 +12,10 @@
 
 namespace krait {
 
-// One document of `count` tokens 1, of a vocabulary of 100, said to be `tokenizer`'s.
-inline std::string WriteTokens(const std::string& path, const std::string& tokenizer,
-                               int64_t count) {
+// One document of `count` tokens 1, of a vocabulary of 100, said to be `tokenizer`'s and to have
+// the hash `content`.
+inline std::string WriteTokens(const std::string& path, const std::string& tokenizer, int64_t count,
+                               const std::string& content = "0000000000000000") {
   auto file = H5File::Create(path, ExitCode::kCannotSave);
   KRAIT_CHECK(file.ok());
   const std::vector<uint8_t> tokens(static_cast<size_t>(count), 1);
@@ -26,7 +27,7 @@ inline std::string WriteTokens(const std::string& path, const std::string& token
   KRAIT_CHECK(file->WriteAttribute("format_version", kTokenFileVersion).ok());
   KRAIT_CHECK(file->WriteAttribute("vocab_size", 100).ok());
   KRAIT_CHECK(file->WriteAttribute("tokenizer", tokenizer).ok());
-  KRAIT_CHECK(file->WriteAttribute("content_hash", "0000000000000000").ok());
+  KRAIT_CHECK(file->WriteAttribute("content_hash", content).ok());
   KRAIT_CHECK(file->Close().ok());
   return path;
 }
