@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "data/position.h"
 #include "kernels/base/dtype.h"
 #include "kernels/base/progress.h"
 #include "kernels/base/status.h"
@@ -43,9 +44,13 @@ struct CheckpointMeta {
   int64_t sequences = 0;  // training positions consumed
   int64_t tokens = 0;
   std::string data_fingerprint;
-  std::string config_yaml;  // resolved
-  std::string tokenizer;    // name stored in the token files
-  std::string hardware;     // what the last steps ran on (kernels/hardware.h); "": not known
+  // Where the training data stands: DataPosition at `sequences`. The first version wrote none.
+  int64_t mix_start = 0;
+  std::vector<SourcePosition> sources;
+  std::vector<std::string> validation;  // content hashes of the validation files
+  std::string config_yaml;              // resolved
+  std::string tokenizer;                // name stored in the token files
+  std::string hardware;  // what the last steps ran on (kernels/hardware.h); "": not known
 };
 
 struct SaveOptions {

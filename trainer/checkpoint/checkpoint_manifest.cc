@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <charconv>
+#include <cmath>
 #include <cstdint>
 #include <set>
 
@@ -39,6 +40,7 @@ constexpr MetaInt kMetaInts[] = {
     {"skipped_in_row", &CheckpointMeta::skipped_in_row, kOptional},
     {"sequences", &CheckpointMeta::sequences, kRequired},
     {"tokens", &CheckpointMeta::tokens, kRequired},
+    {"mix_start", &CheckpointMeta::mix_start, kOptional},
 };
 struct MetaText {
   const char* key;
@@ -51,6 +53,16 @@ constexpr MetaText kMetaTexts[] = {
     {"hardware", &CheckpointMeta::hardware, kOptional},
     {"config", &CheckpointMeta::config_yaml, kRequired},
 };
+
+json SourceJson(const SourcePosition& source) {
+  json shuffles = json::array();
+  for (const Shuffle& shuffle : source.shuffles) {
+    shuffles.push_back({{"from", shuffle.from}, {"seed", shuffle.seed}});
+  }
+  return {{"content", source.content}, {"path", source.path},       {"weight", source.weight},
+          {"key", source.key},         {"seq_len", source.seq_len}, {"epoch", source.epoch},
+          {"place", source.place},     {"shuffles", shuffles}};
+}
 
 json BoxJson(const ManifestBox& box) {
   return {{"slot", box.slot},   {"name", box.name},      {"dtype", Name(box.dtype)},
@@ -73,6 +85,22 @@ class Members {
       return 0;
     }
     return static_cast<int64_t>(value->get<uint64_t>());
+  }
+  double NotNegative(const char* key) {
+    const json* value = Find(key);
+    if (value == nullptr) return 0;
+    if (!value->is_number() || !std::isfinite(value->get<double>()) || value->get<double>() < 0) {
+      Wrong(std::string("'") + key + "' is not a number of at least 0");
+      return 0;
+    }
+    return value->get<double>();
+  }
+  // null, after saying so, when it is no list.
+  const json* List(const char* key) {
+    const json* value = Find(key);
+    if (value == nullptr || value->is_array()) return value;
+    Wrong(std::string("'") + key + "' is not a list");
+    return nullptr;
   }
   std::string Text(const char* key) {
     const json* value = Find(key);
@@ -149,6 +177,39 @@ absl::StatusOr<ManifestFile> ParseFile(const json& value, const std::string& pla
   if (file.name == kManifestName) members.Wrong("the manifest cannot list itself");
   KRAIT_RETURN_IF_ERROR(members.Done());
   return file;
+}
+
+absl::StatusOr<SourcePosition> ParseSource(const json& value, const std::string& place) {
+  // Sums of two of them, and a step more, stay below 2^63.
+  constexpr int64_t kMost = int64_t{1} << 61;
+  Members members(value, place);
+  SourcePosition source;
+  source.content = members.Text("content");
+  source.path = members.Text("path");
+  source.weight = members.NotNegative("weight");
+  source.key = members.Count("key", (int64_t{1} << 24) - 1);
+  source.seq_len = members.Count("seq_len", kMost);
+  source.epoch = members.Count("epoch", kMost);
+  source.place = members.Count("place", kMost);
+  if (source.seq_len == 0) members.Wrong("'seq_len' is 0");
+  const json* shuffles = members.List("shuffles");
+  KRAIT_RETURN_IF_ERROR(members.Done());
+  int64_t least = 0;
+  for (const json& item : *shuffles) {
+    Members shuffle(item, place + ": 'shuffles'");
+    source.shuffles.push_back(
+        {shuffle.Count("from", source.place), static_cast<uint64_t>(shuffle.Count("seed"))});
+    KRAIT_RETURN_IF_ERROR(shuffle.Done());
+    const int64_t from = source.shuffles.back().from;
+    if (from < least || (source.shuffles.size() == 1 && from > 0)) {
+      shuffle.Wrong("'from' does not ascend from 0");
+    }
+    least = from + 1;
+    KRAIT_RETURN_IF_ERROR(shuffle.Done());
+  }
+  if (source.shuffles.empty()) members.Wrong("'shuffles' is empty");
+  KRAIT_RETURN_IF_ERROR(members.Done());
+  return source;
 }
 
 absl::StatusOr<ManifestBox> ParseBox(const json& value, const std::string& place,
@@ -331,11 +392,16 @@ absl::StatusOr<std::string> ManifestText(const Checkpoint& checkpoint) {
     text += std::string("\"") + key + "\":[";
     const char* separator = "\n";
     for (const auto& item : items) {
-      text += separator + to_json(item).dump();
+      text += separator + to_json(item).dump(-1, ' ', false, json::error_handler_t::replace);
       separator = ",\n";
     }
     text += "],\n";
   };
+  if (!checkpoint.meta.sources.empty()) list("sources", checkpoint.meta.sources, SourceJson);
+  if (!checkpoint.meta.validation.empty()) {
+    list("validation", checkpoint.meta.validation,
+         [](const std::string& hash) { return json(hash); });
+  }
   list("files", checkpoint.files, [](const ManifestFile& file) {
     return json{{"name", file.name}, {"size", file.size}, {"crc32c_rest", file.crc_rest}};
   });
@@ -376,11 +442,25 @@ absl::StatusOr<Checkpoint> ParseManifest(std::string_view text, const std::strin
   for (const MetaText& m : kMetaTexts) {
     if (m.need == kRequired || members.Has(m.key)) out.meta.*m.field = members.Text(m.key);
   }
-  const json* files = members.Find("files");
-  const json* boxes = members.Find("boxes");
-  if (files != nullptr && !files->is_array()) members.Wrong("'files' is not a list");
-  if (boxes != nullptr && !boxes->is_array()) members.Wrong("'boxes' is not a list");
+  const json* sources = members.Has("sources") ? members.List("sources") : nullptr;
+  const json* validation = members.Has("validation") ? members.List("validation") : nullptr;
+  const json* files = members.List("files");
+  const json* boxes = members.List("boxes");
+  if (out.meta.mix_start > out.meta.sequences) members.Wrong("'mix_start' is past 'sequences'");
   KRAIT_RETURN_IF_ERROR(members.Done());
+  if (sources != nullptr) {
+    for (const json& value : *sources) {
+      const std::string place = path + ": source " + std::to_string(out.meta.sources.size());
+      KRAIT_ASSIGN_OR_RETURN(SourcePosition source, ParseSource(value, place));
+      out.meta.sources.push_back(std::move(source));
+    }
+  }
+  if (validation != nullptr) {
+    for (const json& value : *validation) {
+      if (!value.is_string()) return Error(kCode, path + ": 'validation' is not a list of texts");
+      out.meta.validation.push_back(value.get<std::string>());
+    }
+  }
 
   std::set<std::string> names;
   for (const json& value : *files) {

@@ -65,11 +65,20 @@ json InspectJson(const Checkpoint& checkpoint, const TensorIndex& index) {
               {"sequences", meta.sequences},
               {"tokens", meta.tokens},
               {"data_fingerprint", meta.data_fingerprint},
+              {"sources", json::array()},
               {"tokenizer", meta.tokenizer},
               {"config", meta.config_yaml},
               {"files", json::array()},
               {"slots", json::object()},
               {"tensors", json::array()}};
+  for (const SourcePosition& source : meta.sources) {
+    out["sources"].push_back({{"path", source.path},
+                              {"content", source.content},
+                              {"weight", source.weight},
+                              {"epoch", source.epoch},
+                              {"place", source.place},
+                              {"seq_len", source.seq_len}});
+  }
   for (const ManifestFile& file : checkpoint.files) {
     out["files"].push_back({{"name", file.name}, {"size", file.size}});
   }
@@ -97,6 +106,11 @@ std::string InspectText(const Checkpoint& checkpoint, const TensorIndex& index) 
                           meta.skipped);
   text += absl::StrFormat("  %d sequences, %d tokens seen; tokenizer %s\n", meta.sequences,
                           meta.tokens, meta.tokenizer.empty() ? "-" : meta.tokenizer);
+  for (const SourcePosition& source : meta.sources) {
+    text += absl::StrFormat("  source %s (content %s): %d sequences of %d tokens into epoch %d%s\n",
+                            source.path, source.content, source.place, source.seq_len, source.epoch,
+                            source.weight > 0 ? "" : ", left out");
+  }
   text += absl::StrFormat("  format %d, save %s\n", checkpoint.format_version, checkpoint.save_id);
   for (const ManifestFile& file : checkpoint.files) {
     text += absl::StrFormat("  file %s: %d bytes\n", file.name, file.size);

@@ -115,8 +115,8 @@ void ResolveTrain(const ConfigDraft& draft, ConfigUse use, RunConfig* config,
       reader->Fail("data.train", "data.train is empty; training needs at least one token file");
     }
   }
-  if (draft.tokens > 0) {
-    train->steps = (draft.tokens + train->batch_tokens - 1) / train->batch_tokens;
+  if (train->tokens > 0) {
+    train->steps = (train->tokens + train->batch_tokens - 1) / train->batch_tokens;
   }
   if (use == ConfigUse::kTrain && !reader->Has("train.tokens")) {
     reader->Require("train.steps", "give train.steps or train.tokens");
@@ -260,7 +260,11 @@ absl::StatusOr<std::string> ExplainConfig(const std::string& path,
   RunConfig config;
   KRAIT_ASSIGN_OR_RETURN(config, Read(root, complete, path, ConfigUse::kPlan, ranks, &errors));
   std::vector<ConfigEntry> entries = Flatten(config);
-  for (ConfigEntry& entry : entries) entry.comment = OriginOf(root, entry);
+  for (ConfigEntry& entry : entries) {
+    entry.comment = OriginOf(root, entry);
+    if (entry.key == "train.tokens")
+      absl::StrAppend(&entry.comment, "; ", config.train.steps, " steps");
+  }
   return YamlText(entries);
 }
 

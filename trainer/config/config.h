@@ -35,7 +35,8 @@ struct TrainConfig {
   DevicePreference device = DevicePreference::kAuto;
   Precision precision = Precision::kAuto;
   bool deterministic = true;
-  int64_t steps = 0;  // resolved from tokens where that was given
+  int64_t steps = 0;   // resolved from tokens where that was given
+  int64_t tokens = 0;  // length of the run where it was given so; else 0
   int64_t batch_tokens = 4 << 20;
   int64_t micro_batch = 2;
   uint64_t seed = 1234;

@@ -106,17 +106,17 @@ void VisitModel(ModelSpec* model, ConfigDraft* draft, ConfigVisitor* v) {
           &model->init_scheme, {"mamba", "hf"});
 }
 
-void VisitTrain(TrainConfig* train, ConfigDraft* draft, ConfigVisitor* v) {
+void VisitTrain(TrainConfig* train, ConfigVisitor* v) {
   v->Enum({"train.device", "where the run computes"}, &train->device, {"auto", "cpu", "cuda"});
   v->Enum({"train.precision", "auto: bf16 on cuda, fp32 on cpu"}, &train->precision,
           {"auto", "fp32", "bf16"});
   v->Bool({"train.deterministic", "the same layout gives the same bits"}, &train->deterministic);
   v->Whole({"train.steps", "optimizer steps of the run", "steps", "required, or train.tokens",
-            train->steps > 0},
+            train->steps > 0 && train->tokens == 0},
            &train->steps, {1, kMaxSteps});
-  v->Whole(
-      {"train.tokens", "length of the run, instead of steps", "tokens", "by train.steps", false},
-      &draft->tokens, {1, kMaxTokens});
+  v->Whole({"train.tokens", "length of the run, instead of steps", "tokens", "by train.steps",
+            train->tokens > 0},
+           &train->tokens, {1, kMaxTokens});
   v->Whole({"train.batch_tokens", "input tokens of an optimizer step", "tokens"},
            &train->batch_tokens, {1, kMaxTokens});
   v->Whole({"train.micro_batch", "sequences of a forward pass", "sequences"}, &train->micro_batch,
@@ -188,7 +188,7 @@ void VisitKeys(RunConfig* config, ConfigDraft* draft, ConfigVisitor* v) {
   v->Bool({"data.reset_at_documents", "attention, conv, scan and positions start anew at each"},
           &data->reset_at_documents);
 
-  VisitTrain(&config->train, draft, v);
+  VisitTrain(&config->train, v);
   VisitOptimizer(&config->optimizer, v);
   VisitSchedule(&config->schedule, draft, v);
 

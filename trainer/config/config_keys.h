@@ -37,6 +37,9 @@ struct Range {
   bool max_open = false;
   const char* word = nullptr;
   bool count = false;  // values from 1 on are counts, those below shares
+  // Whether it takes part in float32 arithmetic, where it must be neither 0 unless it is 0, nor
+  // infinite, nor an excluded maximum.
+  bool float32 = true;
 };
 
 class ConfigVisitor {
@@ -68,7 +71,6 @@ struct ConfigDraft {
   std::string ratio = "1:7";               // likewise, with the next three
   int64_t mixer_offset = -1;               // -1: the rule's default
   int64_t moe_every = 0, moe_offset = -1;  // 0: dense
-  int64_t tokens = 0;                      // RunConfig: train.steps
   double decay_steps = 0.1;                // RunConfig: a count
 
   int64_t pad_token = -1, reduce = 0;

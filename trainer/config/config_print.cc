@@ -85,7 +85,6 @@ std::vector<const char*> SourcesOf(const std::string& key) {
   if (key == "model.pattern") {
     return {"model.mixer.ratio", "model.mixer.offset", "model.moe.every", "model.moe.offset"};
   }
-  if (key == "train.steps") return {"train.tokens"};
   return {};
 }
 
@@ -98,8 +97,8 @@ bool Classify(const std::string& key, ConfigDifference::Kind* kind) {
   } else if (StartsWith(key, "data.") || key == "train.batch_tokens" || key == "train.seed") {
     *kind = ConfigDifference::Kind::kNeedsAllow;
   } else if (StartsWith(key, "optimizer.") || StartsWith(key, "schedule.") ||
-             key == "train.steps" || key == "train.device" || key == "train.precision" ||
-             key == "train.deterministic") {
+             key == "train.steps" || key == "train.tokens" || key == "train.device" ||
+             key == "train.precision" || key == "train.deterministic") {
     *kind = ConfigDifference::Kind::kApplies;
   } else {
     return false;

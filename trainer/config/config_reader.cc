@@ -1,6 +1,7 @@
 #include "trainer/config/config_reader.h"
 
 #include <algorithm>
+#include <cmath>
 #include <optional>
 
 #include "absl/strings/str_cat.h"
@@ -75,6 +76,20 @@ std::string Expected(const Range& range) {
 bool Inside(double x, const Range& range) {
   return (range.min_open ? x > range.min : x >= range.min) &&
          (range.max_open ? x < range.max : x <= range.max);
+}
+
+// A number in float32, where it has another meaning than as it was written; else "".
+std::string InFloat32(double x, const Range& range) {
+  if (!range.float32 || (range.count && x >= 1)) return "";
+  constexpr double kLeast = std::numeric_limits<float>::min(),
+                   kMost = std::numeric_limits<float>::max();
+  // Values that are not normal are flushed to 0 by some devices.
+  if (x != 0 && std::abs(x) < kLeast) return "is 0 in float32";
+  if (std::abs(x) > kMost) return "is infinite in float32";
+  if (range.max_open && static_cast<double>(static_cast<float>(x)) >= range.max) {
+    return absl::StrCat("is ", PrintNumber(range.max), " in float32");
+  }
+  return "";
 }
 
 bool HasControl(const std::string& text) {
@@ -185,8 +200,12 @@ void ConfigReader::Number(const std::string& path, double* out, const Range& ran
   std::string why = "is out of range";
   const std::optional<double> number = ParseNumber(*text, &why);
   if (number.has_value() && Inside(*number, range)) {
-    *out = *number;
-    return;
+    const std::string rounded = InFloat32(*number, range);
+    if (rounded.empty()) {
+      *out = *number;
+      return;
+    }
+    why = rounded;
   }
   Fail(path, absl::StrCat(path, ": ", Quote(*text), " ", why, "; expected ", expected));
 }
@@ -246,7 +265,8 @@ void ConfigReader::Numbers(const std::string& path, const std::vector<double*>& 
     } else {
       why = "is no number";
     }
-    if (!number.has_value() || !Inside(*number, range)) {
+    if (number.has_value() && Inside(*number, range)) why = InFloat32(*number, range);
+    if (!why.empty()) {
       bad_.insert(path);
       errors_->Add(item.place, absl::StrCat(path, "[", i, "]: ", Describe(item), " ", why,
                                             "; expected ", Expected(range)));
@@ -279,8 +299,9 @@ void ConfigReader::Sources(const std::string& path, std::vector<SourceSpec>* out
     ConfigReader reader(item, /*complete=*/true, errors_);
     SourceSpec source;
     reader.String("path", &source.path);
-    reader.Number("weight", &source.weight,
-                  {0, std::numeric_limits<double>::max(), /*min_open=*/true});
+    reader.Number(
+        "weight", &source.weight,
+        {.min = 0, .max = std::numeric_limits<double>::max(), .min_open = true, .float32 = false});
     reader.Require("path", absl::StrCat("each entry of ", path, " names a token file"));
     reader.Finish();
     if (!reader.bad_.empty()) bad_.insert(path);

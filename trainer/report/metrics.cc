@@ -53,15 +53,14 @@ std::string FormatDuration(double seconds) {
 std::string FormatLogLine(const StepReport& r) {
   std::vector<std::string> fields = {
       absl::StrFormat("step %5d/%d", r.step, r.steps),
-      absl::StrFormat("loss %.4f", r.loss),
-      absl::StrFormat("lr %.2e", r.lr),
-      absl::StrFormat("gnorm %.3f", r.grad_norm),
+      // Without a target there is no loss, which is no fault.
+      std::isnan(r.loss) && !r.was_skipped ? "loss -" : absl::StrFormat("loss %.4f", r.loss),
+      absl::StrFormat("lr %.2e", r.lr), absl::StrFormat("gnorm %.3f", r.grad_norm),
       r.has_moe ? absl::StrFormat("aux %.2f", r.aux_loss) : "aux -",
       PrintShort(r.tokens_per_s) + " tok/s",
       r.mfu.has_value() ? absl::StrFormat("MFU %.1f%%", *r.mfu * 100) : "MFU -",
       absl::StrFormat("mem %.1f/%.1f GiB", ToGiB(r.peak_memory), ToGiB(r.total_memory)),
-      absl::StrFormat("%.0f ms", r.step_ms),
-      "ETA " + FormatDuration(r.eta_seconds)};
+      absl::StrFormat("%.0f ms", r.step_ms), "ETA " + FormatDuration(r.eta_seconds)};
   if (r.was_skipped) {
     fields.push_back(absl::StrFormat("skipped: not finite (%d in a row, %d in all)",
                                      r.skipped_in_row, r.skipped));
@@ -202,9 +201,9 @@ std::optional<double> LastRecorded(const std::string& run_dir, const std::string
   for (std::string line; std::getline(lines, line);) {
     if (line.find(name) == std::string::npos) continue;
     const auto record = nlohmann::json::parse(line, nullptr, /*allow_exceptions=*/false);
-    if (record.is_object() && record.contains(name) && record[name].is_number()) {
-      last = record[name].get<double>();
-    }
+    if (!record.is_object() || !record.contains(name)) continue;
+    if (record[name].is_number()) last = record[name].get<double>();
+    if (record[name].is_null()) last = std::nan("");
   }
   return last;
 }
@@ -237,8 +236,10 @@ std::vector<std::string> FormatSummary(const Summary& s) {
   }
   if (s.skipped > 0) lines.push_back(absl::StrFormat("skipped steps: %d", s.skipped));
   if (s.val_loss.has_value()) {
-    lines.push_back(absl::StrFormat("validation loss %.4f", *s.val_loss));
-    if (s.val_bpb.has_value()) {
+    lines.push_back(std::isfinite(*s.val_loss)
+                        ? absl::StrFormat("validation loss %.4f", *s.val_loss)
+                        : "validation loss: not finite");
+    if (s.val_bpb.has_value() && std::isfinite(*s.val_bpb)) {
       lines.back() += absl::StrFormat(" (%.3f bits per byte)", *s.val_bpb);
     }
   }

@@ -76,7 +76,8 @@ std::string FormatRecord(int64_t step, double time, const std::vector<Metric>& m
 // is lost when the process dies on the way; a record may then be in both.
 absl::Status DiscardMetricsAfter(const std::string& run_dir, int64_t step);
 
-// The last value of that name in metrics.jsonl, if any.
+// The last value of that name in metrics.jsonl, if any; NaN for a null, which stands for a value
+// that is not finite.
 std::optional<double> LastRecorded(const std::string& run_dir, const std::string& name);
 
 // Whether a record of that step has a member of that name.

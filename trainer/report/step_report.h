@@ -13,7 +13,7 @@ namespace krait {
 // same bits whenever the same step of the same run is computed.
 struct StepReport {
   int64_t step = 0, steps = 0;
-  double loss = 0;        // cross-entropy per target
+  double loss = 0;        // cross-entropy per target; NaN without one
   double aux_loss = 0;    // unscaled; meaningful with `has_moe`
   double total_loss = 0;  // with the auxiliary losses and their coefficients
   double lr = 0, grad_norm = 0;

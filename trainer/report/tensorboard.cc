@@ -2,7 +2,9 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <bit>
+#include <charconv>
 #include <cstring>
 
 #include "kernels/base/clock.h"
@@ -49,6 +51,27 @@ std::string EventStart(int64_t step) {
   return event;
 }
 
+constexpr char kEventFile[] = "events.out.tfevents.";
+
+// The number of seconds for a new file's name. TensorBoard reads the files of a folder in the order
+// of their names: the new one comes after all that are there, whatever this machine's clock says.
+absl::StatusOr<int64_t> NextSeconds(const std::string& folder) {
+  auto seconds = static_cast<int64_t>(UnixSeconds());
+  std::vector<std::string> names;
+  KRAIT_ASSIGN_OR_RETURN(names, ListDirectory(folder, ExitCode::kCannotSave));
+  for (const std::string& name : names) {
+    if (!name.starts_with(kEventFile)) continue;
+    int64_t there = 0;
+    const char* begin = name.data() + sizeof(kEventFile) - 1;
+    const auto parsed = std::from_chars(begin, name.data() + name.size(), there);
+    // With other than ten digits the order of names would not be that of numbers.
+    if (parsed.ec == std::errc() && parsed.ptr == begin + 10) {
+      seconds = std::max(seconds, there + 1);
+    }
+  }
+  return seconds;
+}
+
 }  // namespace
 
 std::string TfRecord(std::string_view data) {
@@ -64,9 +87,10 @@ absl::StatusOr<EventWriter> EventWriter::Create(const std::string& folder, int64
   KRAIT_RETURN_IF_ERROR(MakeDirectories(folder, ExitCode::kCannotSave));
   char host[256] = "localhost";
   gethostname(host, sizeof(host) - 1);
-  const auto seconds = static_cast<int64_t>(UnixSeconds());
-  const std::string path = folder + "/events.out.tfevents." + std::to_string(seconds) + "." + host +
-                           "." + std::to_string(getpid());
+  int64_t seconds = 0;
+  KRAIT_ASSIGN_OR_RETURN(seconds, NextSeconds(folder));
+  const std::string path = folder + "/" + kEventFile + std::to_string(seconds) + "." + host + "." +
+                           std::to_string(getpid());
   EventWriter writer;
   KRAIT_ASSIGN_OR_RETURN(writer.file_,
                          File::Create(path, /*exclusive=*/false, ExitCode::kCannotSave));

@@ -19,8 +19,9 @@ namespace krait {
 // One event file of one process. Errors lead to kCannotSave.
 class EventWriter {
  public:
-  // A new file events.out.tfevents.SECONDS.HOST.PID in `folder` (made when missing). `first_step`
-  // is the first step to come: TensorBoard then forgets what older files say about it and later.
+  // A new file events.out.tfevents.SECONDS.HOST.PID in `folder` (made when missing); its name comes
+  // after those there, also where the clock says otherwise. `first_step` is the first step to come:
+  // TensorBoard then forgets what older files say about it and later.
   static absl::StatusOr<EventWriter> Create(const std::string& folder, int64_t first_step);
 
   // The values of one step, as one event.

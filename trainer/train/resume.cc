@@ -36,31 +36,94 @@ absl::Status Misfit(const absl::Status& status, const std::string& cure) {
   return Error(ExitCode::kConfig, MessageOf(status) + "\n" + cure);
 }
 
-// Restores everything from `checkpoint`, after its config has been compared with the run's.
-absl::Status Restore(const ResumeOptions& options, const std::string& fingerprint,
+// How the training data goes on from where it stood at `checkpoint`.
+absl::StatusOr<Continuation> ContinueData(const Checkpoint& checkpoint, const RunConfig& saved,
+                                          const Dataset& data) {
+  const CheckpointMeta& meta = checkpoint.meta;
+  if (!meta.sources.empty()) {
+    return data.ContinueFrom({meta.sequences, meta.mix_start, meta.sources});
+  }
+  DataPosition position;
+  KRAIT_ASSIGN_OR_RETURN(position, PositionOfFirstVersion(meta.data_fingerprint, meta.sequences,
+                                                          saved.data.seq_len, saved.train.seed));
+  return data.ContinueFrom(position);
+}
+
+std::vector<std::string> Sorted(std::vector<std::string> list) {
+  std::sort(list.begin(), list.end());
+  return list;
+}
+
+bool SamePaths(const std::vector<SourceSpec>& a, const std::vector<SourceSpec>& b) {
+  return std::equal(a.begin(), a.end(), b.begin(), b.end(),
+                    [](const SourceSpec& x, const SourceSpec& y) { return x.path == y.path; });
+}
+
+// Whether config and data may go on from `checkpoint`: all that differs, as notices or errors.
+absl::Status CheckResume(const ResumeOptions& options, const RunData& data,
+                         const Checkpoint& checkpoint, const RunConfig& saved,
+                         const Continuation& continuation, const RunConfig& now,
+                         const Notice& notice) {
+  const CheckpointMeta& meta = checkpoint.meta;
+  if (!meta.tokenizer.empty()) {
+    KRAIT_RETURN_IF_ERROR(
+        CheckSameTokenizer(*data.train->files().front(), checkpoint.path, meta.tokenizer));
+  }
+  const auto allowed = [&](const char* key) {
+    return std::any_of(options.allow_change.begin(), options.allow_change.end(),
+                       [&](const auto& word) { return AllowsChange(word, key); });
+  };
+  // Data is known by its content: moved, renamed or reordered files are no change. The first
+  // version did not keep the contents of validation files.
+  const bool knows_validation = !meta.validation.empty() || saved.data.validation.empty();
+  const bool same_validation =
+      knows_validation && Sorted(meta.validation) == Sorted(data.validation);
+  std::vector<std::string> free, lines = continuation.lines;
+  if (continuation.same_data) free.emplace_back("data.train");
+  if (same_validation) free.emplace_back("data.validation");
+  ErrorList errors;
+  errors.Add(CheckChanges(saved, now, free, options.allow_change, notice));
+  if (!continuation.same_data && !allowed("data.train")) {
+    for (const std::string& line : lines) errors.Add(ExitCode::kConfig, line);
+    errors.Add(ExitCode::kConfig, "data.train is not what " + checkpoint.path +
+                                      " was trained on: give back the old files and weights, or "
+                                      "add --allow-change data");
+  }
+  if (knows_validation && !same_validation &&
+      SamePaths(saved.data.validation, now.data.validation)) {
+    const std::string what =
+        "data.validation: other tokens than in the checkpoint, so that losses do not compare with "
+        "those before";
+    if (!allowed("data.validation")) {
+      errors.Add(ExitCode::kConfig, what + "; give back the old files, or add --allow-change data");
+    }
+    lines.push_back(what);
+  }
+  KRAIT_RETURN_IF_ERROR(errors.ToStatus());
+  for (const std::string& line : lines) notice(line);
+  return absl::OkStatus();
+}
+
+// Restores everything from `checkpoint`, after its config and data have been compared with the
+// run's.
+absl::Status Restore(const ResumeOptions& options, const RunData& data,
                      const Checkpoint& checkpoint, Trainer* trainer, const Notice& notice,
                      const Progress& progress) {
+  const RunConfig& now = trainer->config();
   RunConfig saved;
   KRAIT_ASSIGN_OR_RETURN(
       saved, ParseConfig(checkpoint.meta.config_yaml, checkpoint.path + "/manifest.json: config",
                          {}, ConfigUse::kStored, 1));
-  KRAIT_RETURN_IF_ERROR(CheckChanges(saved, trainer->config(), options.allow_change, notice));
-  if (trainer->config().model.Has(SublayerKind::kMoe) &&
-      trainer->config().model.moe.aux_sequences == 0 &&
-      saved.train.micro_batch != trainer->config().train.micro_batch) {
+  Continuation continuation;
+  KRAIT_ASSIGN_OR_RETURN(continuation, ContinueData(checkpoint, saved, *data.train));
+  KRAIT_RETURN_IF_ERROR(CheckResume(options, data, checkpoint, saved, continuation, now, notice));
+  if (now.model.Has(SublayerKind::kMoe) && now.model.moe.aux_sequences == 0 &&
+      saved.train.micro_batch != now.train.micro_batch) {
     notice(
         absl::StrFormat("train.micro_batch: %d in the checkpoint, %d now; the router's "
                         "statistics are those of a pass, so the weights come out otherwise than "
                         "without the change (not with model.moe.aux_sequences)",
-                        saved.train.micro_batch, trainer->config().train.micro_batch));
-  }
-  const bool data_allowed =
-      std::any_of(options.allow_change.begin(), options.allow_change.end(),
-                  [](const auto& word) { return AllowsChange(word, "data.train"); });
-  if (checkpoint.meta.data_fingerprint != fingerprint && !data_allowed) {
-    return Error(ExitCode::kConfig,
-                 "data.train: the token files are not those that " + checkpoint.path +
-                     " was trained on; give back the old ones, or add --allow-change data");
+                        saved.train.micro_batch, now.train.micro_batch));
   }
   const std::vector<CheckpointBox> boxes = trainer->Boxes();
   KRAIT_RETURN_IF_ERROR(
@@ -74,11 +137,25 @@ absl::Status Restore(const ResumeOptions& options, const std::string& fingerprin
            ": the results are as good, but not the bits of a run that goes on there");
   }
   trainer->state() = checkpoint.meta;
+  data.train->Seek(std::move(continuation));
+  if (now.train.tokens > 0 && saved.train.batch_tokens != now.train.batch_tokens) {
+    const int64_t left = trainer->last_step() - checkpoint.meta.step;
+    notice(absl::StrFormat(
+        "train.tokens: %d of %d were seen, %d steps of %d are left; the next learning rate is %.3g",
+        checkpoint.meta.tokens, now.train.tokens, left, now.train.batch_tokens,
+        trainer->learning_rate()));
+  }
   return absl::OkStatus();
 }
 
-absl::Status RestoreWeights(const Checkpoint& checkpoint, Trainer* trainer, const Notice& notice,
-                            const Progress& progress) {
+absl::Status RestoreWeights(const RunData& data, const Checkpoint& checkpoint, Trainer* trainer,
+                            const Notice& notice, const Progress& progress) {
+  const std::string& tokenizer = checkpoint.meta.tokenizer;
+  if (data.train != nullptr && !tokenizer.empty()) {
+    const absl::Status same =
+        CheckSameTokenizer(*data.train->files().front(), checkpoint.path, tokenizer);
+    if (!same.ok()) notice("warning: its embeddings are of other tokens: " + MessageOf(same));
+  }
   const auto saved =
       ParseConfig(checkpoint.meta.config_yaml, checkpoint.path, {}, ConfigUse::kStored, 1);
   if (!saved.ok()) {
@@ -158,12 +235,14 @@ std::string FollowedPath(const std::string& resume) {
 }  // namespace
 
 absl::Status CheckChanges(const RunConfig& saved, const RunConfig& now,
+                          const std::vector<std::string>& free,
                           const std::vector<std::string>& allow_change, const Notice& notice) {
   ErrorList errors;
   for (const ConfigDifference& change : CompareForResume(saved, now)) {
     const std::string what = absl::StrFormat("%s: %s in the checkpoint, %s now", change.key,
                                              change.before, change.after);
     const bool allowed =
+        std::find(free.begin(), free.end(), change.key) != free.end() ||
         std::any_of(allow_change.begin(), allow_change.end(),
                     [&](const auto& word) { return AllowsChange(word, change.key); });
     if (change.kind == ConfigDifference::Kind::kRefused) {
@@ -180,7 +259,7 @@ absl::Status CheckChanges(const RunConfig& saved, const RunConfig& now,
   return errors.ToStatus();
 }
 
-absl::Status StartRun(const ResumeOptions& asked, const std::string& fingerprint, Trainer* trainer,
+absl::Status StartRun(const ResumeOptions& asked, const RunData& data, Trainer* trainer,
                       const Notice& notice, const StartProgress& progress) {
   KRAIT_RETURN_IF_ERROR(CheckAllowWords(asked.allow_change));
   const std::string& dir = trainer->config().checkpoint.dir;
@@ -197,7 +276,7 @@ absl::Status StartRun(const ResumeOptions& asked, const std::string& fingerprint
     options.resume = "auto";
   }
   const auto restore = [&](const Checkpoint& checkpoint) {
-    return Restore(options, fingerprint, checkpoint, trainer, notice, progress.loading);
+    return Restore(options, data, checkpoint, trainer, notice, progress.loading);
   };
 
   std::vector<std::string> candidates;
@@ -221,8 +300,11 @@ absl::Status StartRun(const ResumeOptions& asked, const std::string& fingerprint
                        "--resume never");
     }
     KRAIT_ASSIGN_OR_RETURN(checkpoint, std::move(loaded));
-    if (checkpoint.meta.step < trainer->config().train.steps) {
+    if (checkpoint.meta.step < trainer->last_step()) {
       notice(absl::StrFormat("resuming at step %d from %s", checkpoint.meta.step, checkpoint.path));
+      for (const std::string& line : data.train->StandingAt(checkpoint.meta.sequences)) {
+        notice(line);
+      }
     }
     if (!options.init.empty()) notice("--init is ignored: this run has a checkpoint of its own");
     RunRecord now = record.value_or(RunRecord());
@@ -246,7 +328,7 @@ absl::Status StartRun(const ResumeOptions& asked, const std::string& fingerprint
     KRAIT_ASSIGN_OR_RETURN(checkpoint, LoadNewest(
                                            candidates,
                                            [&](const Checkpoint& c) {
-                                             return RestoreWeights(c, trainer, notice,
+                                             return RestoreWeights(data, c, trainer, notice,
                                                                    progress.loading);
                                            },
                                            notice));

@@ -24,15 +24,24 @@ struct StartProgress {
   Progress initialising;  // weights
 };
 
-// Brings `trainer` to its starting point: weights, moments and state. `fingerprint` is that of the
-// training data. Errors: kConfig for a config that does not fit the checkpoint, kNoCheckpoint when
-// checkpoints exist and none is whole (a run never starts anew beside them by itself).
-absl::Status StartRun(const ResumeOptions& options, const std::string& fingerprint,
-                      Trainer* trainer, const Notice& notice, const StartProgress& progress = {});
+// The token files of a run.
+struct RunData {
+  Dataset* train = nullptr;             // at its beginning
+  std::vector<std::string> validation;  // content hashes, in the order of the config
+};
+
+// Brings `trainer` to its starting point: weights, moments and state, and the training data to
+// where it stands. Errors: kConfig for a config or data that do not fit the checkpoint, kData for
+// data of another tokenizer, kNoCheckpoint when checkpoints exist and none is whole (a run never
+// starts anew beside them by itself).
+absl::Status StartRun(const ResumeOptions& options, const RunData& data, Trainer* trainer,
+                      const Notice& notice, const StartProgress& progress = {});
 
 // The differences between a checkpoint's config and the run's: one notice per change that applies;
-// kConfig with all changes that are refused or need `allow_change`.
+// kConfig with all changes that are refused or need `allow_change`. A key of `free` needs no
+// permission.
 absl::Status CheckChanges(const RunConfig& saved, const RunConfig& now,
+                          const std::vector<std::string>& free,
                           const std::vector<std::string>& allow_change, const Notice& notice);
 
 }  // namespace krait

@@ -10,18 +10,16 @@ namespace {
 // 1 at progress 0, `floor` at progress 1; `remaining` falls from 1 to 0.
 double Fall(double remaining, double floor) { return floor + (1 - floor) * remaining; }
 
-double Progress(int64_t from, int64_t s, int64_t to) {
+double Progress(double from, double s, double to) {
   if (to <= from) return 1;
-  return static_cast<double>(s - from) / static_cast<double>(to - from);
+  return (s - from) / (to - from);
 }
 
-}  // namespace
-
-double LearningRate(const ScheduleConfig& schedule, double lr, int64_t s, int64_t steps) {
-  s = std::clamp<int64_t>(s, 1, std::max<int64_t>(steps, 1));
-  const int64_t warmup = schedule.warmup_steps;
+double RateAt(const ScheduleConfig& schedule, double lr, double s, double steps) {
+  s = std::min(std::max(s, 1.0), std::max(steps, 1.0));
+  const auto warmup = static_cast<double>(schedule.warmup_steps);
   // The quotient first: it is exactly 1 at the last warm-up update.
-  if (s <= warmup) return lr * (static_cast<double>(s) / static_cast<double>(warmup));
+  if (s <= warmup) return lr * (s / warmup);
   switch (schedule.kind) {
     case ScheduleKind::kConstant:
       return lr;
@@ -32,12 +30,25 @@ double LearningRate(const ScheduleConfig& schedule, double lr, int64_t s, int64_
     case ScheduleKind::kLinear:
       return lr * Fall(1 - Progress(warmup, s, steps), schedule.min_lr_ratio);
     case ScheduleKind::kWsd: {
-      const int64_t start = std::max(warmup, steps - schedule.decay_steps);
+      const double start = std::max(warmup, steps - static_cast<double>(schedule.decay_steps));
       if (s <= start) return lr;
       return lr * Fall(1 - Progress(start, s, steps), schedule.min_lr_ratio);
     }
   }
   return lr;
+}
+
+}  // namespace
+
+double LearningRate(const ScheduleConfig& schedule, double lr, int64_t s, int64_t steps) {
+  return RateAt(schedule, lr, static_cast<double>(s), static_cast<double>(steps));
+}
+
+double LearningRateByTokens(const ScheduleConfig& schedule, double lr, int64_t seen, int64_t tokens,
+                            int64_t batch_tokens) {
+  const auto batch = static_cast<double>(batch_tokens);
+  return RateAt(schedule, lr, static_cast<double>(seen) / batch,
+                static_cast<double>(tokens) / batch);
 }
 
 }  // namespace krait

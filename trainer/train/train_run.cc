@@ -167,14 +167,19 @@ absl::Status Run::Open() {
         }
         return initialising(done, total);
       }};
-  KRAIT_RETURN_IF_ERROR(
-      StartRun(options_.resume, train_data_->Fingerprint(), trainer_.get(), notice, progress));
+  RunData data{train_data_.get(), {}};
+  if (validation_ != nullptr) data.validation = validation_->Contents();
+  KRAIT_RETURN_IF_ERROR(StartRun(options_.resume, data, trainer_.get(), notice, progress));
   console_.ClearStatus();
+  for (const Dataset* sources : {train_data_.get(), validation_.get()}) {
+    if (sources == nullptr) continue;
+    for (const std::string& line : sources->Repeated()) notice("warning: " + line);
+  }
   KRAIT_RETURN_IF_ERROR(said);
 
   int64_t bytes = 0;
   for (const CheckpointBox& box : trainer_->Boxes()) bytes += box.bytes();
-  if (state().step < config_.train.steps) {
+  if (state().step < trainer_->last_step()) {
     KRAIT_RETURN_IF_ERROR(CheckCanSave(config_.checkpoint.dir, bytes));
     // Once more: the folder may be there only by now, or have been moved away with its lock.
     KRAIT_RETURN_IF_ERROR(LockCheckpoints());
@@ -184,6 +189,7 @@ absl::Status Run::Open() {
   state().data_fingerprint = train_data_->Fingerprint();
   state().config_yaml = config_.ToYaml();
   state().tokenizer = train_data_->files().front()->tokenizer();
+  state().validation = data.validation;
   first_step_ = saving_step_ = state().step;
   first_tokens_ = state().tokens;
   return absl::OkStatus();
@@ -240,8 +246,9 @@ absl::Status Run::Describe() {
   double there_are = 0;
   for (const auto& file : train_data_->files()) there_are += static_cast<double>(file->tokens());
   const size_t files = train_data_->files().size();
-  const double tokens =
-      static_cast<double>(config_.train.steps) * static_cast<double>(config_.train.batch_tokens);
+  const int64_t left = trainer_->last_step() - state().step;
+  const double tokens = static_cast<double>(state().tokens) +
+                        static_cast<double>(left) * static_cast<double>(config_.train.batch_tokens);
   KRAIT_RETURN_IF_ERROR(Say(absl::StrFormat(
       "data: %s tokens in %d file%s; the run takes %s, %.3g epochs", PrintShort(there_are), files,
       files == 1 ? "" : "s", PrintShort(tokens), tokens / there_are)));
@@ -258,15 +265,15 @@ absl::Status Run::Describe() {
 }
 
 absl::StatusOr<ExitCode> Run::Loop() {
-  const int64_t steps = config_.train.steps;
+  const int64_t steps = trainer_->last_step();
   // An evaluation that a stop request cut short is made up, so that the metrics are those of a run
   // without it.
   const bool make_up = state().step > 0 && state().step <= steps && EvaluationDue() &&
                        !IsRecorded(config_.run_dir, state().step, "val/loss");
   if (state().step >= steps && !make_up) {
     KRAIT_RETURN_IF_ERROR(
-        Say(absl::StrFormat("this run is finished: step %d of %d; to train on, raise train.steps",
-                            state().step, steps)));
+        Say(absl::StrFormat("this run is finished: step %d of %d; to train on, raise train.%s",
+                            state().step, steps, config_.train.tokens > 0 ? "tokens" : "steps")));
     KRAIT_RETURN_IF_ERROR(PrintSummary());
     return ExitCode::kOk;
   }
@@ -282,7 +289,7 @@ absl::StatusOr<ExitCode> Run::Loop() {
 
 // To the last step, or to that of a stop request.
 absl::Status Run::Steps() {
-  const int64_t steps = config_.train.steps;
+  const int64_t steps = trainer_->last_step();
   // This rank's rows of each pass.
   const int64_t rows = config_.train.micro_batch, pass_rows = rows * mesh_.data;
   TokenBatch batch;
@@ -356,7 +363,7 @@ absl::Status Run::Report(StepReport report, double seconds) {
 
 bool Run::EvaluationDue() const {
   return validation_ != nullptr &&
-         (Due(config_.evaluation.every, state().step) || state().step == config_.train.steps);
+         (Due(config_.evaluation.every, state().step) || state().step == trainer_->last_step());
 }
 
 // Every validation source, and all of them by tokens. Ends without a result on a stop request.
@@ -374,8 +381,8 @@ absl::Status Run::Evaluate() {
     const std::optional<double> bpb = BitsPerByte(loss, state().tokenizer);
     metrics.push_back({name + "/loss", loss});
     metrics.push_back({name + "/bpb", bpb.value_or(std::nan(""))});
-    lines.push_back(absl::StrFormat("step %5d/%d | %s loss %.4f", state().step, config_.train.steps,
-                                    said, loss));
+    lines.push_back(absl::StrFormat("step %5d/%d | %s loss %.4f", state().step,
+                                    trainer_->last_step(), said, loss));
     if (bpb.has_value()) lines.back() += absl::StrFormat(" | %s bpb %.4f", said, *bpb);
   };
   double sum = 0;
@@ -451,6 +458,9 @@ absl::Status Run::SaveState(bool wait) {
   options.keep = config_.checkpoint.keep;
   options.keep_every = config_.checkpoint.keep_every;
   saving_step_ = state().step;
+  DataPosition position = train_data_->PositionAt(state().sequences);
+  state().mix_start = position.mix_start;
+  state().sources = std::move(position.sources);
   const std::vector<CheckpointBox> boxes = trainer_->Boxes();
   const bool now = wait || !config_.checkpoint.async;
   if (now) console_.Status("saving ...");
@@ -491,9 +501,9 @@ absl::Status Run::PrintSummary() {
   console_.ClearStatus();
   const std::string checkpoint = CheckpointPath(state().step);
   Summary summary;
-  summary.finished = state().step >= config_.train.steps;
+  summary.finished = state().step >= trainer_->last_step();
   summary.step = state().step;
-  summary.steps = config_.train.steps;
+  summary.steps = trainer_->last_step();
   summary.tokens = state().tokens;
   summary.skipped = state().skipped;
   summary.session_tokens = state().tokens - first_tokens_;

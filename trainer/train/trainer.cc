@@ -47,9 +47,26 @@ Trainer::Trainer(const RunConfig& config)
   }
 }
 
+int64_t Trainer::last_step() const {
+  const TrainConfig& train = config_.train;
+  if (train.tokens == 0) return train.steps;
+  const int64_t left = std::max<int64_t>(train.tokens - state_.tokens, 0);
+  return state_.step + (left + train.batch_tokens - 1) / train.batch_tokens;
+}
+
+double Trainer::learning_rate() const {
+  const TrainConfig& train = config_.train;
+  const bool same_batch = state_.tokens == state_.step * train.batch_tokens;
+  if (train.tokens > 0 && !same_batch) {
+    return LearningRateByTokens(config_.schedule, config_.optimizer.lr,
+                                state_.tokens + train.batch_tokens, train.tokens,
+                                train.batch_tokens);
+  }
+  return LearningRate(config_.schedule, config_.optimizer.lr, state_.step + 1, train.steps);
+}
+
 StepReport Trainer::Step(const TokenBatch& batch) {
-  const double lr =
-      LearningRate(config_.schedule, config_.optimizer.lr, state_.step + 1, config_.train.steps);
+  const double lr = learning_rate();
   const auto applied = static_cast<double>(state_.adam_steps);
   Upload(scalars_.control.Slice(0, kAdamWSteps, 1), &applied, ctx_);
   RunPasses(batch, nullptr);
@@ -113,9 +130,12 @@ StepReport Trainer::ReportOf(const TokenBatch& batch, const std::vector<double>&
   const auto passes = static_cast<double>(batch.sequences / config_.train.micro_batch);
   const PassSums sums = PassSumsOf(scalars);
   StepReport report;
-  report.steps = config_.train.steps;
+  report.steps = last_step();
   report.has_moe = config_.model.Has(SublayerKind::kMoe);
-  report.loss = sums.cross_entropy / static_cast<double>(std::max<int64_t>(batch.target_count, 1));
+  // Without a single target there is no mean to report.
+  report.loss = batch.target_count > 0
+                    ? sums.cross_entropy / static_cast<double>(batch.target_count)
+                    : std::nan("");
   report.aux_loss = sums.aux_loss / passes;
   report.total_loss = report.loss + config_.model.moe.aux_loss * report.aux_loss +
                       config_.model.moe.z_loss * sums.z_loss / passes;

@@ -63,6 +63,12 @@ class Trainer {
   // the memory of the gradient norm.
   bool WeightsFinite();
 
+  // The step at which the run ends. One given in tokens ends when it has seen them, whatever its
+  // batch was on the way.
+  int64_t last_step() const;
+  // That of the step to come.
+  double learning_rate() const;
+
   // Evaluates the weights as they are, in passes of train.micro_batch rows.
   Evaluator evaluator() { return {&model_, pass_batch_, scalars_.sums, ctx_}; }
 

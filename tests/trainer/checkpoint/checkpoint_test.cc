@@ -85,6 +85,9 @@ TEST_F(CheckpointTest, RoundTripKeepsEveryBitAndTheMetaData) {
   EXPECT_EQ(checkpoint->meta.sequences, want.sequences);
   EXPECT_EQ(checkpoint->meta.tokens, want.tokens);
   EXPECT_EQ(checkpoint->meta.data_fingerprint, want.data_fingerprint);
+  EXPECT_EQ(checkpoint->meta.mix_start, want.mix_start);
+  EXPECT_EQ(checkpoint->meta.sources, want.sources);
+  EXPECT_EQ(checkpoint->meta.validation, want.validation);
   EXPECT_EQ(checkpoint->meta.config_yaml, want.config_yaml);
   EXPECT_EQ(checkpoint->meta.tokenizer, want.tokenizer);
   EXPECT_TRUE(VerifyCheckpoint(*checkpoint).ok());

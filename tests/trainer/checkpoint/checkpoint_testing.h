@@ -119,6 +119,11 @@ inline CheckpointMeta SmallMeta(int64_t step) {
   meta.sequences = 8 * step;
   meta.tokens = 512 * step;
   meta.data_fingerprint = "train.h5 0123456789abcdef";
+  meta.mix_start = step;
+  meta.sources = {
+      {"0123456789abcdef", "train.h5", 0.1, 0, 64, 1, 7 * step + 6, {{0, 1234}, {5, 7}}},
+      {"fedcba9876543210", "old.h5", 0, 3, 32, 0, 2, {{0, 1234}}}};
+  meta.validation = {"00112233aabbccdd"};
   meta.config_yaml = "model:\n  d_model: 4  # \"quoted\", \\ and \xC3\xA9\n";
   meta.tokenizer = "bytes";
   return meta;

@@ -314,6 +314,39 @@ TEST_F(BadConfig, HostileTextsEndSoon) {
   EXPECT_THAT(Refused(path_), HasSubstr("at most 1048576"));
 }
 
+TEST_F(BadConfig, NumbersThatFloat32CannotHold) {
+  for (const auto& [word, reason] : std::vector<std::pair<std::string, std::string>>{
+           {"optimizer.eps=1e-46", "is 0 in float32"},
+           {"optimizer.eps=1e-40", "is 0 in float32"},
+           {"optimizer.lr=1e-50", "is 0 in float32"},
+           {"optimizer.lr=1e39", "is infinite in float32"},
+           {"optimizer.weight_decay=1e-60", "is 0 in float32"},
+           {"optimizer.weight_decay=3.5e38", "is infinite in float32"},
+           {"optimizer.clip=1e-46", "is 0 in float32"},
+           {"optimizer.betas=[0.9, 0.9999999999]", "is 1 in float32"},
+           {"optimizer.betas=[1e-50, 0.9]", "is 0 in float32"},
+           {"schedule.min_lr_ratio=1e-99", "is 0 in float32"},
+           {"model.norm_eps=1e-46", "is 0 in float32"},
+           {"model.attention.rope_theta=1e300", "is infinite in float32"},
+           {"model.moe.aux_loss=1e40", "is infinite in float32"},
+           {"model.moe.z_loss=1e-46", "is 0 in float32"},
+           {"model.init.std=1e-46", "is 0 in float32"}}) {
+    const auto config =
+        LoadConfig(KRAIT_SOURCE_DIR "/configs/models/jamba-v0.1.yaml", {word}, ConfigUse::kPlan, 1);
+    EXPECT_EQ(ExitCodeOf(config.status()), ExitCode::kConfig) << word;
+    EXPECT_THAT(MessageOf(config.status()),
+                ::testing::AllOf(HasSubstr(word.substr(0, word.find('='))), HasSubstr(reason)));
+  }
+  for (const char* word :
+       {"optimizer.eps=1.2e-38", "optimizer.lr=3.4e38", "optimizer.weight_decay=0",
+        "optimizer.clip=0", "optimizer.betas=[0, 0.9999999]",
+        "data.train=[{path: a.h5, weight: 1e-300}]", "schedule.min_lr_ratio=1"}) {
+    const auto config =
+        LoadConfig(KRAIT_SOURCE_DIR "/configs/models/jamba-v0.1.yaml", {word}, ConfigUse::kPlan, 1);
+    EXPECT_TRUE(config.ok()) << config.status();
+  }
+}
+
 TEST_F(BadConfig, SizesBeyondReason) {
   const auto refused = [](const std::vector<std::string>& words) {
     const auto config =

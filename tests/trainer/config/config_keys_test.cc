@@ -97,7 +97,7 @@ TEST(ExplainConfig, SaysWhereEachValueCameFrom) {
   EXPECT_THAT(*text, HasSubstr("    d_state: 16  # default\n"));
   EXPECT_THAT(*text, HasSubstr("  pattern: \"m m a m\"  # model.mixer.ratio at word "
                                "\"model.mixer.ratio=1:3\"\n"));
-  EXPECT_THAT(*text, HasSubstr("  steps: 3907  # train.tokens at " + path + ":3:17\n"));
+  EXPECT_THAT(*text, HasSubstr("  tokens: 4000000  # " + path + ":3:17; 3907 steps\n"));
   EXPECT_THAT(*text, HasSubstr("  lr: 0.001  # word \"optimizer.lr=1e-3\"\n"));
 
   // It is a config itself, with the same values.

@@ -17,6 +17,7 @@
 namespace krait {
 namespace {
 
+using ::testing::Contains;
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 
@@ -186,6 +187,46 @@ TEST_F(MetricsTest, TensorBoardRecordsCarryTheirChecksums) {
   EXPECT_EQ(records[2].substr(9), std::string("\x10\xac\x02\x2a\x13\x0a\x11\x0a\x0atrain/loss\x15"
                                               "\x00\x00\x20\x40",
                                               3 + 2 + 2 + 2 + 10 + 5));
+}
+
+TEST_F(MetricsTest, EventFilesSortByTheirStartsWhateverTheClock) {
+  const std::string folder = dir_ + "/tensorboard";
+  std::filesystem::create_directories(folder);
+  // From a clock ahead of this one, of another host and with a short number; and what is no event
+  // file.
+  const std::string ahead = folder + "/events.out.tfevents.4000000000.zebra.9";
+  for (const std::string& path : {ahead, folder + "/events.out.tfevents.5.other.1",
+                                  folder + "/events.out.tfevents.x", folder + "/notes"}) {
+    std::ofstream(path) << "x";
+  }
+  std::string last = ahead;
+  for (int start = 0; start < 3; ++start) {
+    const auto writer = EventWriter::Create(folder, 11);
+    ASSERT_TRUE(writer.ok()) << writer.status();
+    EXPECT_GT(writer->path(), last);
+    last = writer->path();
+  }
+  EXPECT_THAT(last, HasSubstr("tfevents.4000000003."));
+  // Without any, the clock's time.
+  const auto fresh = EventWriter::Create(dir_ + "/fresh", 1);
+  ASSERT_TRUE(fresh.ok()) << fresh.status();
+  EXPECT_LT(fresh->path(), dir_ + "/fresh/events.out.tfevents.4000000000");
+}
+
+TEST_F(MetricsTest, TheLastValueIsTheLastOneAlsoWhenItIsNotFinite) {
+  EXPECT_FALSE(LastRecorded(dir_, "val/loss").has_value());
+  Write("metrics.jsonl", "{\"step\":1,\"val/loss\":2.5}\n{\"step\":2,\"x\":1}\n");
+  EXPECT_EQ(LastRecorded(dir_, "val/loss"), 2.5);
+  Write("metrics.jsonl",
+        "{\"step\":1,\"val/loss\":2.5}\n{\"step\":2,\"val/loss\":null}\n{\"step\":2}\n");
+  ASSERT_TRUE(LastRecorded(dir_, "val/loss").has_value());
+  EXPECT_TRUE(std::isnan(*LastRecorded(dir_, "val/loss")));
+  Summary s;
+  s.val_loss = LastRecorded(dir_, "val/loss");
+  s.val_bpb = std::nan("");
+  EXPECT_THAT(FormatSummary(s), Contains("validation loss: not finite"));
+  s.val_loss = 2.5;  // of a tokenizer that does not know its bytes
+  EXPECT_THAT(FormatSummary(s), Contains("validation loss 2.5000"));
 }
 
 TEST(SummaryText, NamesWhatToDoNext) {

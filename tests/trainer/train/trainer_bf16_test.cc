@@ -137,16 +137,21 @@ TEST_F(TrainerBf16Test, ResumeIsBitEqual) {
     const std::vector<std::string> words = {std::string("optimizer.moments=") + moments,
                                             "run_dir=" + (tiny_ / moments)};
     const RunConfig config = Config(words);
+    auto data = Dataset::Open(config.data.train, config.data.seq_len, config.model.vocab_size,
+                              config.train.seed, config.data.reset_at_documents);
+    ASSERT_TRUE(data.ok()) << data.status();
     Trainer whole(config);
     whole.Init();
     for (int64_t s = 0; s < 3; ++s) whole.Step(BatchAt(config, 4 * s));
     whole.state().config_yaml = config.ToYaml();
+    whole.state().data_fingerprint = (*data)->Fingerprint();
     SaveOptions save;
     save.dir = config.checkpoint.dir;
     ASSERT_TRUE(SaveCheckpoint(save, whole.state(), whole.Boxes()).ok());
 
     Trainer resumed(config);
-    const absl::Status started = StartRun({}, "", &resumed, [](const std::string&) {});
+    const absl::Status started =
+        StartRun({}, {data->get(), {}}, &resumed, [](const std::string&) {});
     ASSERT_TRUE(started.ok()) << started;
     EXPECT_EQ(resumed.state().step, 3);
     EXPECT_EQ(Bits(resumed), Bits(whole));

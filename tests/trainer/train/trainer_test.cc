@@ -200,6 +200,8 @@ TEST_F(TrainerTest, DecayLeavesNormsBiasesAndScanParametersAlone) {
   }
   const StepReport report = trainer.Step(batch);
   EXPECT_EQ(report.grad_norm, 0);
+  EXPECT_FALSE(report.was_skipped);
+  EXPECT_TRUE(std::isnan(report.loss) && std::isnan(report.total_loss));
   for (size_t p = 0; p < params.size(); ++p) {
     const std::string& name = params[p].name;
     const bool exempt = name.find("norm") != std::string::npos || name.ends_with(".bias") ||
@@ -260,8 +262,8 @@ TEST_F(TrainerTest, InitLoadsTheWeightsOfTheOtherRunBitForBit) {
   ResumeOptions options;
   options.init = tiny_ / "first";
   std::vector<std::string> notices;
-  const absl::Status started =
-      StartRun(options, "", &second, [&](const std::string& line) { notices.push_back(line); });
+  const absl::Status started = StartRun(options, RunData(), &second,
+                                        [&](const std::string& line) { notices.push_back(line); });
   ASSERT_TRUE(started.ok()) << started;
   EXPECT_EQ(second.state().step, 0);
   EXPECT_EQ(second.state().adam_steps, 0);
