@@ -204,14 +204,15 @@ TEST_F(HostileManifestTest, EveryFieldMissingMistypedOrOutOfRange) {
       if (key == "crc32c" && parent.empty()) continue;
       SCOPED_TRACE((parent / key).to_string());
       const std::set<std::string> optional = {"skipped",   "skipped_in_row", "tokenizer",
-                                              "mix_start", "sources",        "validation"};
+                                              "hardware",  "mix_start",      "sources",
+                                              "validation"};
       if (!optional.contains(key)) {
         EXPECT_THAT(Refused([&](json& root) { root.at(parent).erase(key); }),
                     HasSubstr("is missing"));
       }
       for (const json& value : wrong) {
         // What happens to be right: any text in these members, a name, no boxes at all.
-        if (value.is_string() && (key == "config" || key == "tokenizer" ||
+        if (value.is_string() && (key == "config" || key == "tokenizer" || key == "hardware" ||
                                   key == "data_fingerprint" || key == "content" || key == "path")) {
           continue;
         }
@@ -252,8 +253,8 @@ TEST_F(HostileManifestTest, EveryFieldMissingMistypedOrOutOfRange) {
 TEST_F(HostileManifestTest, MembersOfLaterVersionsAreNoDamage) {
   const std::string path = newest_ + "/manifest.json";
   json root = json::parse(Read(path));
-  for (const char* optional :
-       {"skipped", "skipped_in_row", "tokenizer", "mix_start", "sources", "validation"}) {
+  for (const char* optional : {"skipped", "skipped_in_row", "tokenizer", "hardware", "mix_start",
+                               "sources", "validation"}) {
     root.erase(optional);
   }
   root["added_later"] = {{"any", "thing"}};
