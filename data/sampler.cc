@@ -28,30 +28,36 @@ absl::StatusOr<std::unique_ptr<Dataset>> Dataset::Open(const std::vector<SourceS
   ErrorList errors;
   for (const SourceSpec& source : sources) {
     result->weights_.push_back(source.weight);
+    // With the place in the config, where there is one.
+    const auto add = [&](const absl::Status& fault) {
+      if (fault.ok()) return;
+      const std::string place = source.named_at.empty() ? "" : source.named_at + ": ";
+      errors.Add(ExitCodeOf(fault), place + MessageOf(fault));
+    };
     auto opened = TokenFile::Open(source.path);
     if (!opened.ok()) {
-      errors.Add(opened.status());
+      add(opened.status());
       continue;
     }
     const TokenFile& file = **opened;
     if (file.tokens() < seq_len) {
-      errors.Add(ExitCode::kData,
-                 absl::StrFormat("%s: %d tokens are less than one sequence of seq_len %d",
-                                 source.path, file.tokens(), seq_len));
+      add(Error(ExitCode::kData,
+                absl::StrFormat("%s: %d tokens are less than one sequence of seq_len %d",
+                                source.path, file.tokens(), seq_len)));
     } else if (result->TargetsOf(file) == 0) {
-      errors.Add(ExitCode::kData,
-                 absl::StrFormat("%s: no token of its sequences has a target: each starts a "
-                                 "document (data.reset_at_documents)",
-                                 source.path));
+      add(Error(ExitCode::kData,
+                absl::StrFormat("%s: no token of its sequences has a target: each starts a "
+                                "document (data.reset_at_documents)",
+                                source.path)));
     }
     if (file.vocab_size() > model_vocab) {
-      errors.Add(ExitCode::kData,
-                 absl::StrFormat("%s: its vocab_size %d is above the model's vocab_size %d",
-                                 source.path, file.vocab_size(), model_vocab));
+      add(Error(ExitCode::kData,
+                absl::StrFormat("%s: its vocab_size %d is above the model's vocab_size %d",
+                                source.path, file.vocab_size(), model_vocab)));
     }
     if (!result->files_.empty()) {
       const TokenFile& first = *result->files_.front();
-      errors.Add(CheckSameTokenizer(file, first.path(), first.tokenizer()));
+      add(CheckSameTokenizer(file, first.path(), first.tokenizer()));
     }
     result->files_.push_back(*std::move(opened));
   }

@@ -23,6 +23,8 @@ namespace krait {
 struct SourceSpec {
   std::string path;
   double weight = 1.0;
+  std::string named_at =
+      {};  // for messages: where the user named it, such as "x.yaml:3:4: data.train[0]"
 };
 
 struct SequenceRef {

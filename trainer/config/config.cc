@@ -1,5 +1,6 @@
 #include "trainer/config/config.h"
 
+#include <algorithm>
 #include <cmath>
 #include <filesystem>
 #include <optional>
@@ -8,6 +9,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "kernels/base/number.h"
+#include "kernels/base/shell.h"
 #include "kernels/cuda/runtime.h"
 #include "kernels/hardware.h"
 #include "trainer/config/config_check.h"
@@ -31,13 +33,41 @@ std::optional<std::pair<int64_t, int64_t>> ParseRatio(const std::string& text) {
   return std::pair(*attention, *mamba);
 }
 
+// What a pattern of `words` words names beyond the layers: an error where the model lacks a kind by
+// it, else a note.
+void CheckPatternLength(const std::vector<LayerKinds>& layers, int64_t words, int64_t n_layers,
+                        ConfigReader* reader) {
+  if (words <= n_layers) return;
+  const auto lost = [&](const auto& is_kind) {
+    return std::none_of(layers.begin(), layers.begin() + n_layers, is_kind) &&
+           std::any_of(layers.begin() + n_layers, layers.end(), is_kind);
+  };
+  const char* missing = nullptr;
+  if (lost([](const LayerKinds& layer) { return layer.attention; })) missing = "attention";
+  if (lost([](const LayerKinds& layer) { return !layer.attention; })) missing = "Mamba";
+  if (lost([](const LayerKinds& layer) { return layer.moe; })) missing = "experts";
+  const std::string length =
+      absl::StrCat("model.pattern has ", words, " words for ", n_layers, " layers");
+  if (missing != nullptr) {
+    reader->Fail("model.pattern", absl::StrCat(length, ": no layer has ", missing));
+  } else {
+    reader->Note("model.pattern",
+                 absl::StrCat(length, ": the last ", words - n_layers, " have no effect"));
+  }
+}
+
 std::vector<LayerKinds> LayersFromPattern(const std::string& pattern, int64_t n_layers,
                                           ConfigReader* reader) {
   if (!reader->Good({"model.pattern", "model.n_layers"})) return {};
   absl::Status status;
   if (pattern.size() <= 4 * kMaxLayers) {
-    auto layers = ParsePattern(pattern, n_layers);
-    if (layers.ok()) return *std::move(layers);
+    const int64_t words = PatternWords(pattern);
+    auto layers = ParsePattern(pattern, std::max(words, n_layers));
+    if (layers.ok()) {
+      CheckPatternLength(*layers, words, n_layers, reader);
+      layers->resize(static_cast<size_t>(n_layers));
+      return *std::move(layers);
+    }
     status = layers.status();
   } else {
     status = Error(ExitCode::kConfig, "more words than a model can have layers");
@@ -61,8 +91,13 @@ std::vector<LayerKinds> ResolveLayers(const ConfigDraft& draft, int64_t n_layers
   }
   std::vector<LayerKinds> layers;
   if (!reader->Good({"model.n_layers", "model.mixer.ratio", "model.mixer.offset"})) return layers;
+  const bool one_kind = counts->first == 0 || counts->second == 0;
+  if (one_kind && reader->Has("model.mixer.offset")) {
+    reader->Note("model.mixer.offset", absl::StrCat("model.mixer.offset has no effect: by ratio ",
+                                                    draft.ratio, " all layers are of one kind"));
+  }
   const auto attention =
-      AttentionLayers(counts->first, counts->second, draft.mixer_offset, n_layers);
+      AttentionLayers(counts->first, counts->second, one_kind ? -1 : draft.mixer_offset, n_layers);
   if (!attention.ok()) {
     const char* key =
         reader->Has("model.mixer.offset") ? "model.mixer.offset" : "model.mixer.ratio";
@@ -75,8 +110,44 @@ std::vector<LayerKinds> ResolveLayers(const ConfigDraft& draft, int64_t n_layers
     reader->Fail("model.moe.offset", absl::StrCat("model.moe: ", MessageOf(moe.status())));
   }
   if (!attention.ok() || !moe.ok()) return layers;
+  if (draft.moe_every > 0 && std::none_of(moe->begin(), moe->end(), [](bool e) { return e; })) {
+    reader->Fail(
+        "model.moe.every",
+        absl::StrCat("model.moe: every ", draft.moe_every,
+                     draft.moe_offset < 0 ? "" : absl::StrCat(" with offset ", draft.moe_offset),
+                     " yields no layer with experts in ", n_layers,
+                     " layers (moe: none is a dense model)"));
+    return layers;
+  }
   for (size_t i = 0; i < attention->size(); ++i) layers.push_back({(*attention)[i], (*moe)[i]});
   return layers;
+}
+
+// Settings of kinds of layers that the model lacks.
+void NoteAbsentKinds(const ModelSpec& model, ConfigReader* reader) {
+  struct Section {
+    SublayerKind kind;
+    const char *key, *what;
+  };
+  for (const Section& section :
+       {Section{SublayerKind::kAttention, "model.attention", "no layer has attention"},
+        Section{SublayerKind::kMamba, "model.mamba", "no layer is a Mamba layer"},
+        Section{SublayerKind::kMoe, "model.moe", "no layer has experts"}}) {
+    if (model.Has(section.kind)) continue;
+    const bool moe = section.kind == SublayerKind::kMoe;
+    if (moe && !reader->Has("model.moe.every") && !reader->Has("model.pattern")) {
+      const std::string key = reader->FirstGiven("model.moe");
+      if (key.empty()) continue;
+      reader->Fail(key, absl::StrCat(key,
+                                     " has no effect without model.moe.every: give it too "
+                                     "(2: every second layer has experts; none: none has)"));
+      continue;
+    }
+    const std::string key =
+        reader->FirstGiven(section.key, moe ? std::vector<std::string>{"every", "offset"}
+                                            : std::vector<std::string>());
+    if (!key.empty()) reader->Note(key, absl::StrCat(key, " has no effect: ", section.what));
+  }
 }
 
 void ResolveModel(const ConfigDraft& draft, ModelSpec* model, ConfigReader* reader) {
@@ -98,12 +169,45 @@ void ResolveModel(const ConfigDraft& draft, ModelSpec* model, ConfigReader* read
   if (model->mamba.dt_rank == 0) model->mamba.dt_rank = (model->d_model + 15) / 16;
   if (model->moe.d_ff == 0) model->moe.d_ff = model->mlp_d_ff;
   if (reader->complete()) CheckModel(*model, reader);
+  if (!model->sublayers.empty()) NoteAbsentKinds(*model, reader);
 
   // Settings of kinds that the model lacks are checked above and then dropped, so that equal models
   // have equal specs.
   if (!model->Has(SublayerKind::kAttention)) model->attention = {};
   if (!model->Has(SublayerKind::kMamba)) model->mamba = {};
   if (!model->Has(SublayerKind::kMoe)) model->moe = {};
+}
+
+void ResolveSchedule(const ConfigDraft& draft, int64_t steps, ScheduleConfig* schedule,
+                     ConfigReader* reader) {
+  // A share of the steps below 1, and 1 where it is written with a point (1.0); else a count.
+  const double decay = draft.decay_steps;
+  const bool point = reader->TextOf("schedule.decay_steps").find('.') != std::string::npos;
+  if (decay < 1 || (decay == 1 && point)) {
+    schedule->decay_steps = std::llround(decay * static_cast<double>(steps));
+  } else {
+    schedule->decay_steps = std::llround(decay);
+    if (decay != std::floor(decay)) {
+      reader->Fail("schedule.decay_steps",
+                   absl::StrCat("schedule.decay_steps: ", PrintNumber(decay),
+                                " is neither a share of the steps up to 1.0 nor a whole number"));
+    }
+  }
+  if (!reader->Good({"schedule.name", "schedule.decay_steps"})) return;
+  // Settings that this course of the learning rate does not use are checked above and then dropped,
+  // so that equal runs have equal configs.
+  const auto unused = [reader](const char* key, const char* why) {
+    if (reader->Has(key)) reader->Note(key, absl::StrCat(key, " has no effect: ", why));
+  };
+  if (schedule->kind != ScheduleKind::kWsd) {
+    unused("schedule.decay_steps", "it is for schedule.name wsd only");
+    unused("schedule.decay", "it is for schedule.name wsd only");
+    schedule->decay_steps = 0;
+  }
+  if (schedule->kind == ScheduleKind::kConstant) {
+    unused("schedule.min_lr_ratio", "schedule.name constant keeps the learning rate");
+    schedule->min_lr_ratio = ScheduleConfig().min_lr_ratio;
+  }
 }
 
 void ResolveTrain(const ConfigDraft& draft, ConfigUse use, RunConfig* config,
@@ -122,17 +226,13 @@ void ResolveTrain(const ConfigDraft& draft, ConfigUse use, RunConfig* config,
     reader->Require("train.steps", "give train.steps or train.tokens");
   }
 
-  // Below 1 a share of the steps, else a count.
-  const double decay = draft.decay_steps;
-  if (decay < 1) {
-    config->schedule.decay_steps = std::llround(decay * static_cast<double>(train->steps));
-  } else {
-    config->schedule.decay_steps = std::llround(decay);
-    if (decay != std::floor(decay)) {
-      reader->Fail("schedule.decay_steps",
-                   absl::StrCat("schedule.decay_steps: ", PrintNumber(decay),
-                                " is neither a share of the steps below 1 nor a whole number"));
+  ResolveSchedule(draft, train->steps, &config->schedule, reader);
+  if (config->data.validation.empty()) {
+    const std::string key = reader->FirstGiven("evaluation");
+    if (!key.empty()) {
+      reader->Note(key, absl::StrCat(key, " has no effect: data.validation names no file"));
     }
+    config->evaluation = {};
   }
 }
 
@@ -175,6 +275,8 @@ absl::StatusOr<RunConfig> Read(const ConfigNode& root, bool complete, const std:
   reader.Find("base");  // consumed before, and known to suggestions
   KeyReader keys(&reader);
   VisitKeys(&config, &draft, &keys);
+  config.run_dir = UserPath(config.run_dir);
+  config.checkpoint.dir = UserPath(config.checkpoint.dir);
   if (config.checkpoint.dir.empty()) config.checkpoint.dir = config.run_dir + "/checkpoints";
   ResolveModel(draft, &config.model, &reader);
   ResolveTrain(draft, use, &config, &reader);
@@ -182,6 +284,7 @@ absl::StatusOr<RunConfig> Read(const ConfigNode& root, bool complete, const std:
   CheckLater(draft, &reader);
   if (complete) CheckRun(config, use, ranks, &reader);
   if (!errors->empty()) return errors->ToStatus();
+  config.notes = errors->notes();
 
   TrainConfig& train = config.train;
   if (train.device == DevicePreference::kAuto) {
@@ -262,10 +365,13 @@ absl::StatusOr<std::string> ExplainConfig(const std::string& path,
   std::vector<ConfigEntry> entries = Flatten(config);
   for (ConfigEntry& entry : entries) {
     entry.comment = OriginOf(root, entry);
-    if (entry.key == "train.tokens")
+    if (entry.key == "train.tokens") {
       absl::StrAppend(&entry.comment, "; ", config.train.steps, " steps");
+    }
   }
-  return YamlText(entries);
+  std::string text;
+  for (const std::string& note : config.notes) text += "# note: " + note + "\n";
+  return text + YamlText(entries);
 }
 
 }  // namespace krait

@@ -56,7 +56,7 @@ struct ScheduleConfig {
   ScheduleKind kind = ScheduleKind::kCosine;
   int64_t warmup_steps = 2000;
   double min_lr_ratio = 0.1;
-  int64_t decay_steps = 0;  // of wsd; resolved: a count (a share of the steps is multiplied out)
+  int64_t decay_steps = 0;  // of wsd, else 0; resolved: a share of the steps is multiplied out
 };
 
 struct CheckpointConfig {
@@ -87,6 +87,9 @@ struct RunConfig {
   CheckpointConfig checkpoint;
   LogConfig log;
   EvaluationConfig evaluation;
+  // What the files and words say without effect, a line each with its place: to be shown to the
+  // user.
+  std::vector<std::string> notes;
 
   // The resolved configuration as YAML text that reads back to the same struct. Numbers are printed
   // in shortest round-trip form.
@@ -127,7 +130,8 @@ absl::Status CheckDevice(const RunConfig& config);
 std::string WithoutEffect(const RunConfig& config);
 
 // The resolved config as YAML, each line with where its value came from as a comment:
-// file:line:column, a word of the command line, a key that it is derived from, or the default.
+// file:line:column, a word of the command line, a key that it is derived from, or the default. Its
+// notes come first.
 absl::StatusOr<std::string> ExplainConfig(const std::string& path,
                                           const std::vector<std::string>& overrides, int64_t ranks);
 
@@ -151,8 +155,8 @@ std::vector<ConfigDifference> CompareForResume(const RunConfig& saved, const Run
 // The words of model.pattern that yield the model's layers, one period.
 std::string LayoutPattern(const ModelSpec& model);
 
-// Whether `--allow-change WORD` covers a key: the whole key, its last part, or its section
-// ("data.seq_len", "seq_len", "data").
+// Whether `--allow-change WORD` covers a key: the whole key, its last part, or "data" for all keys
+// of that section.
 bool AllowsChange(const std::string& word, const std::string& key);
 
 }  // namespace krait

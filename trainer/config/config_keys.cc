@@ -1,5 +1,7 @@
 #include "trainer/config/config_keys.h"
 
+#include <sstream>
+
 namespace krait {
 namespace {
 
@@ -150,16 +152,26 @@ void VisitSchedule(ScheduleConfig* schedule, ConfigDraft* draft, ConfigVisitor* 
           {"cosine", "wsd", "linear", "constant"});
   v->Whole({"schedule.warmup_steps", "linear rise at the start", "steps"}, &schedule->warmup_steps,
            {0, kMaxSteps});
-  v->Number({"schedule.min_lr_ratio", "last learning rate over the peak"}, &schedule->min_lr_ratio,
-            kShare);
-  v->Number({"schedule.decay_steps", "final fall of wsd: a count, or below 1 a share of the steps",
-             "steps"},
-            &draft->decay_steps, {.min = 0, .max = static_cast<double>(kMaxSteps), .count = true});
+  v->Number({"schedule.min_lr_ratio", "last learning rate over the peak", "", nullptr,
+             schedule->kind != ScheduleKind::kConstant},
+            &schedule->min_lr_ratio, kShare);
+  const bool decays = schedule->kind == ScheduleKind::kWsd;
+  v->Number(
+      {"schedule.decay_steps", "final fall of wsd: a count, or up to 1.0 a share of the steps",
+       "steps", nullptr, decays},
+      &draft->decay_steps, {.min = 0, .max = static_cast<double>(kMaxSteps), .count = true});
   int only = 0;
-  v->Enum({"schedule.decay", "shape of that fall"}, &only, {"linear"});
+  v->Enum({"schedule.decay", "shape of that fall", "", nullptr, decays}, &only, {"linear"});
 }
 
 }  // namespace
+
+int64_t PatternWords(const std::string& pattern) {
+  std::istringstream words(pattern);
+  int64_t count = 0;
+  for (std::string word; words >> word;) ++count;
+  return count;
+}
 
 void VisitKeys(RunConfig* config, ConfigDraft* draft, ConfigVisitor* v) {
   v->String(
@@ -205,9 +217,10 @@ void VisitKeys(RunConfig* config, ConfigDraft* draft, ConfigVisitor* v) {
             &checkpoint->dir);
   v->Whole({"log.every", "between two log lines", "steps"}, &config->log.every, kFromOne);
   v->Bool({"log.tensorboard", "write TensorBoard files too"}, &config->log.tensorboard);
-  v->Whole({"evaluation.every", "between two evaluations", "steps"}, &config->evaluation.every,
-           kFromOne);
-  v->Whole({"evaluation.tokens", "held-out tokens of an evaluation", "tokens"},
+  const bool evaluates = !data->validation.empty();
+  v->Whole({"evaluation.every", "between two evaluations", "steps", nullptr, evaluates},
+           &config->evaluation.every, kFromOne);
+  v->Whole({"evaluation.tokens", "held-out tokens of an evaluation", "tokens", nullptr, evaluates},
            &config->evaluation.tokens, {1, kMaxTokens});
 }
 

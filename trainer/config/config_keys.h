@@ -80,6 +80,9 @@ struct ConfigDraft {
 // config.
 void VisitKeys(RunConfig* config, ConfigDraft* draft, ConfigVisitor* visitor);
 
+// The words of a model.pattern.
+int64_t PatternWords(const std::string& pattern);
+
 // Bounds that rules over several keys need too. Far above any model, and small enough for every
 // product of sizes to fit in 64 bits.
 inline constexpr int64_t kMaxWidth = 1 << 20;

@@ -1,11 +1,15 @@
 // Layers of a config: base files, the file, words of the command line; merged into one tree.
 #include <algorithm>
 #include <filesystem>
+#include <optional>
 #include <system_error>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "kernels/base/file.h"
+#include "kernels/base/number.h"
+#include "model/spec.h"
+#include "trainer/config/config_keys.h"
 #include "trainer/config/config_tree.h"
 
 namespace krait {
@@ -37,6 +41,89 @@ std::vector<const ConfigNode*> RatioKeys(const ConfigNode& layer) {
     if (node != nullptr) keys.push_back(node);
   }
   return keys;
+}
+
+ConfigNode Scalar(const char* key, int64_t value, const Place& place) {
+  ConfigNode node;
+  node.kind = ConfigNode::Kind::kScalar;
+  node.text = std::to_string(value);
+  node.key = key;
+  node.place = node.key_place = place;
+  return node;
+}
+
+// The every and offset of MoeLayers that yield the experts of `layers`, which have some.
+std::optional<std::pair<int64_t, int64_t>> RuleOfExperts(const std::vector<LayerKinds>& layers) {
+  std::vector<int64_t> experts;
+  for (size_t i = 0; i < layers.size(); ++i) {
+    if (layers[i].moe) experts.push_back(static_cast<int64_t>(i));
+  }
+  const auto n_layers = static_cast<int64_t>(layers.size());
+  const int64_t offset = experts.front();
+  const int64_t every = experts.size() > 1 ? experts[1] - offset : n_layers;
+  const auto moe = MoeLayers(every, offset, n_layers);
+  if (!moe.ok()) return std::nullopt;
+  for (size_t i = 0; i < layers.size(); ++i) {
+    if ((*moe)[i] != layers[i].moe) return std::nullopt;
+  }
+  return std::pair(every, offset);
+}
+
+// A ratio (at `ratio`) takes the place of a pattern's mixers. Its experts stay: as moe.every and
+// moe.offset, or where these cannot say it, as an error.
+void KeepExperts(const ConfigNode& ratio, const ConfigNode& pattern, ConfigNode* model,
+                 ConfigErrors* errors) {
+  if (pattern.kind != ConfigNode::Kind::kScalar) return;  // without words it has no experts
+  const ConfigNode* n_layers = model->Find("n_layers");
+  int64_t n = n_layers != nullptr ? ParseInteger(n_layers->text).value_or(0) : 0;
+  // The pattern's own length where there is no good number, of which the reader speaks.
+  if (n < 1 || n > kMaxLayers) n = PatternWords(pattern.text);
+  const auto layers = ParsePattern(pattern.text, n);
+  if (!layers.ok()) {
+    errors->Add(pattern.place, absl::StrCat("model.pattern: ", MessageOf(layers.status())));
+    return;
+  }
+  const auto has_experts = [](const LayerKinds& layer) { return layer.moe; };
+  if (std::none_of(layers->begin(), layers->end(), has_experts)) return;
+  const auto rule = RuleOfExperts(*layers);
+  if (!rule.has_value()) {
+    errors->Add(ratio.key_place,
+                absl::StrCat("model.mixer.ratio takes the place of model.pattern (",
+                             pattern.key_place.ToString(),
+                             "), whose experts no moe.every and moe.offset yield: change the "
+                             "pattern instead, or give model.moe.every too (none: no experts)"));
+    return;
+  }
+  ConfigNode* moe = model->Find("moe");
+  if (moe == nullptr) {
+    model->children.emplace_back();
+    moe = &model->children.back();
+    moe->key = "moe";
+    moe->place = moe->key_place = pattern.place;
+  }
+  if (!moe->is_map() && moe->kind != ConfigNode::Kind::kNull) return;  // reported by the reader
+  moe->kind = ConfigNode::Kind::kMap;
+  moe->children.push_back(Scalar("every", rule->first, pattern.place));
+  moe->children.push_back(Scalar("offset", rule->second, pattern.place));
+}
+
+// A pattern takes the place of the ratio's keys in `model`.
+void ReplaceByPattern(const ConfigNode& pattern, ConfigNode* model, ConfigErrors* errors) {
+  if (ConfigNode* mixer = model->Find("mixer"); mixer != nullptr) {
+    mixer->Erase("ratio");
+    mixer->Erase("offset");
+  }
+  ConfigNode* moe = model->Find("moe");
+  if (moe == nullptr) return;
+  const ConfigNode* every = moe->Find("every");
+  if (every != nullptr && every->kind == ConfigNode::Kind::kScalar && every->text != "none" &&
+      pattern.text.find('E') == std::string::npos) {
+    errors->Note(pattern.key_place,
+                 absl::StrCat("model.pattern has no E, so no layer has experts: model.moe.every ",
+                              every->text, " (", every->place.ToString(), ") is replaced"));
+  }
+  moe->Erase("every");
+  moe->Erase("offset");
 }
 
 void MergeMaps(ConfigNode* below, ConfigNode above) {
@@ -84,18 +171,18 @@ void MergeLayer(ConfigNode* tree, ConfigNode layer, ConfigErrors* errors) {
                              other->key, " is given too (", other->key_place.ToString(),
                              "): keep one of them"));
   } else if (pattern != nullptr && model != nullptr) {
-    model->Erase("mixer");
-    if (ConfigNode* moe = model->Find("moe"); moe != nullptr) {
-      moe->Erase("every");
-      moe->Erase("offset");
-    }
+    ReplaceByPattern(*pattern, model, errors);
   } else if (!ratio_keys.empty() && model != nullptr && model->Find("pattern") != nullptr) {
-    if (FindNode(layer, "model.mixer.ratio") == nullptr) {
+    const ConfigNode* ratio = FindNode(layer, "model.mixer.ratio");
+    if (ratio == nullptr) {
       const ConfigNode* other = ratio_keys.front();
       errors->Add(other->key_place,
                   absl::StrCat(other->key, " has no meaning beside model.pattern (",
                                model->Find("pattern")->key_place.ToString(),
                                "): change the pattern, or give model.mixer.ratio"));
+    } else if (FindNode(layer, "model.moe.every") == nullptr) {
+      const ConfigNode below = *model->Find("pattern");
+      KeepExperts(*ratio, below, model, errors);
     }
     model->Erase("pattern");
   }
@@ -110,7 +197,8 @@ class Loader {
 
   // `named_at` is the place of the `base` that names the file; none for the config itself.
   bool File(const std::string& path, const Place* named_at) {
-    const Place at = named_at != nullptr ? *named_at : NewOrigin(path);
+    Place at = named_at != nullptr ? *named_at : NewOrigin(path);
+    if (named_at == nullptr) at.line = -1;
     const auto fail = [&](const std::string& message) {
       errors_->Add(at, named_at != nullptr ? absl::StrCat("base ", path, ": ", message) : message);
       return false;

@@ -225,8 +225,8 @@ std::vector<ConfigDifference> CompareForResume(const RunConfig& saved, const Run
 
 bool AllowsChange(const std::string& word, const std::string& key) {
   const size_t dot = key.rfind('.');
-  return word == key ||
-         (dot != std::string::npos && (word == key.substr(dot + 1) || word == key.substr(0, dot)));
+  return word == key || (dot != std::string::npos && word == key.substr(dot + 1)) ||
+         (word == "data" && StartsWith(key, "data."));
 }
 
 }  // namespace krait

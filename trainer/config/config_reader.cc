@@ -7,6 +7,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "kernels/base/number.h"
+#include "kernels/base/shell.h"
 
 namespace krait {
 namespace {
@@ -124,6 +125,27 @@ Place ConfigReader::PlaceOf(const std::string& path) const {
 void ConfigReader::Fail(const std::string& path, const std::string& message) {
   bad_.insert(path);
   errors_->Add(PlaceOf(path), message);
+}
+
+void ConfigReader::Note(const std::string& path, const std::string& message) {
+  errors_->Note(PlaceOf(path), message);
+}
+
+std::string ConfigReader::FirstGiven(const std::string& section,
+                                     const std::vector<std::string>& but) const {
+  const ConfigNode* map = FindNode(root_, section);
+  if (map == nullptr || !map->is_map()) return "";
+  for (const ConfigNode& child : map->children) {
+    if (std::find(but.begin(), but.end(), child.key) == but.end()) {
+      return absl::StrCat(section, ".", child.key);
+    }
+  }
+  return "";
+}
+
+std::string ConfigReader::TextOf(const std::string& path) const {
+  const ConfigNode* node = FindNode(root_, path);
+  return node == nullptr ? "" : node->text;
 }
 
 void ConfigReader::Require(const std::string& path, const std::string& hint) {
@@ -305,6 +327,8 @@ void ConfigReader::Sources(const std::string& path, std::vector<SourceSpec>* out
     reader.Require("path", absl::StrCat("each entry of ", path, " names a token file"));
     reader.Finish();
     if (!reader.bad_.empty()) bad_.insert(path);
+    source.path = UserPath(source.path);
+    source.named_at = absl::StrCat(item.place.ToString(), ": ", name);
     out->push_back(std::move(source));
   }
 }
@@ -336,16 +360,16 @@ void ConfigReader::Unknown(const ConfigNode& node, const std::string& path,
                            const std::vector<std::string>& siblings) {
   std::string message = absl::StrCat("unknown key ", Quote(path));
   const std::string prefix = Parent(path);
-  std::string guess = Nearest(node.key, siblings);
-  if (!guess.empty() && !prefix.empty()) guess = absl::StrCat(prefix, ".", guess);
-  if (guess.empty()) {
-    // The right word in the wrong section.
-    for (const std::string& known : known_) {
-      if (LastPart(known) == node.key && guess.empty()) guess = known;
-    }
+  // The right word in the wrong section goes before a misspelt one.
+  std::vector<std::string> guesses;
+  for (const std::string& known : known_) {
+    if (LastPart(known) == node.key) guesses.push_back(known);
   }
-  if (!guess.empty()) {
-    absl::StrAppend(&message, "; did you mean ", guess, "?");
+  if (const std::string near = Nearest(node.key, siblings); guesses.empty() && !near.empty()) {
+    guesses.push_back(prefix.empty() ? near : absl::StrCat(prefix, ".", near));
+  }
+  if (!guesses.empty()) {
+    absl::StrAppend(&message, "; did you mean ", absl::StrJoin(guesses, " or "), "?");
   } else {
     absl::StrAppend(&message, "; known here: ");
     for (size_t i = 0; i < siblings.size(); ++i) {

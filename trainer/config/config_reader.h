@@ -43,6 +43,12 @@ class ConfigReader {
   // speaks when its keys are good.
   bool Good(std::initializer_list<const char*> paths) const;
   void Fail(const std::string& path, const std::string& message);
+  void Note(const std::string& path, const std::string& message);
+  // The first key in the section that is given and not among `but`, dotted; "" when there is none.
+  std::string FirstGiven(const std::string& section,
+                         const std::vector<std::string>& but = {}) const;
+  // The text of a scalar, "" when there is none.
+  std::string TextOf(const std::string& path) const;
   // "model.d_model 4096" or "model.d_model 4096 (the default)".
   std::string Show(const std::string& path, const std::string& value) const;
 

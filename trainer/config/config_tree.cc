@@ -14,6 +14,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "kernels/base/utf8.h"
 
 namespace krait {
 namespace {
@@ -31,28 +32,6 @@ Place At(const Place& origin, const YAML::Mark& mark) {
   place.line = std::max(mark.line, 0) + 1;
   place.column = std::max(mark.column, 0) + 1;
   return place;
-}
-
-// Length of the UTF-8 sequence at text[i], 0 when it is none (RFC 3629: no overlong forms, no
-// surrogates, nothing above U+10FFFF).
-size_t Utf8Length(const std::string& text, size_t i) {
-  const auto byte = [&text](size_t k) {
-    return k < text.size() ? static_cast<unsigned char>(text[k]) : 0U;
-  };
-  const auto follows = [&byte](size_t k) { return (byte(k) & 0xC0U) == 0x80U; };
-  const unsigned lead = byte(i);
-  const unsigned second = byte(i + 1);
-  if (lead < 0x80) return 1;
-  if (lead >= 0xC2 && lead <= 0xDF) return follows(i + 1) ? 2 : 0;
-  if (lead >= 0xE0 && lead <= 0xEF) {
-    if ((lead == 0xE0 && second < 0xA0) || (lead == 0xED && second > 0x9F)) return 0;
-    return follows(i + 1) && follows(i + 2) ? 3 : 0;
-  }
-  if (lead >= 0xF0 && lead <= 0xF4) {
-    if ((lead == 0xF0 && second < 0x90) || (lead == 0xF4 && second > 0x8F)) return 0;
-    return follows(i + 1) && follows(i + 2) && follows(i + 3) ? 4 : 0;
-  }
-  return 0;
 }
 
 bool IsUtf8(const std::string& text) {
@@ -235,6 +214,7 @@ bool CheckEncoding(const std::string& text, const Place& origin, ConfigErrors* e
 std::string Place::ToString() const {
   if (source == nullptr) return "config";
   if (line == 0) return absl::StrCat("word ", Quote(*source));
+  if (line < 0) return *source;
   return absl::StrCat(*source, ":", line, ":", column);
 }
 
@@ -268,6 +248,10 @@ void ConfigErrors::Add(const Place& place, const std::string& message) {
     return;
   }
   errors_.push_back({place, message});
+}
+
+void ConfigErrors::Note(const Place& place, const std::string& message) {
+  notes_.push_back(absl::StrCat(place.ToString(), ": ", message));
 }
 
 absl::Status ConfigErrors::ToStatus() const {

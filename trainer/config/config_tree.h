@@ -12,11 +12,12 @@
 
 namespace krait {
 
-// Where a key or value stands: file:line:column (from 1), or a word of the command line.
+// Where a key or value stands: file:line:column (from 1), a word of the command line, or a file as
+// a whole.
 struct Place {
   std::shared_ptr<const std::string> source;  // path, or the word
   int layer = 0;                              // order of reading
-  int line = 0;                               // 0: a word
+  int line = 0;                               // 0: a word; -1: the file as a whole
   int column = 0;
   std::string ToString() const;
 };
@@ -24,10 +25,13 @@ struct Place {
 // Text of a user inside a message: quoted, control characters escaped, long text cut.
 std::string Quote(std::string_view text);
 
-// Errors with their places, reported in reading order.
+// Errors with their places, reported in reading order; and notes: what has no effect, but is no
+// mistake for certain.
 class ConfigErrors {
  public:
   void Add(const Place& place, const std::string& message);
+  void Note(const Place& place, const std::string& message);
+  const std::vector<std::string>& notes() const { return notes_; }  // "PLACE: message"
   bool empty() const { return errors_.empty(); }
   // One line per error; kConfig.
   absl::Status ToStatus() const;
@@ -38,6 +42,7 @@ class ConfigErrors {
     std::string message;
   };
   std::vector<Item> errors_;
+  std::vector<std::string> notes_;
   int64_t dropped_ = 0;
 };
 

@@ -15,6 +15,7 @@ namespace krait {
 namespace {
 
 using ::testing::HasSubstr;
+using ::testing::Not;
 
 // A valid config, one setting per line so that lines can be replaced by number.
 constexpr const char* kValid[] = {
@@ -125,6 +126,10 @@ constexpr Case kCases[] = {
      ":10:3: ", "model.moe.top_k 2 (the default) must not be above model.moe.experts 1"},
     {10, "  moe: {every: 2, aux_sequences: 3}",
      ":10:34: ", "model.moe.aux_sequences 3 must divide train.micro_batch 4, or be `pass`"},
+    {10, "  moe: {experts: 4, offset: 1}",
+     ":10:18: ", "model.moe.experts has no effect without model.moe.every"},
+    {10, "  moe: {every: 9}",
+     ":10:16: ", "model.moe: every 9 yields no layer with experts in 8 layers"},
     {10, "  moe: {every: 2, offset: 2}", ":10:27: ", "offset 2 must be below every 2"},
     {6, "  mixer: {ratio: \"1:7\", offset: 8}", ":6:33: ", "offset 8 must be below the period 8"},
     {6, "  mixer: {ratio: \"1:63\"}", ":6:18: ", "yields no attention layer in 8 layers"},
@@ -144,7 +149,7 @@ constexpr Case kCases[] = {
     {19, "schedule: {name: wsd, warmup_steps: 10, decay_steps: 95}",
      ":19:54: ", "wsd needs at least 1 and at most train.steps 100 less warmup_steps 10 = 90"},
     {19, "schedule: {name: wsd, warmup_steps: 10, decay_steps: 2.5}",
-     ":19:54: ", "neither a share of the steps below 1 nor a whole number"},
+     ":19:54: ", "neither a share of the steps up to 1.0 nor a whole number"},
     {17, "  micro_batch: 4\n  device: cuda", ":18:11: ", nullptr},
     {18, "optimizer: {betas: [0.9, 0.999], moments: bf16}", ":18:43: ",
      "optimizer.moments: bf16 takes a beta2 of at most 0.996, not 0.999: second moments rounded to "
@@ -236,7 +241,8 @@ TEST_F(BadConfig, PathsThatAreNoConfigs) {
   EXPECT_THAT(Refused(folder_ / "none.yaml"), HasSubstr("there is no such file"));
   EXPECT_THAT(Refused(""), HasSubstr("there is no such file"));
   EXPECT_THAT(Refused("/dev/zero"), HasSubstr("no regular file"));
-  EXPECT_THAT(Refused(folder_ / "bad.yaml/x"), HasSubstr("x:1:1: "));
+  EXPECT_THAT(Refused(folder_ / "bad.yaml/x"), HasSubstr("bad.yaml/x: "));
+  EXPECT_THAT(Refused(folder_ / "none.yaml"), Not(HasSubstr(":1:1")));
   const std::string pipe = folder_ / "pipe";
   ASSERT_EQ(mkfifo(pipe.c_str(), 0600), 0);
   EXPECT_THAT(Refused(pipe), HasSubstr("no regular file"));
@@ -345,6 +351,25 @@ TEST_F(BadConfig, NumbersThatFloat32CannotHold) {
         LoadConfig(KRAIT_SOURCE_DIR "/configs/models/jamba-v0.1.yaml", {word}, ConfigUse::kPlan, 1);
     EXPECT_TRUE(config.ok()) << config.status();
   }
+}
+
+TEST_F(BadConfig, APatternThatLosesAKindIsRefused) {
+  const auto refused = [&](const std::string& pattern) {
+    std::string text;
+    int line = 0;
+    for (const char* valid : kValid) {
+      ++line;
+      if (line == 6) absl::StrAppend(&text, "  pattern: ", pattern, "\n");
+      if (line != 6 && line != 10) absl::StrAppend(&text, valid, "\n");
+    }
+    Write(text);
+    return Refused(path_);
+  };
+  EXPECT_THAT(refused("m m m m m m m m a"),
+              HasSubstr("bad.yaml:6:12: model.pattern has 9 words for 8 layers: no layer has "
+                        "attention"));
+  EXPECT_THAT(refused("a a a a a a a a m"), HasSubstr("no layer has Mamba"));
+  EXPECT_THAT(refused("m a m a m a m a mE"), HasSubstr("no layer has experts"));
 }
 
 TEST_F(BadConfig, SizesBeyondReason) {

@@ -268,8 +268,12 @@ TEST(CompareForResume, SortsKeysByWhatAChangeNeeds) {
   ASSERT_EQ(lr.size(), 1U);
   EXPECT_EQ(lr[0].before, "3e-4");
   EXPECT_EQ(lr[0].after, "0.001");
+  EXPECT_EQ(CompareForResume(before, MustParse(kSmall, {"train.steps=9000"})).size(), 1U);
   // More steps move the end of a decay given as a share.
-  EXPECT_EQ(CompareForResume(before, MustParse(kSmall, {"train.steps=9000"})).size(), 2U);
+  EXPECT_EQ(CompareForResume(MustParse(kSmall, {"schedule.name=wsd"}),
+                             MustParse(kSmall, {"schedule.name=wsd", "train.steps=9000"}))
+                .size(),
+            2U);
   EXPECT_TRUE(
       CompareForResume(
           before, MustParse(kSmall, {"log.every=3", "checkpoint.keep=9", "evaluation.every=2",
@@ -278,7 +282,7 @@ TEST(CompareForResume, SortsKeysByWhatAChangeNeeds) {
           .empty());
 }
 
-TEST(AllowsChange, WholeKeyLastPartOrSection) {
+TEST(AllowsChange, WholeKeyLastPartOrData) {
   EXPECT_TRUE(AllowsChange("data.seq_len", "data.seq_len"));
   EXPECT_TRUE(AllowsChange("seq_len", "data.seq_len"));
   EXPECT_TRUE(AllowsChange("data", "data.seq_len"));
@@ -286,6 +290,9 @@ TEST(AllowsChange, WholeKeyLastPartOrSection) {
   EXPECT_FALSE(AllowsChange("seed", "data.seq_len"));
   EXPECT_FALSE(AllowsChange("seq", "data.seq_len"));
   EXPECT_FALSE(AllowsChange("", "data.seq_len"));
+  // A section that holds more than what may change at all is no leave for its parts.
+  EXPECT_FALSE(AllowsChange("train", "train.seed"));
+  EXPECT_FALSE(AllowsChange("train", "train.batch_tokens"));
 }
 
 TEST(ConfigFuzz, MutatedBytesNeverCrashOrHang) {

@@ -2,6 +2,7 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <stdlib.h>
 
 #include <fstream>
 #include <iterator>
@@ -90,7 +91,7 @@ TEST(Config, DefaultsAreTheContracts) {
   EXPECT_EQ(c.schedule.kind, ScheduleKind::kCosine);
   EXPECT_EQ(c.schedule.warmup_steps, 2000);
   EXPECT_EQ(c.schedule.min_lr_ratio, 0.1);
-  EXPECT_EQ(c.schedule.decay_steps, 400);
+  EXPECT_EQ(c.schedule.decay_steps, 0);  // of wsd only
   EXPECT_EQ(c.checkpoint.every, 1000);
   EXPECT_EQ(c.checkpoint.keep, 3);
   EXPECT_TRUE(c.checkpoint.async);
@@ -160,6 +161,107 @@ TEST(Config, WsdDecayIsAShareOrACount) {
       1000);
   EXPECT_EQ(
       MustParse(kSmall, {"schedule.name=wsd", "schedule.decay_steps=77"}).schedule.decay_steps, 77);
+}
+
+TEST(Config, WsdDecayOfOneIsAShareWithAPoint) {
+  const std::vector<std::string> words = {"schedule.name=wsd", "schedule.warmup_steps=0"};
+  const auto steps = [&](const std::string& decay) {
+    std::vector<std::string> all = words;
+    all.push_back("schedule.decay_steps=" + decay);
+    return MustParse(kSmall, all).schedule.decay_steps;
+  };
+  EXPECT_EQ(steps("1.0"), 4000);
+  EXPECT_EQ(steps("1"), 1);
+  // The resolved config says the count.
+  EXPECT_EQ(MustParse(MustParse(kSmall, {words[0], words[1], "schedule.decay_steps=1"}).ToYaml())
+                .schedule.decay_steps,
+            1);
+}
+
+TEST(Config, ARatioOverAPatternKeepsItsExperts) {
+  const RunConfig saved = MustParse(kSmall, {"model.moe={every: 4, offset: 1, experts: 4}"});
+  ASSERT_EQ(LayoutPattern(saved.model), "m mE m m a mE m m");
+  // A run's resolved config stores the pattern.
+  const RunConfig config = MustParse(saved.ToYaml(), {"model.mixer.ratio=1:3"});
+  EXPECT_EQ(LayoutPattern(config.model), "m mE a m");
+  EXPECT_EQ(config.model.moe.experts, 4);
+  EXPECT_EQ(Layout("n_layers: 8, pattern: \"m m m aE m m m m\"", {"model.mixer.ratio=1:1"}),
+            "m a m aE m a m a");
+  // Given beside the ratio, the experts are those that are given.
+  EXPECT_EQ(LayoutPattern(
+                MustParse(saved.ToYaml(), {"model.mixer.ratio=1:3", "model.moe.every=none"}).model),
+            "m m a m");
+  EXPECT_EQ(LayoutPattern(
+                MustParse(saved.ToYaml(), {"model.mixer.ratio=1:3", "model.moe.offset=0"}).model),
+            "mE m a m");
+  const std::string error = ErrorOf(
+      Parse(MustParse(kSmall, {"model.pattern=mE mE m a"}).ToYaml(), {"model.mixer.ratio=1:3"}));
+  EXPECT_THAT(error, HasSubstr("word \"model.mixer.ratio=1:3\": model.mixer.ratio takes the place "
+                               "of model.pattern"));
+  EXPECT_THAT(error, HasSubstr("give model.moe.every too"));
+}
+
+TEST_F(ConfigFiles, APatternWithoutExpertsSaysSo) {
+  Write("base.yaml", kSmall);
+  Write("moe.yaml", "base: base.yaml\nmodel: {moe: {every: 2, experts: 4}}\n");
+  Write("pattern.yaml", "base: moe.yaml\nmodel: {pattern: m a}\n");
+  const auto config = Load("pattern.yaml");
+  ASSERT_TRUE(config.ok()) << config.status();
+  ASSERT_EQ(config->notes.size(), 2U);
+  EXPECT_THAT(config->notes[0], HasSubstr("pattern.yaml:2:9: model.pattern has no E"));
+  EXPECT_THAT(config->notes[0], HasSubstr("model.moe.every 2"));
+  EXPECT_THAT(config->notes[1], HasSubstr("model.moe.experts has no effect"));
+  EXPECT_TRUE(Load("moe.yaml")->notes.empty());
+  // Unknown keys below a pattern stay unknown.
+  Write("ration.yaml", "base: base.yaml\nmodel: {mixer: {ration: \"1:3\"}}\n");
+  Write("over.yaml", "base: ration.yaml\nmodel: {pattern: m a}\n");
+  EXPECT_THAT(ErrorOf(Load("over.yaml")), HasSubstr("did you mean model.mixer.ratio?"));
+}
+
+TEST(Config, WhatHasNoEffectIsNoted) {
+  const auto notes = [](const std::vector<std::string>& words) {
+    const RunConfig config = MustParse(kSmall, words);
+    std::string all;
+    for (const std::string& note : config.notes) all += note + "\n";
+    // A run's own config says nothing of the kind.
+    EXPECT_TRUE(MustParse(config.ToYaml()).notes.empty()) << config.ToYaml();
+    return all;
+  };
+  EXPECT_EQ(notes({}), "");
+  EXPECT_THAT(notes({"schedule.decay_steps=10"}),
+              HasSubstr("word \"schedule.decay_steps=10\": schedule.decay_steps has no effect: it "
+                        "is for schedule.name wsd only"));
+  EXPECT_EQ(notes({"schedule.name=wsd", "schedule.decay_steps=10"}), "");
+  EXPECT_THAT(notes({"schedule.name=constant", "schedule.min_lr_ratio=0"}),
+              HasSubstr("schedule.min_lr_ratio has no effect"));
+  EXPECT_THAT(notes({"model.mixer.ratio=1:0", "model.mamba.d_state=8"}),
+              HasSubstr("model.mamba.d_state has no effect: no layer is a Mamba layer"));
+  EXPECT_THAT(notes({"model.mixer.ratio=0:1"}),
+              HasSubstr("model.attention.heads has no effect: no layer has attention"));
+  EXPECT_THAT(notes({"model.mixer={ratio: 1:0, offset: 2}"}),
+              HasSubstr("model.mixer.offset has no effect"));
+  EXPECT_THAT(notes({"model.moe={every: none, experts: 4}"}),
+              HasSubstr("model.moe.experts has no effect: no layer has experts"));
+  EXPECT_THAT(notes({"evaluation.every=5"}), HasSubstr("evaluation.every has no effect"));
+  EXPECT_EQ(notes({"evaluation.every=5", "data.validation=[{path: v.h5}]"}), "");
+  EXPECT_THAT(notes({"model.pattern=m a m a m m m m m"}),
+              HasSubstr("model.pattern has 9 words for 8 layers: the last 1 have no effect"));
+}
+
+TEST_F(ConfigFiles, NotesStandAboveTheExplainedConfig) {
+  Write("base.yaml", kSmall);
+  const auto text = ExplainConfig(folder_ / "base.yaml", {"evaluation.every=5"}, 1);
+  ASSERT_TRUE(text.ok()) << text.status();
+  EXPECT_TRUE(text->starts_with("# note: word \"evaluation.every=5\": ")) << *text;
+}
+
+TEST(Config, PathsAreTakenAsUsersWriteThem) {
+  const RunConfig config =
+      MustParse(kSmall, {"run_dir=a/b//", "data.train=[{path: ~/x.h5}]", "checkpoint.dir=c/"});
+  EXPECT_EQ(config.run_dir, "a/b");
+  EXPECT_EQ(config.checkpoint.dir, "c");
+  EXPECT_EQ(config.data.train[0].path, std::string(getenv("HOME")) + "/x.h5");
+  EXPECT_EQ(MustParse(kSmall, {"run_dir=a/"}).checkpoint.dir, "a/checkpoints");
 }
 
 TEST_F(ConfigFiles, BasesAreReadFirstAndRelativeToTheirFile) {
@@ -345,6 +447,11 @@ TEST(Config, TheReadmesBlockIsAConfig) {
 TEST(Config, SuggestsTheSection) {
   EXPECT_THAT(ErrorOf(Parse(std::string(kSmall) + "lr: 3\n")),
               HasSubstr("did you mean optimizer.lr?"));
+  // The right word without its section goes before a section of a like name.
+  EXPECT_THAT(ErrorOf(Parse(kSmall, {"d_model=64"})), HasSubstr("did you mean model.d_model?"));
+  EXPECT_THAT(ErrorOf(Parse(kSmall, {"train.every=5"})),
+              HasSubstr("did you mean model.moe.every or checkpoint.every or log.every or "
+                        "evaluation.every?"));
   EXPECT_THAT(ErrorOf(Parse(std::string(kSmall) + "zebra: 3\n")), HasSubstr("known here: base, "));
 }
 
