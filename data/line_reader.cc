@@ -115,7 +115,11 @@ class ZstdSource : public ByteSource {
   explicit ZstdSource(PlainSource source) : input_(std::move(source)) {}
 
   absl::StatusOr<int64_t> Read(char* out, int64_t size) override {
-    if (context_ == nullptr) return input_.Fault("cannot start the Zstandard decoder");
+    // Windows of up to 2 GiB, as the format allows and zstd --long writes.
+    if (context_ == nullptr ||
+        ZSTD_isError(ZSTD_DCtx_setParameter(context_.get(), ZSTD_d_windowLogMax, 31))) {
+      return input_.Fault("cannot start the Zstandard decoder");
+    }
     ZSTD_outBuffer output = {out, static_cast<size_t>(size), 0};
     while (true) {
       KRAIT_RETURN_IF_ERROR(input_.Fill());
@@ -154,12 +158,12 @@ absl::StatusOr<std::unique_ptr<ByteSource>> OpenByteSource(const std::string& pa
   KRAIT_ASSIGN_OR_RETURN(File file, File::OpenRead(path, ExitCode::kData));
   KRAIT_ASSIGN_OR_RETURN(const int64_t size, file.Size());
   PlainSource plain(std::move(file), size);
-  if (absl::EndsWith(path, ".gz")) {
+  if (absl::EndsWithIgnoreCase(path, ".gz")) {
     auto source = std::make_unique<GzipSource>(std::move(plain));
     KRAIT_RETURN_IF_ERROR(source->Start());
     return std::unique_ptr<ByteSource>(std::move(source));
   }
-  if (absl::EndsWith(path, ".zst")) {
+  if (absl::EndsWithIgnoreCase(path, ".zst")) {
     return std::unique_ptr<ByteSource>(std::make_unique<ZstdSource>(std::move(plain)));
   }
   return std::unique_ptr<ByteSource>(std::make_unique<PlainSource>(std::move(plain)));

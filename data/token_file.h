@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "kernels/base/h5.h"
+#include "kernels/base/progress.h"
 #include "kernels/base/status.h"
 
 namespace krait {
@@ -67,28 +68,40 @@ class TokenFile {
 struct BuildOptions {
   std::string tokenizer = "bytes";
   std::string out;
-  std::vector<std::string> paths;  // text files, .jsonl(.gz|.zst), folders (recursively, sorted)
+  std::vector<std::string> paths;  // text files, .jsonl and .json(.gz|.zst), folders (recursively)
   uint64_t seed = 1234;            // of the document shuffle
+  bool force = false;              // replace an older token file
+  Progress progress = nullptr;     // in bytes: each text is read twice
 };
 struct BuildReport {
   int64_t documents = 0, tokens = 0;
   int64_t files = 0;              // that gave documents
-  int64_t skipped_files = 0;      // of folders: empty, or not text
-  int64_t skipped_documents = 0;  // empty texts of .jsonl files
+  int64_t linked_files = 0;       // of them those that a symbolic link in a folder led to
+  int64_t plain_json_files = 0;   // of them .json files in folders without records: one text each
+  int64_t skipped_files = 0;      // of folders: empty, no text, no files, links to nowhere
+  int64_t repeated_files = 0;     // not read again: links to files of the same folder
+  int64_t repeated_folders = 0;   // likewise: links to folders gone through (also loops)
+  int64_t hidden = 0;             // files and folders whose name begins with a dot: passed over
+  int64_t skipped_documents = 0;  // empty texts of .jsonl and .json files
 };
 
 // Writes a token file: to a temporary name in the folder of `out`, fsync, then rename; an error
-// leaves nothing behind and an existing `out` untouched.
+// leaves nothing behind and an existing `out` untouched. What killed builds of `out` left goes
+// first.
 //
 // Each file is a document, each line of a .jsonl one (an object with a string "text"; blank lines
-// are passed over). Documents are shuffled by `seed`; the result is a pure function of the
-// contents, the order of `paths` and the seed. Files of a folder are taken in the order of their
-// paths; symbolic links inside folders are not followed; files that hold a NUL byte or nothing are
-// skipped and counted. A path given by name must be text, or a folder that has some.
+// are passed over), and each object of a .json file (a list of them, or one after another).
+// Documents are shuffled by `seed`; the result is a pure function of the contents, the order of
+// `paths` and the seed. Files of a folder are taken in the order of their paths. In folders
+// symbolic links are followed, but nothing is read twice because of them; names that begin with a
+// dot are passed over; files that hold a NUL byte or nothing are skipped; .json files without such
+// objects are texts. All that is counted. A path given by name must be text, or a folder that has
+// some.
 //
-// Memory: 32 bytes per document and the longest line of a .jsonl file (at most 1 GiB). Texts are
-// read twice: once to find the documents, once to write them. The texts of compressed .jsonl files
-// go to an unnamed temporary file beside `out` in between, as large as they are.
+// Memory: 32 bytes per document, 100 per file of a folder, and the longest line of a .jsonl file
+// (at most 1 GiB) or text of a .json one. Texts are read twice: once to find the documents, once to
+// write them. The texts of .json and compressed .jsonl files go to an unnamed temporary file beside
+// `out` in between, as large as they are.
 // Errors: kData with the place (path, line, byte), all paths' at once; kConfig for a bad tokenizer
 // or `out`; kCannotSave when `out` cannot be written; kStopped, with nothing left behind, after a
 // request to stop (kernels/base/stop_signals.h).

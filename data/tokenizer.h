@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -24,6 +25,8 @@ class Tokenizer {
   virtual bool splits_anywhere() const = 0;
   // The bytes of one id; ids outside the vocabulary give "".
   virtual std::string Decode(int32_t id) const = 0;
+  // The id that ends a text, for tokenizers that have one: generation stops at it.
+  virtual std::optional<int32_t> end_token() const { return std::nullopt; }
   // Mean bytes per token is known only for the byte tokenizer (1); else bits per byte need counts.
 };
 

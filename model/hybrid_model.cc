@@ -421,6 +421,11 @@ void HybridModel::Reset(SequenceState* sequence, const Context& ctx) const {
   ResetRouterStats(sequence->router_, ctx);
 }
 
+void HybridModel::SkipTo(int64_t position, SequenceState* sequence) const {
+  KRAIT_CHECK(position >= 0 && position <= sequence->max_tokens_);
+  sequence->position_ = position;
+}
+
 void HybridModel::Decode(Tensor logits, Tensor tokens, SequenceState* sequence,
                          const Context& ctx) {
   const ArenaScope scope(ctx.scratch);

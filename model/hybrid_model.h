@@ -119,6 +119,8 @@ class HybridModel {
   std::unique_ptr<SequenceState> NewSequence(int64_t batch, int64_t max_tokens, bool with_grad,
                                              Arena* arena, const Context& ctx) const;
   void Reset(SequenceState* sequence, const Context& ctx) const;
+  // As if `position` tokens had been seen: for planning runs.
+  void SkipTo(int64_t position, SequenceState* sequence) const;
   // Advances by tokens [B,T] i32 and writes the logits of the last position, logits [B,V] Wide. One
   // call with the whole prompt, then one per token.
   void Decode(Tensor logits, Tensor tokens, SequenceState* sequence, const Context& ctx);

@@ -48,7 +48,7 @@ bool IsOf(FileKind kind, const std::string& head, int64_t size) {
 }  // namespace
 
 absl::Status CheckOutput(const std::string& path, FileKind kind,
-                         const std::vector<std::string>& inputs) {
+                         const std::vector<std::string>& inputs, bool force) {
   const auto refuse = [&](const std::string& why) {
     return Error(ExitCode::kConfig, "cannot write " + path + ": " + why);
   };
@@ -72,6 +72,7 @@ absl::Status CheckOutput(const std::string& path, FileKind kind,
     return refuse(std::string("it exists and is no ") + Name(kind) +
                   "; name another file, or remove it first");
   }
+  if (!force) return refuse("it exists; name another file, or add --force to replace it");
   return absl::OkStatus();
 }
 

@@ -1,5 +1,6 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <sys/file.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
@@ -57,7 +58,8 @@ std::string Zstd(const std::string& text) {
 class BuildTest : public ::testing::Test {
  protected:
   absl::StatusOr<BuildReport> Build(const std::vector<std::string>& paths, uint64_t seed = 1) {
-    return BuildTokenFile({.tokenizer = "bytes", .out = out_, .paths = paths, .seed = seed});
+    return BuildTokenFile(
+        {.tokenizer = "bytes", .out = out_, .paths = paths, .seed = seed, .force = true});
   }
   // The documents of the token file, in stored order; it must be sound.
   std::vector<std::string> Documents() {
@@ -135,13 +137,154 @@ TEST_F(BuildTest, FoldersAreReadRecursively) {
   folder_.Write("in/empty", "");
   folder_.Write("in/empty.jsonl", "\n");
   folder_.Write("in/binary", std::string("ab\0c", 4));
-  std::filesystem::create_symlink(folder_.Write("secret.txt", "secret"), folder_ / "in/link.txt");
-  std::filesystem::create_symlink(folder_ / "in", folder_ / "in/loop");
+  folder_.Write("in/.git/config", "hidden");
+  folder_.Write("in/a/.b.txt.swp", "hidden");
   const auto report = Build({folder_ / "in"});
   ASSERT_TRUE(report.ok()) << report.status();
   EXPECT_EQ(report->files, 3);
   EXPECT_EQ(report->skipped_files, 3);
+  EXPECT_EQ(report->hidden, 2);
   EXPECT_THAT(Documents(), UnorderedElementsAre("bee", "see", "line"));
+}
+
+TEST_F(BuildTest, LinksInFoldersAreFollowedAndNothingIsReadTwice) {
+  const auto link = [&](const std::string& to, const std::string& name) {
+    std::filesystem::create_symlink(to, folder_ / name);
+  };
+  folder_.Write("in/own.txt", "own");
+  folder_.Write("in/sub/leaf.txt", "leaf");
+  link(folder_.Write("blobs/1a", "blob"), "in/blob.txt");
+  folder_.Write("tree/x.txt", "outside");
+  link(folder_ / "tree", "in/tree");
+  link(folder_ / "blobs/1a", "in/sub/again.txt");  // a second link to one file
+  link("own.txt", "in/alias.txt");                 // a file that is read under its own name
+  link("..", "in/sub/up");                         // a loop
+  link("sub", "in/sub2");                          // a folder gone through
+  link("nowhere", "in/dangling");
+  link("self", "in/self");
+  const auto report = Build({folder_ / "in"});
+  ASSERT_TRUE(report.ok()) << report.status();
+  EXPECT_THAT(Documents(), UnorderedElementsAre("own", "leaf", "blob", "outside"));
+  EXPECT_EQ(report->files, 4);
+  EXPECT_EQ(report->linked_files, 1);
+  EXPECT_EQ(report->repeated_files, 2);
+  EXPECT_EQ(report->repeated_folders, 2);
+  EXPECT_EQ(report->skipped_files, 2);
+}
+
+TEST_F(BuildTest, JsonFilesHoldRecords) {
+  const std::string list =
+      "[{\"text\": \"a\", \"n\": [1, {\"text\": \"no\"}]},\n {\"text\": \"b\"}]";
+  const auto report = Build(
+      {folder_.Write("list.json", list), folder_.Write("Lines.JSONL", "{\"text\": \"c\"}\n"),
+       folder_.Write("lines.json", "{\"text\": \"d\"}\n{\"text\": \"\"}\n{\"text\": \"e\"}\n"),
+       folder_.Write("pretty.json", "{\n  \"id\": 1,\n  \"text\": \"f\"\n}\n"),
+       folder_.Write("packed.json.gz", Gzip(list)), folder_.Write("P.JSON.ZST", Zstd(list))});
+  ASSERT_TRUE(report.ok()) << report.status();
+  EXPECT_EQ(report->files, 6);
+  EXPECT_EQ(report->skipped_documents, 1);
+  EXPECT_THAT(Documents(), UnorderedElementsAre("a", "b", "c", "d", "e", "f", "a", "b", "a", "b"));
+}
+
+TEST_F(BuildTest, JsonFilesThatAreNoRecords) {
+  const auto fault = [&](const std::string& text) {
+    std::filesystem::remove(out_);
+    return Fault({folder_.Write("x.json", text)});
+  };
+  EXPECT_THAT(fault("[{\"text\": \"a\"}, {\"title\": \"b\"}]"),
+              HasSubstr("x.json at byte 31: the field \"text\" is missing"));
+  EXPECT_THAT(fault("{\"text\": \"a\"}\n{\"text\": 7}"), HasSubstr("is not a string"));
+  EXPECT_THAT(fault("[1, 2]"), HasSubstr("an object with a string \"text\" is needed"));
+  EXPECT_THAT(fault("[[{\"text\": \"a\"}]]"), HasSubstr("an object with a string"));
+  EXPECT_THAT(fault("\"text\""), HasSubstr("an object with a string"));
+  EXPECT_THAT(fault("{\"text\": \"a\"}\n{\"text\": oops}"),
+              HasSubstr("x.json at byte 25: not JSON"));
+  EXPECT_THAT(fault("[{\"text\": \"a\"}"), HasSubstr("not JSON"));
+  EXPECT_THAT(fault(" \n"), HasSubstr("holds no text"));
+  std::filesystem::remove(folder_ / "x.json");
+  // In a folder of anything such a file is a text, but a broken set of records is none.
+  folder_.Write("in/package.json", "{\"name\": \"x\"}");
+  folder_.Write("in/records.json", "[{\"text\": \"r\"}]");
+  const auto report = Build({folder_ / "in"});
+  ASSERT_TRUE(report.ok()) << report.status();
+  EXPECT_EQ(report->plain_json_files, 1);
+  EXPECT_THAT(Documents(), UnorderedElementsAre("{\"name\": \"x\"}", "r"));
+  std::filesystem::remove(out_);
+  folder_.Write("in/records.json", "[{\"text\": \"r\"}, {\"text\": 1}]");
+  EXPECT_THAT(Fault({folder_ / "in"}), HasSubstr("records.json at byte"));
+}
+
+TEST_F(BuildTest, ZstandardWindowsOfTwoGiB) {
+  // As zstd --ultra --long=31 writes them, for any length.
+  const std::string line = "{\"text\": \"far\"}\n";
+  ZSTD_CCtx* context = ZSTD_createCCtx();
+  ZSTD_CCtx_setParameter(context, ZSTD_c_windowLog, 28);  // 27 is what decoders take by default
+  ZSTD_CCtx_setParameter(context, ZSTD_c_strategy, ZSTD_fast);
+  std::string packed(1000, '\0');
+  ZSTD_inBuffer in = {line.data(), line.size(), 0};
+  ZSTD_outBuffer out = {packed.data(), packed.size(), 0};
+  // Continued, so that the frame cannot know its size and states its window.
+  ASSERT_FALSE(ZSTD_isError(ZSTD_compressStream2(context, &out, &in, ZSTD_e_flush)));
+  ASSERT_EQ(ZSTD_compressStream2(context, &out, &in, ZSTD_e_end), 0u);
+  ZSTD_freeCCtx(context);
+  packed.resize(out.pos);
+  const auto report = Build({folder_.Write("x.jsonl.zst", packed)});
+  ASSERT_TRUE(report.ok()) << report.status();
+  EXPECT_THAT(Documents(), UnorderedElementsAre("far"));
+}
+
+TEST_F(BuildTest, AnOlderFileIsReplacedByForceOnly) {
+  const std::string text = folder_.Write("a.txt", "a");
+  BuildOptions options{.out = out_, .paths = {text}};
+  ASSERT_TRUE(BuildTokenFile(options).ok());
+  const auto again = BuildTokenFile(options);
+  EXPECT_EQ(ExitCodeOf(again.status()), ExitCode::kConfig);
+  EXPECT_THAT(MessageOf(again.status()), HasSubstr("--force"));
+  options.force = true;
+  EXPECT_TRUE(BuildTokenFile(options).ok());
+}
+
+TEST_F(BuildTest, WhatKilledBuildsLeftIsRemoved) {
+  const std::string text = folder_.Write("a.txt", "a");
+  const std::string dead = folder_.Write("out.h5.123.tmp", "half");
+  const std::string kept[] = {folder_.Write("out.h5.tmp", "x"), folder_.Write("out.h5.x1.tmp", "x"),
+                              folder_.Write("other.h5.123.tmp", "x"),
+                              folder_.Write("out.h5.456.tmp", "of a build that runs")};
+  const auto running = File::OpenRead(kept[3], ExitCode::kInternal);
+  ASSERT_TRUE(running.ok());
+  ASSERT_EQ(flock(running->fd(), LOCK_EX), 0);
+  ASSERT_TRUE(Build({text}).ok());
+  EXPECT_FALSE(Exists(dead));
+  for (const std::string& path : kept) EXPECT_TRUE(Exists(path)) << path;
+}
+
+TEST_F(BuildTest, ProgressCountsEachTextTwiceAndItsErrorEndsTheBuild) {
+  std::string lines;
+  while (lines.size() < size_t{6} << 20)
+    lines += "{\"text\": \"" + std::string(1000, 'x') + "\"}\n";
+  const std::vector<std::string> paths = {folder_.Write("a.txt", std::string(size_t{5} << 20, 'y')),
+                                          folder_.Write("b.jsonl", lines)};
+  int64_t last = 0, calls = 0, total = 0;
+  BuildOptions options{.out = out_, .paths = paths, .force = true};
+  options.progress = [&](int64_t done, int64_t all) {
+    EXPECT_GE(done, last);
+    EXPECT_LE(done, all);
+    last = done, total = all, ++calls;
+    return absl::OkStatus();
+  };
+  ASSERT_TRUE(BuildTokenFile(options).ok());
+  EXPECT_GE(calls, 15);
+  EXPECT_GT(last, total - (int64_t{2} << 20));
+  EXPECT_GE(total, int64_t{22} << 20);
+  std::filesystem::remove(out_);
+  calls = 0;
+  options.progress = [&](int64_t, int64_t) {
+    return ++calls < 4 ? absl::OkStatus() : Error(ExitCode::kStopped, "stop");
+  };
+  const auto stopped = BuildTokenFile(options);
+  EXPECT_EQ(ExitCodeOf(stopped.status()), ExitCode::kStopped);
+  EXPECT_EQ(calls, 4);
+  EXPECT_FALSE(Exists(out_));
 }
 
 TEST_F(BuildTest, ALinkGivenByNameIsFollowed) {

@@ -13,21 +13,27 @@ namespace {
 
 using ::testing::HasSubstr;
 
-TEST(CheckOutput, TakesNewEmptyAndItsOwnKind) {
+TEST(CheckOutput, TakesNewAndEmptyFilesAndItsOwnKindByForce) {
   const TempFolder folder;
-  EXPECT_TRUE(CheckOutput(folder / "new", FileKind::kJson, {}).ok());
-  EXPECT_TRUE(CheckOutput(folder.Write("empty", ""), FileKind::kHdf5, {}).ok());
-  EXPECT_TRUE(CheckOutput(folder.Write("a", " \n{\"x\": 1}"), FileKind::kJson, {}).ok());
-  EXPECT_TRUE(CheckOutput(folder.Write("b", "\x89HDF\r\n\x1a\nrest"), FileKind::kHdf5, {}).ok());
-  const std::string safetensors = std::string("\x02\0\0\0\0\0\0\0{}data", 14);
-  EXPECT_TRUE(CheckOutput(folder.Write("c", safetensors), FileKind::kSafetensors, {}).ok());
+  EXPECT_TRUE(CheckOutput(folder / "new", FileKind::kJson, {}, false).ok());
+  EXPECT_TRUE(CheckOutput(folder.Write("empty", ""), FileKind::kHdf5, {}, false).ok());
+  const auto by_force_only = [&](const std::string& content, FileKind kind) {
+    const std::string path = folder.Write("old", content);
+    const absl::Status refused = CheckOutput(path, kind, {}, /*force=*/false);
+    EXPECT_EQ(ExitCodeOf(refused), ExitCode::kConfig);
+    EXPECT_THAT(MessageOf(refused), HasSubstr("--force"));
+    EXPECT_TRUE(CheckOutput(path, kind, {}, /*force=*/true).ok());
+  };
+  by_force_only(" \n{\"x\": 1}", FileKind::kJson);
+  by_force_only("\x89HDF\r\n\x1a\nrest", FileKind::kHdf5);
+  by_force_only(std::string("\x02\0\0\0\0\0\0\0{}data", 14), FileKind::kSafetensors);
 }
 
 TEST(CheckOutput, RefusesAllElseWithTheReason) {
   const TempFolder folder;
   const auto refusal = [&](const std::string& path, FileKind kind,
                            const std::vector<std::string>& inputs = {}) {
-    const absl::Status status = CheckOutput(path, kind, inputs);
+    const absl::Status status = CheckOutput(path, kind, inputs, /*force=*/true);
     EXPECT_EQ(ExitCodeOf(status), ExitCode::kConfig) << path;
     EXPECT_THAT(MessageOf(status), HasSubstr(path));
     return MessageOf(status);

@@ -172,7 +172,8 @@ std::string CheckLatest(const std::string& dir, bool* damaged = nullptr);
 
 // Exclusive use of a folder, a run's or that of its checkpoints: FOLDER/FILE with host, pid and
 // start time, held with flock. The kernel lets go of it when the process ends, however that
-// happens.
+// happens. On a file system without such locks (Lustre mounted without them) the file's text is the
+// lock: it holds while the process that it names lives, as far as this host can tell.
 class RunLock {
  public:
   RunLock() = default;
@@ -183,14 +184,22 @@ class RunLock {
   // file cannot be written.
   static absl::StatusOr<RunLock> Acquire(const std::string& folder,
                                          const std::string& file = "lock");
+  // What the user must know of a folder without locks; "" elsewhere.
+  const std::string& warning() const { return warning_; }
 
   // Whether the folder is still the one that was locked: false after it, or the lock file, was
   // removed, moved or replaced. Then another process may have a folder of that name for its own.
   bool Holds() const;
 
  private:
+  void Release();
+  // The lock of a file system without locks. kConfig when another process holds it.
+  absl::Status TakeByText(const std::string& folder, const std::string& path);
+
   int fd_ = -1;
   std::string path_;
+  bool by_text_ = false;
+  std::string warning_;
 };
 
 }  // namespace krait

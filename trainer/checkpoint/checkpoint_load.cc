@@ -291,7 +291,8 @@ absl::StatusOr<Checkpoint> OpenCheckpoint(const std::string& path_of_folder) {
   checkpoint.path = folder;
   int64_t step = 0;
   const std::string name = folder.substr(folder.find_last_of('/') + 1);
-  if (IsStepFolderName(name, &step) && step != checkpoint.meta.step) {
+  // One that no run has saved (step 0, of an import) may have any name.
+  if (IsStepFolderName(name, &step) && step != checkpoint.meta.step && checkpoint.meta.step != 0) {
     return Error(kCode, path + " is of step " + std::to_string(checkpoint.meta.step) +
                             ", not of the step in the folder's name");
   }

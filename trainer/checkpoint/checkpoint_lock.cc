@@ -1,9 +1,11 @@
 #include <fcntl.h>
+#include <signal.h>
 #include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include <cerrno>
+#include <cstdlib>
 #include <ctime>
 #include <system_error>
 #include <utility>
@@ -14,17 +16,24 @@
 namespace krait {
 namespace {
 
-std::string HolderText() {
+std::string HostName() {
   char host[256] = "";
   if (gethostname(host, sizeof(host) - 1) != 0) host[0] = '\0';
+  return host;
+}
+
+std::string HolderText() {
   char started[32] = "";
   const time_t now = std::time(nullptr);
   tm parts;
   if (gmtime_r(&now, &parts) != nullptr) {
     std::strftime(started, sizeof(started), "%Y-%m-%dT%H:%M:%SZ", &parts);
   }
-  return std::string(host) + " pid " + std::to_string(getpid()) + " since " + started + "\n";
+  return HostName() + " pid " + std::to_string(getpid()) + " since " + started + "\n";
 }
+
+// What flock says where the file system has no locks.
+bool MeansNoLocks(int error) { return error == ENOSYS || error == EOPNOTSUPP || error == ENOLCK; }
 
 // The first line, printable; the file is another process's.
 std::string ReadHolder(int fd) {
@@ -37,23 +46,56 @@ std::string ReadHolder(int fd) {
   return holder.empty() ? "unknown" : holder;
 }
 
+std::string InUse(const std::string& folder, const std::string& holder) {
+  return "the folder " + folder + " is in use by another krait (" + holder +
+         "); stop that one, or choose another run_dir or checkpoint.dir";
+}
+
 }  // namespace
 
 RunLock::RunLock(RunLock&& other) noexcept
-    : fd_(std::exchange(other.fd_, -1)), path_(std::move(other.path_)) {}
+    : fd_(std::exchange(other.fd_, -1)),
+      path_(std::move(other.path_)),
+      by_text_(other.by_text_),
+      warning_(std::move(other.warning_)) {}
 
 RunLock& RunLock::operator=(RunLock&& other) noexcept {
   if (this != &other) {
-    if (fd_ >= 0) close(fd_);
-    fd_ = std::exchange(other.fd_, -1);
-    path_ = std::move(other.path_);
+    std::swap(fd_, other.fd_);
+    std::swap(path_, other.path_);
+    std::swap(by_text_, other.by_text_);
+    std::swap(warning_, other.warning_);
+    other.Release();
   }
   return *this;
 }
 
-RunLock::~RunLock() {
-  // The file stays: removing it could take the name from a process that has just locked it.
-  if (fd_ >= 0) close(fd_);
+RunLock::~RunLock() { Release(); }
+
+void RunLock::Release() {
+  if (fd_ < 0) return;
+  // The file stays: removing it could take the name from a process that has just locked it. Its
+  // text goes where it is the lock; where that fails, the process that it names is gone soon.
+  if (by_text_ && ftruncate(fd_, 0) != 0) by_text_ = false;
+  close(std::exchange(fd_, -1));
+}
+
+absl::Status RunLock::TakeByText(const std::string& folder, const std::string& path) {
+  by_text_ = true;
+  warning_ = "the file system of " + folder +
+             " has no file locks: a second krait in it is noticed on this host only";
+  const std::string holder = ReadHolder(fd_);
+  const size_t pid_at = holder.find(" pid ");
+  if (pid_at == std::string::npos) return absl::OkStatus();  // let go of, or new
+  if (holder.substr(0, pid_at) != HostName()) {
+    warning_ += "; the last one there (" + holder + ") did not end by itself, or still runs";
+    return absl::OkStatus();
+  }
+  const auto pid = static_cast<pid_t>(std::strtol(holder.c_str() + pid_at + 5, nullptr, 10));
+  const bool alive = pid > 0 && pid != getpid() && (kill(pid, 0) == 0 || errno == EPERM);
+  if (!alive) return absl::OkStatus();
+  return Error(ExitCode::kConfig,
+               InUse(folder, holder) + "; if that process is no krait, remove " + path);
 }
 
 bool RunLock::Holds() const {
@@ -75,11 +117,12 @@ absl::StatusOr<RunLock> RunLock::Acquire(const std::string& folder, const std::s
   if (lock.fd_ < 0) return failed("open");
   while (flock(lock.fd_, LOCK_EX | LOCK_NB) != 0) {
     if (errno == EINTR) continue;
+    if (MeansNoLocks(errno)) {
+      KRAIT_RETURN_IF_ERROR(lock.TakeByText(folder, path));
+      break;
+    }
     if (errno != EWOULDBLOCK) return failed("lock");
-    return Error(ExitCode::kConfig, "the folder " + folder + " is in use by another krait (" +
-                                        ReadHolder(lock.fd_) +
-                                        "); stop that one, or choose another run_dir or "
-                                        "checkpoint.dir");
+    return Error(ExitCode::kConfig, InUse(folder, ReadHolder(lock.fd_)));
   }
   const std::string text = HolderText();
   if (ftruncate(lock.fd_, 0) != 0 ||

@@ -212,11 +212,21 @@ absl::Status CompareGroup(const Checkpoint& a, const Checkpoint& b,
   return absl::OkStatus();
 }
 
-absl::StatusOr<std::vector<Comparison>> Compare(const Checkpoint& a, const Checkpoint& b) {
+absl::StatusOr<std::vector<Comparison>> Compare(const Checkpoint& a, const Checkpoint& b,
+                                                const std::string& slot) {
   const TensorIndex index_a = IndexTensors(a.boxes), index_b = IndexTensors(b.boxes);
   std::set<std::pair<std::string, std::string>> keys;
-  for (const auto& entry : index_a) keys.insert(entry.first);
-  for (const auto& entry : index_b) keys.insert(entry.first);
+  std::set<std::string> slots;
+  for (const TensorIndex* index : {&index_a, &index_b}) {
+    for (const auto& entry : *index) {
+      slots.insert(entry.first.first);
+      if (slot.empty() || entry.first.first == slot) keys.insert(entry.first);
+    }
+  }
+  if (keys.empty()) {
+    return Error(ExitCode::kConfig, "--slot " + slot + ": neither checkpoint has it; there are " +
+                                        absl::StrJoin(slots, ", "));
+  }
   std::vector<Comparison> out;
   std::vector<std::pair<size_t, size_t>> group;
   int64_t bytes = 0;
@@ -252,23 +262,40 @@ absl::StatusOr<std::vector<Comparison>> Compare(const Checkpoint& a, const Check
   return out;
 }
 
-}  // namespace
-
-absl::StatusOr<ToolReport> InspectCheckpoint(const std::string& path, bool as_json) {
+// Of the newest checkpoint of `path`, to the end of `text` or as an object, whichever is not null.
+absl::Status Inspect(const std::string& path, std::string* text, json* object) {
   std::vector<PassedOver> notes;
   KRAIT_ASSIGN_OR_RETURN(const Checkpoint checkpoint, OpenNewest(path, &notes));
   const TensorIndex index = IndexTensors(checkpoint.boxes);
-  if (as_json) {
-    json out = InspectJson(checkpoint, index);
-    out["passed_over"] = json::array();
+  if (object != nullptr) {
+    *object = InspectJson(checkpoint, index);
+    (*object)["passed_over"] = json::array();
     for (const PassedOver& note : notes) {
-      out["passed_over"].push_back({{"path", note.path}, {"reason", note.reason}});
+      (*object)["passed_over"].push_back({{"path", note.path}, {"reason", note.reason}});
     }
-    return ToolReport{ExitCode::kOk, Dump(out)};
+    return absl::OkStatus();
   }
-  std::string text;
-  for (const PassedOver& note : notes) text += "passed over: " + note.reason + "\n";
-  return ToolReport{ExitCode::kOk, text + InspectText(checkpoint, index)};
+  for (const PassedOver& note : notes) *text += "passed over: " + note.reason + "\n";
+  *text += InspectText(checkpoint, index);
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::StatusOr<ToolReport> InspectCheckpoints(const std::vector<std::string>& paths, bool as_json) {
+  ToolReport report;
+  json list = json::array();
+  for (const std::string& path : paths) {
+    if (as_json) {
+      list.emplace_back();
+      KRAIT_RETURN_IF_ERROR(Inspect(path, nullptr, &list.back()));
+    } else {
+      if (!report.text.empty()) report.text += "\n";
+      KRAIT_RETURN_IF_ERROR(Inspect(path, &report.text, nullptr));
+    }
+  }
+  if (as_json) report.text = Dump(list.size() == 1 ? list.front() : list);
+  return report;
 }
 
 absl::StatusOr<ToolReport> VerifyCheckpoints(const std::vector<std::string>& paths, bool as_json) {
@@ -305,11 +332,11 @@ absl::StatusOr<ToolReport> VerifyCheckpoints(const std::vector<std::string>& pat
 }
 
 absl::StatusOr<ToolReport> DiffCheckpoints(const std::string& path_a, const std::string& path_b,
-                                           bool as_json) {
+                                           const std::string& slot, bool as_json) {
   std::vector<PassedOver> notes;
   KRAIT_ASSIGN_OR_RETURN(const Checkpoint a, OpenNewest(path_a, &notes));
   KRAIT_ASSIGN_OR_RETURN(const Checkpoint b, OpenNewest(path_b, &notes));
-  KRAIT_ASSIGN_OR_RETURN(const std::vector<Comparison> all, Compare(a, b));
+  KRAIT_ASSIGN_OR_RETURN(const std::vector<Comparison> all, Compare(a, b, slot));
   const auto different = [](const Comparison& c) { return !c.equal_bits; };
   const auto count = std::count_if(all.begin(), all.end(), different);
   ToolReport report;

@@ -240,8 +240,10 @@ absl::Status Prune(const SaveOptions& options, const SaveNames& names,
     } else if (!milestone) {
       // Renamed first: a folder half deleted must not look like a checkpoint.
       const std::string trash = names.trash(folder.substr(options.dir.size() + 1));
-      KRAIT_RETURN_IF_ERROR(Rename(folder, trash, kCode));
-      Warn(warnings, RemoveAll(trash, kCode));
+      // Where it cannot be, it stays, and the next save tries again.
+      const absl::Status renamed = Rename(folder, trash, kCode);
+      Warn(warnings, renamed);
+      if (renamed.ok()) Warn(warnings, RemoveAll(trash, kCode));
     }
   }
   return absl::OkStatus();

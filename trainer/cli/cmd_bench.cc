@@ -22,17 +22,22 @@ bool IsStream(const std::string& path) {
          !std::filesystem::is_directory(status);
 }
 
-absl::Status CheckJson(const std::string& path, const std::vector<std::string>& inputs) {
-  if (path.empty() || path == "-" || IsStream(path)) return absl::OkStatus();
-  return CheckOutput(path, FileKind::kJson, inputs);
+// Where the figures go as JSON: "": nowhere; "-": to standard output.
+struct JsonOutput {
+  std::string path;
+  bool force = false;
+};
+
+absl::Status CheckJson(const JsonOutput& json, const std::vector<std::string>& inputs) {
+  if (json.path.empty() || json.path == "-" || IsStream(json.path)) return absl::OkStatus();
+  return CheckOutput(json.path, FileKind::kJson, inputs, json.force);
 }
 
-// JSON to a file ("-": standard output instead of the text).
-absl::Status Print(const std::string& text, const std::string& json, const std::string& path) {
-  std::fputs(path == "-" ? json.c_str() : text.c_str(), stdout);
+absl::Status PrintFigures(const std::string& text, const std::string& json,
+                          const std::string& path) {
+  KRAIT_RETURN_IF_ERROR(Print(path == "-" ? json : text));
   if (path.empty() || path == "-") return absl::OkStatus();
   if (!IsStream(path)) return WriteFileAtomic(path, json, ExitCode::kCannotSave);
-  std::fflush(stdout);
   std::FILE* stream = std::fopen(path.c_str(), "w");
   bool written = stream != nullptr && std::fputs(json.c_str(), stream) >= 0;
   if (stream != nullptr) written = std::fclose(stream) == 0 && written;
@@ -40,9 +45,9 @@ absl::Status Print(const std::string& text, const std::string& json, const std::
   return Error(ExitCode::kCannotSave, "cannot write " + path + ": " + std::strerror(errno));
 }
 
-void AddJson(CLI::App* app, std::string* path) {
-  app->add_option("--json", *path, "write the figures as JSON (-: to standard output)")
-      ->type_name("FILE");
+void AddJson(CLI::App* app, JsonOutput* json) {
+  AddPath(app, "--json", &json->path, "write the figures as JSON (-: to standard output)", "FILE");
+  AddForce(app, &json->force);
 }
 
 }  // namespace
@@ -53,7 +58,7 @@ void AddBenchCommands(CLI::App* app, CommandLine* line) {
   struct StepArguments {
     ConfigArguments config;
     int64_t steps = 20, documents = 0;
-    std::string json;
+    JsonOutput json;
   };
   auto step = std::make_shared<StepArguments>();
   CLI::App* step_command = bench->add_subcommand(
@@ -68,17 +73,18 @@ void AddBenchCommands(CLI::App* app, CommandLine* line) {
       if (step->steps < 1) return Error(ExitCode::kConfig, "--steps 0: at least 1 is measured");
       KRAIT_RETURN_IF_ERROR(CheckJson(step->json, {step->config.path}));
       RunConfig config;
-      KRAIT_ASSIGN_OR_RETURN(config, LoadConfig(step->config.path, step->config.overrides,
-                                                ConfigUse::kPlan, /*ranks=*/1));
+      KRAIT_ASSIGN_OR_RETURN(config, LoadNamedConfig(step->config, ConfigUse::kPlan, /*ranks=*/1));
       StepBench result;
       KRAIT_ASSIGN_OR_RETURN(result, RunStepBench(config, step->steps, step->documents));
-      KRAIT_RETURN_IF_ERROR(Print(StepBenchText(result), StepBenchJson(result), step->json));
+      KRAIT_RETURN_IF_ERROR(
+          PrintFigures(StepBenchText(result), StepBenchJson(result), step->json.path));
       return ExitCode::kOk;
     };
   });
 
   struct KernelArguments {
-    std::string only, json, device = "auto";
+    std::string only, device = "auto";
+    JsonOutput json;
   };
   auto kernels = std::make_shared<KernelArguments>();
   CLI::App* kernel_command = bench->add_subcommand(
@@ -100,7 +106,8 @@ void AddBenchCommands(CLI::App* app, CommandLine* line) {
       const Device device = available && kernels->device != "cpu" ? Device::kCuda : Device::kCpu;
       KernelBenches result;
       KRAIT_ASSIGN_OR_RETURN(result, RunKernelBench(kernels->only, device));
-      KRAIT_RETURN_IF_ERROR(Print(KernelBenchText(result), KernelBenchJson(result), kernels->json));
+      KRAIT_RETURN_IF_ERROR(
+          PrintFigures(KernelBenchText(result), KernelBenchJson(result), kernels->json.path));
       return ExitCode::kOk;
     };
   });

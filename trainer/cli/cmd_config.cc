@@ -1,6 +1,5 @@
 // krait config, krait config keys
 #include <algorithm>
-#include <cstdio>
 
 #include "absl/strings/str_format.h"
 #include "nlohmann/json.hpp"
@@ -46,8 +45,7 @@ absl::StatusOr<ExitCode> PrintKeys(const std::string& prefix, bool json) {
     return Error(ExitCode::kConfig,
                  "no key begins with \"" + prefix + "\"; krait config keys lists all");
   }
-  const std::string text = json ? KeysJson(keys) : KeysText(keys);
-  std::fputs(text.c_str(), stdout);
+  KRAIT_RETURN_IF_ERROR(Print(json ? KeysJson(keys) : KeysText(keys)));
   return ExitCode::kOk;
 }
 
@@ -63,8 +61,7 @@ void AddConfigCommands(CLI::App* app, CommandLine* line) {
   CLI::App* config =
       app->add_subcommand("config", "The resolved config as YAML, with where each value came from.")
           ->require_subcommand(0, 1);
-  config->add_option("config", arguments->config.path, "the run's YAML file")
-      ->type_name("CONFIG.yaml");
+  AddPath(config, "config", &arguments->config.path, "the run's YAML file", "CONFIG.yaml");
   AddOverrides(config, &arguments->config.overrides);
   CLI::App* keys =
       config->add_subcommand("keys", "Every key with its type, default, meaning and [unit].");
@@ -80,7 +77,7 @@ void AddConfigCommands(CLI::App* app, CommandLine* line) {
         std::string text;
         KRAIT_ASSIGN_OR_RETURN(
             text, ExplainConfig(arguments->config.path, arguments->config.overrides, 1));
-        std::fputs(text.c_str(), stdout);
+        KRAIT_RETURN_IF_ERROR(Print(text));
         return ExitCode::kOk;
       };
     }

@@ -1,39 +1,69 @@
 // krait data build, krait data inspect
-#include <cstdio>
-
 #include "absl/strings/str_format.h"
 #include "data/inspect.h"
 #include "data/token_file.h"
 #include "kernels/base/number.h"
 #include "kernels/base/stop_signals.h"
+#include "nlohmann/json.hpp"
 #include "trainer/cli/commands.h"
+#include "trainer/report/progress_line.h"
 
 namespace krait {
 namespace {
 
-absl::StatusOr<ExitCode> Build(const BuildOptions& options) {
-  const StopSignals signals("stopping, nothing is written; once more to end at once");
+std::string ReportJson(const BuildOptions& options, const BuildReport& report) {
+  const nlohmann::ordered_json json = {{"path", options.out},
+                                       {"tokens", report.tokens},
+                                       {"documents", report.documents},
+                                       {"files", report.files},
+                                       {"linked_files", report.linked_files},
+                                       {"plain_json_files", report.plain_json_files},
+                                       {"skipped_files", report.skipped_files},
+                                       {"repeated_files", report.repeated_files},
+                                       {"repeated_folders", report.repeated_folders},
+                                       {"hidden", report.hidden},
+                                       {"skipped_documents", report.skipped_documents}};
+  return json.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
+}
+
+std::string ReportText(const BuildOptions& options, const BuildReport& report) {
+  std::string text = absl::StrFormat("%s: %s tokens in %s documents from %s files", options.out,
+                                     PrintGrouped(report.tokens), PrintGrouped(report.documents),
+                                     PrintGrouped(report.files));
+  const auto add = [&text](int64_t count, const char* what) {
+    if (count > 0) absl::StrAppendFormat(&text, "; %s %s", PrintGrouped(count), what);
+  };
+  add(report.linked_files, "of them by symbolic links");
+  add(report.plain_json_files, "of them .json without records, taken as texts");
+  add(report.skipped_files, "files skipped: empty or not text");
+  add(report.repeated_files, "links to files skipped that are read already");
+  add(report.repeated_folders, "links to folders skipped that are read already");
+  add(report.hidden, "names passed over that begin with a dot");
+  add(report.skipped_documents, "empty texts skipped");
+  return text + "\n";
+}
+
+absl::StatusOr<ExitCode> Build(BuildOptions options, bool as_json) {
   BuildReport report;
-  KRAIT_ASSIGN_OR_RETURN(report, BuildTokenFile(options));
-  absl::PrintF("%s: %s tokens in %s documents from %s files", options.out,
-               PrintGrouped(report.tokens), PrintGrouped(report.documents),
-               PrintGrouped(report.files));
-  if (report.skipped_files > 0) {
-    absl::PrintF("; %s files skipped: empty or not text", PrintGrouped(report.skipped_files));
-  }
-  if (report.skipped_documents > 0) {
-    absl::PrintF("; %s empty texts skipped", PrintGrouped(report.skipped_documents));
-  }
-  absl::PrintF("\n");
+  const StopSignals signals("stopping, nothing is written; once more to end at once");
+  ProgressLine line("building " + options.out, ProgressLine::OnStandardError());
+  options.progress = [&line](int64_t done, int64_t total) {
+    line.Update(done, total);
+    return absl::OkStatus();
+  };
+  const auto built = BuildTokenFile(options);
+  ProgressLine::ClearStandardError();
+  KRAIT_ASSIGN_OR_RETURN(report, built);
+  KRAIT_RETURN_IF_ERROR(Print(as_json ? ReportJson(options, report) : ReportText(options, report)));
   return ExitCode::kOk;
 }
 
 absl::StatusOr<ExitCode> Inspect(const std::string& path, bool verify, bool as_json) {
   TokenFileSummary summary;
   KRAIT_ASSIGN_OR_RETURN(summary, InspectTokenFile(path, verify));
-  const std::string text = as_json ? summary.ToJson() : summary.ToText();
-  std::fputs(text.c_str(), stdout);
-  if (!text.ends_with('\n')) std::fputs("\n", stdout);
+  std::string text = as_json ? summary.ToJson() : summary.ToText();
+  if (!text.ends_with('\n')) text += '\n';
+  KRAIT_RETURN_IF_ERROR(Print(text));
   KRAIT_RETURN_IF_ERROR(summary.damage);
   return ExitCode::kOk;
 }
@@ -43,18 +73,25 @@ absl::StatusOr<ExitCode> Inspect(const std::string& path, bool verify, bool as_j
 void AddDataCommands(CLI::App* app, CommandLine* line) {
   CLI::App* data = app->add_subcommand("data", "Token files.")->require_subcommand(0, 1);
 
-  auto options = std::make_shared<BuildOptions>();
-  CLI::App* build = data->add_subcommand(
-      "build", "Make a token file of texts: .txt and other text files, .jsonl(.gz|.zst), folders.");
-  build->add_option("--tokenizer", options->tokenizer, "the tokenizer: bytes")
+  struct BuildArguments {
+    BuildOptions options;
+    bool json = false;
+  };
+  auto build = std::make_shared<BuildArguments>();
+  BuildOptions& options = build->options;
+  CLI::App* build_command = data->add_subcommand("build",
+                                                 "Make a token file of texts: .txt and other text "
+                                                 "files, .jsonl and .json(.gz|.zst), folders.");
+  build_command->add_option("--tokenizer", options.tokenizer, "the tokenizer: bytes")
       ->type_name("bytes|FILE")
       ->capture_default_str();
-  build->add_option("--out", options->out, "the token file to write")
-      ->required()
-      ->type_name("X.h5");
-  build->add_option("--seed", options->seed, "of the document shuffle")->capture_default_str();
-  build->add_option("paths", options->paths, "files and folders")->required()->type_name("PATH");
-  build->callback([line, options] { line->run = [options] { return Build(*options); }; });
+  AddPath(build_command, "--out", &options.out, "the token file to write", "X.h5")->required();
+  AddForce(build_command, &options.force);
+  AddSeed(build_command, &options.seed, "of the document shuffle");
+  AddPaths(build_command, "paths", &options.paths, "files and folders", "PATH")->required();
+  build_command->add_flag("--json", build->json, "one JSON object");
+  build_command->callback(
+      [line, build] { line->run = [build] { return Build(build->options, build->json); }; });
 
   struct InspectArguments {
     std::string path;
@@ -62,7 +99,7 @@ void AddDataCommands(CLI::App* app, CommandLine* line) {
   };
   auto arguments = std::make_shared<InspectArguments>();
   CLI::App* inspect = data->add_subcommand("inspect", "What is in a token file.");
-  inspect->add_option("path", arguments->path, "the token file")->required()->type_name("X.h5");
+  AddPath(inspect, "path", &arguments->path, "the token file", "X.h5")->required();
   inspect->add_flag("--verify", arguments->verify, "read everything and compare its hash");
   inspect->add_flag("--json", arguments->json, "one JSON object");
   inspect->callback([line, arguments] {

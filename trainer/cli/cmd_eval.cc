@@ -1,7 +1,6 @@
 // krait eval
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
 
 #include "absl/strings/str_format.h"
 #include "kernels/base/number.h"
@@ -15,38 +14,40 @@ namespace krait {
 namespace {
 
 struct Arguments {
-  std::string checkpoint, data;
+  std::string checkpoint;
+  std::vector<std::string> data;                     // none: the run's validation files
   int64_t tokens = 0, seq_len = 0, micro_batch = 0;  // 0: all; the checkpoint's
   bool json = false;
 };
 
-absl::StatusOr<ExitCode> Evaluate(const Arguments& arguments) {
-  std::unique_ptr<InferenceModel> model;
-  KRAIT_ASSIGN_OR_RETURN(model,
-                         InferenceModel::Load(arguments.checkpoint, [](const std::string& line) {
-                           std::fprintf(stderr, "krait: %s\n", line.c_str());
-                         }));
+// Of one file, or of several together.
+struct Figures {
+  std::string data;
+  double loss = 0;
+  int64_t targets = 0, sequences = 0;
+  std::optional<double> bits_per_byte;
+  double perplexity() const { return std::exp(loss); }
+};
+
+absl::StatusOr<Figures> EvaluateFile(const Arguments& arguments, const SourceSpec& source,
+                                     int64_t seq_len, InferenceModel* model) {
   const RunConfig& config = model->config();
-  const int64_t seq_len = arguments.seq_len > 0 ? arguments.seq_len : config.data.seq_len;
   std::unique_ptr<Dataset> data;
-  KRAIT_ASSIGN_OR_RETURN(data,
-                         Dataset::Open({{.path = arguments.data}}, seq_len, config.model.vocab_size,
-                                       config.train.seed, config.data.reset_at_documents));
+  KRAIT_ASSIGN_OR_RETURN(data, Dataset::Open({source}, seq_len, config.model.vocab_size,
+                                             config.train.seed, config.data.reset_at_documents));
   const std::string& tokenizer = model->checkpoint().meta.tokenizer;  // "": not known
   if (!tokenizer.empty()) {
     KRAIT_RETURN_IF_ERROR(
         CheckSameTokenizer(*data->files().front(), model->checkpoint().path, tokenizer));
   }
   int64_t sequences = data->sequences();
-  if (arguments.tokens > 0) {
-    sequences = std::clamp<int64_t>(arguments.tokens / seq_len, 1, sequences);
-  }
+  if (arguments.tokens > 0) sequences = std::min(arguments.tokens / seq_len, sequences);
   const int64_t asked = std::min(
       arguments.micro_batch > 0 ? arguments.micro_batch : config.train.micro_batch, sequences);
   const int64_t micro_batch = model->EvaluationBatch(asked, seq_len);
   if (micro_batch < asked) {
-    std::fprintf(stderr, "krait: passes of %s sequences do not fit the free memory: %s each\n",
-                 PrintGrouped(asked).c_str(), PrintGrouped(micro_batch).c_str());
+    PrintNotice(absl::StrFormat("passes of %s sequences do not fit the free memory: %s each",
+                                PrintGrouped(asked), PrintGrouped(micro_batch)));
   }
   ProgressLine line("evaluating", ProgressLine::OnStandardError());
   EvalResult result;
@@ -59,31 +60,100 @@ absl::StatusOr<ExitCode> Evaluate(const Arguments& arguments) {
   ProgressLine::ClearStandardError();
   if (result.targets == 0) {
     return Error(ExitCode::kData,
-                 arguments.data + ": nothing to evaluate: every token starts a document");
+                 source.path + ": nothing to evaluate: every token starts a document");
   }
   if (!std::isfinite(result.loss)) {
     return Error(ExitCode::kNumerics,
-                 model->checkpoint().path + " on " + arguments.data + ": the loss is not finite");
+                 model->checkpoint().path + " on " + source.path + ": the loss is not finite");
   }
-  const double perplexity = std::exp(result.loss);
-  const auto bpb = BitsPerByte(result.loss, data->files().front()->tokenizer());
+  return Figures{source.path, result.loss, result.targets, result.sequences,
+                 BitsPerByte(result.loss, data->files().front()->tokenizer())};
+}
+
+// By their targets.
+Figures Together(const std::vector<Figures>& files) {
+  Figures all;
+  bool bits = true;
+  double bits_sum = 0;
+  for (const Figures& file : files) {
+    all.data += (all.data.empty() ? "" : ", ") + file.data;
+    all.loss += file.loss * static_cast<double>(file.targets);
+    all.targets += file.targets;
+    all.sequences += file.sequences;
+    bits = bits && file.bits_per_byte.has_value();
+    bits_sum += file.bits_per_byte.value_or(0) * static_cast<double>(file.targets);
+  }
+  const auto targets = static_cast<double>(all.targets);
+  all.loss /= targets;
+  if (bits) all.bits_per_byte = bits_sum / targets;
+  return all;
+}
+
+void AddJson(const Figures& figures, nlohmann::ordered_json* json) {
+  (*json)["data"] = figures.data;
+  (*json)["loss"] = figures.loss;
+  (*json)["perplexity"] = figures.perplexity();
+  (*json)["bits_per_byte"] = figures.bits_per_byte.value_or(std::nan(""));
+  (*json)["targets"] = figures.targets;
+  (*json)["sequences"] = figures.sequences;
+}
+
+std::string Text(const std::string& checkpoint, const Figures& figures, int64_t seq_len) {
+  std::string text = absl::StrFormat(
+      "%s on %s\n"
+      "  loss           %.4f (over %s targets in %s sequences of %s tokens)\n"
+      "  perplexity     %.3f\n",
+      checkpoint, figures.data, figures.loss, PrintGrouped(figures.targets),
+      PrintGrouped(figures.sequences), PrintGrouped(seq_len), figures.perplexity());
+  if (figures.bits_per_byte.has_value()) {
+    absl::StrAppendFormat(&text, "  bits per byte  %.4f\n", *figures.bits_per_byte);
+  }
+  return text;
+}
+
+absl::StatusOr<ExitCode> Evaluate(const Arguments& arguments) {
+  std::unique_ptr<InferenceModel> model;
+  KRAIT_ASSIGN_OR_RETURN(model, InferenceModel::Load(arguments.checkpoint, PrintNotice));
+  const std::string& checkpoint = model->checkpoint().path;
+  const int64_t seq_len = arguments.seq_len > 0 ? arguments.seq_len : model->config().data.seq_len;
+  if (arguments.tokens > 0 && arguments.tokens < seq_len) {
+    return Error(
+        ExitCode::kConfig,
+        absl::StrFormat("--tokens %d is less than one sequence of %d tokens; give as many, "
+                        "or a shorter --seq-len",
+                        arguments.tokens, seq_len));
+  }
+  std::vector<SourceSpec> sources;
+  for (const std::string& path : arguments.data) sources.push_back({.path = path});
+  if (sources.empty()) sources = model->config().data.validation;
+  if (sources.empty()) {
+    return Error(ExitCode::kConfig,
+                 checkpoint + " is of a run without validation files: add --data X.h5");
+  }
+  std::vector<Figures> files;
+  for (const SourceSpec& source : sources) {
+    files.emplace_back();
+    KRAIT_ASSIGN_OR_RETURN(files.back(), EvaluateFile(arguments, source, seq_len, model.get()));
+  }
+  const Figures all = files.size() == 1 ? files.front() : Together(files);
   if (arguments.json) {
-    nlohmann::ordered_json json = {{"checkpoint", model->checkpoint().path},
-                                   {"data", arguments.data},
-                                   {"loss", result.loss},
-                                   {"perplexity", perplexity},
-                                   {"bits_per_byte", bpb.value_or(std::nan(""))},
-                                   {"targets", result.targets},
-                                   {"sequences", result.sequences},
-                                   {"seq_len", seq_len}};
-    absl::PrintF("%s\n", json.dump(2, ' ', false, nlohmann::json::error_handler_t::replace));
+    nlohmann::ordered_json json = {{"checkpoint", checkpoint}};
+    AddJson(all, &json);
+    json["seq_len"] = seq_len;
+    for (const Figures& file : files) {
+      if (files.size() == 1) break;
+      nlohmann::ordered_json one;
+      AddJson(file, &one);
+      json["files"].push_back(one);
+    }
+    KRAIT_RETURN_IF_ERROR(
+        Print(json.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n"));
     return ExitCode::kOk;
   }
-  absl::PrintF("%s on %s\n", model->checkpoint().path, arguments.data);
-  absl::PrintF("  loss           %.4f (over %s targets in %s sequences of %d tokens)\n",
-               result.loss, PrintGrouped(result.targets), PrintGrouped(result.sequences), seq_len);
-  absl::PrintF("  perplexity     %.3f\n", perplexity);
-  if (bpb.has_value()) absl::PrintF("  bits per byte  %.4f\n", *bpb);
+  std::string text;
+  for (const Figures& file : files) text += Text(checkpoint, file, seq_len);
+  if (files.size() > 1) text += Text(checkpoint, all, seq_len);
+  KRAIT_RETURN_IF_ERROR(Print(text));
   return ExitCode::kOk;
 }
 
@@ -92,13 +162,14 @@ absl::StatusOr<ExitCode> Evaluate(const Arguments& arguments) {
 void AddEvalCommand(CLI::App* app, CommandLine* line) {
   auto arguments = std::make_shared<Arguments>();
   CLI::App* eval =
-      app->add_subcommand("eval", "Loss, perplexity and bits per byte over a token file.");
-  eval->add_option("checkpoint", arguments->checkpoint, "a checkpoint, or a run folder")
-      ->required()
-      ->type_name("CHECKPOINT");
-  eval->add_option("--data", arguments->data, "the token file")->required()->type_name("X.h5");
+      app->add_subcommand("eval", "Loss, perplexity and bits per byte over token files.");
+  AddPath(eval, "checkpoint", &arguments->checkpoint, "a checkpoint, or a run folder", "CHECKPOINT")
+      ->required();
+  AddPaths(eval, "--data", &arguments->data,
+           "a token file; once per file (default: the run's validation files)", "X.h5")
+      ->allow_extra_args(false);
   AddCount(eval, "--tokens", &arguments->tokens,
-           "only whole sequences within the first N tokens (default: all)");
+           "only whole sequences within the first N tokens of each file (default: all)");
   AddCount(eval, "--seq-len", &arguments->seq_len, "tokens per sequence (default: as trained)");
   AddCount(eval, "--micro-batch", &arguments->micro_batch,
            "sequences per pass (default: as trained)");

@@ -1,25 +1,39 @@
 // krait import, krait export
 #include "absl/strings/str_format.h"
 #include "kernels/base/number.h"
+#include "kernels/base/shell.h"
+#include "nlohmann/json.hpp"
 #include "trainer/cli/commands.h"
 #include "trainer/tools/interop.h"
 
 namespace krait {
 namespace {
 
-absl::StatusOr<ExitCode> Import(const ImportOptions& options) {
+std::string Dump(const nlohmann::ordered_json& json) {
+  return json.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
+}
+
+absl::StatusOr<ExitCode> Import(const ImportOptions& options, bool json) {
   KRAIT_RETURN_IF_ERROR(ImportHf(options));
-  absl::PrintF("%s: weights of %s; krait train CONFIG --init %s starts from them\n", options.out,
-               options.hf, options.out);
+  KRAIT_RETURN_IF_ERROR(Print(
+      json ? Dump({{"checkpoint", options.out}, {"hf", options.hf}})
+           : absl::StrFormat("%s: weights of %s; krait train CONFIG --init %s starts from them\n",
+                             options.out, options.hf, ShellQuoted(options.out))));
   return ExitCode::kOk;
 }
 
-absl::StatusOr<ExitCode> Export(const ExportOptions& options) {
+absl::StatusOr<ExitCode> Export(const ExportOptions& options, bool json) {
   ExportReport report;
   KRAIT_ASSIGN_OR_RETURN(report, ExportHf(options));
-  absl::PrintF("%s: %d tensors, %s in %d file%s, of %s\n", options.hf, report.tensors,
-               PrintBytes(report.bytes), report.files, report.files == 1 ? "" : "s",
-               report.checkpoint);
+  KRAIT_RETURN_IF_ERROR(
+      Print(json ? Dump({{"hf", options.hf},
+                         {"checkpoint", report.checkpoint},
+                         {"tensors", report.tensors},
+                         {"bytes", report.bytes},
+                         {"files", report.files}})
+                 : absl::StrFormat("%s: %d tensors, %s in %d file%s, of %s\n", options.hf,
+                                   report.tensors, PrintBytes(report.bytes), report.files,
+                                   report.files == 1 ? "" : "s", report.checkpoint)));
   return ExitCode::kOk;
 }
 
@@ -27,25 +41,26 @@ absl::StatusOr<ExitCode> Export(const ExportOptions& options) {
 
 void AddInteropCommands(CLI::App* app, CommandLine* line) {
   auto in = std::make_shared<ImportOptions>();
+  auto json = std::make_shared<bool>(false);
   CLI::App* from_hf =
       app->add_subcommand("import", "Make a checkpoint of a Hugging Face Jamba folder.");
-  from_hf->add_option("--hf", in->hf, "the folder: config.json and safetensors weights")
-      ->required()
-      ->type_name("DIR");
-  from_hf->add_option("--out", in->out, "the checkpoint to make")
-      ->required()
-      ->type_name("CHECKPOINT");
+  AddPath(from_hf, "--hf", &in->hf, "the folder: config.json and safetensors weights", "DIR")
+      ->required();
+  AddPath(from_hf, "--out", &in->out, "the checkpoint to make", "CHECKPOINT")->required();
+  AddForce(from_hf, &in->force);
   from_hf->add_option("--tokenizer", in->tokenizer, "the model's tokenizer: bytes")
       ->type_name("NAME");
-  from_hf->callback([line, in] { line->run = [in] { return Import(*in); }; });
+  from_hf->add_flag("--json", *json, "one JSON object");
+  from_hf->callback([line, in, json] { line->run = [in, json] { return Import(*in, *json); }; });
 
   auto out = std::make_shared<ExportOptions>();
   CLI::App* to_hf =
       app->add_subcommand("export", "Write a checkpoint's weights as a Hugging Face Jamba folder.");
-  to_hf->add_option("checkpoint", out->checkpoint, "a checkpoint, or a run folder")
-      ->required()
-      ->type_name("CHECKPOINT");
-  to_hf->add_option("--hf", out->hf, "the folder to make")->required()->type_name("DIR");
+  AddPath(to_hf, "checkpoint", &out->checkpoint, "a checkpoint, or a run folder", "CHECKPOINT")
+      ->required();
+  AddPath(to_hf, "--hf", &out->hf, "the folder to make", "DIR")->required();
+  AddForce(to_hf, &out->force);
+  to_hf->add_flag("--json", *json, "one JSON object");
   to_hf
       ->add_option_function<std::string>(
           "--dtype",
@@ -69,7 +84,7 @@ void AddInteropCommands(CLI::App* app, CommandLine* line) {
           },
           "largest weight file before a further one is begun (default 5GiB)")
       ->type_name("SIZE");
-  to_hf->callback([line, out] { line->run = [out] { return Export(*out); }; });
+  to_hf->callback([line, out, json] { line->run = [out, json] { return Export(*out, *json); }; });
 }
 
 }  // namespace krait

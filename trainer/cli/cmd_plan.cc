@@ -1,6 +1,4 @@
 // krait plan
-#include <cstdio>
-
 #include "kernels/base/number.h"
 #include "trainer/cli/commands.h"
 #include "trainer/tools/plan.h"
@@ -39,12 +37,11 @@ void AddPlanCommand(CLI::App* app, CommandLine* line) {
         return Error(ExitCode::kConfig, "--ranks 0: a plan is for at least 1 rank");
       }
       RunConfig config;
-      KRAIT_ASSIGN_OR_RETURN(config, LoadConfig(arguments->config.path, arguments->config.overrides,
-                                                ConfigUse::kPlan, arguments->options.ranks));
+      KRAIT_ASSIGN_OR_RETURN(
+          config, LoadNamedConfig(arguments->config, ConfigUse::kPlan, arguments->options.ranks));
       PlanReport report;
       KRAIT_ASSIGN_OR_RETURN(report, MakePlan(config, arguments->options));
-      const std::string text = arguments->json ? PlanJson(report) + "\n" : PlanText(report);
-      std::fputs(text.c_str(), stdout);
+      KRAIT_RETURN_IF_ERROR(Print(arguments->json ? PlanJson(report) + "\n" : PlanText(report)));
       return report.fits ? ExitCode::kOk : ExitCode::kNo;
     };
   });

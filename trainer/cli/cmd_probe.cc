@@ -10,17 +10,13 @@ void AddProbeCommand(CLI::App* app, CommandLine* line) {
       "probe",
       "Write a published model's forward values and gradients over given batches, and its weights "
       "after a few optimizer steps, as safetensors.");
-  probe->add_option("--hf", options->hf, "folder with config.json and safetensors weights")
-      ->required()
-      ->type_name("DIR");
-  probe
-      ->add_option("--batches", options->batches,
-                   "safetensors with int32 batches [S,B,T] or input_ids [B,T]")
-      ->required()
-      ->type_name("FILE");
-  probe->add_option("--out", options->out, "safetensors to write")
-      ->required()
-      ->type_name("OUT.safetensors");
+  AddPath(probe, "--hf", &options->hf, "folder with config.json and safetensors weights", "DIR")
+      ->required();
+  AddPath(probe, "--batches", &options->batches,
+          "safetensors with int32 batches [S,B,T] or input_ids [B,T]", "FILE")
+      ->required();
+  AddPath(probe, "--out", &options->out, "safetensors to write", "OUT.safetensors")->required();
+  AddForce(probe, &options->force);
   AddCount(probe, "--steps", &options->steps, "optimizer steps to take, one per batch");
   AddOverrides(probe, &options->overrides);
   probe->callback([line, options] {

@@ -14,17 +14,13 @@ void AddTrainCommand(CLI::App* app, CommandLine* line) {
       "train", "Train a model; a second start continues the run where its last checkpoint is.");
   AddConfigArguments(train, &arguments->config);
   ResumeOptions& resume = arguments->options.resume;
-  train
-      ->add_option("--resume", resume.resume,
-                   "auto: the newest whole checkpoint; never: start anew, older checkpoints are "
-                   "set aside; PATH: that checkpoint")
-      ->type_name("auto|never|PATH")
-      ->capture_default_str();
-  train
-      ->add_option("--init", resume.init,
-                   "start at step 0 with the weights of CHECKPOINT (a checkpoint of this run "
-                   "goes first)")
-      ->type_name("CHECKPOINT")
+  AddPath(train, "--resume", &resume.resume,
+          "auto (default): the newest whole checkpoint; never: start anew, older checkpoints are "
+          "set aside; PATH: that checkpoint",
+          "auto|never|PATH");
+  AddPath(train, "--init", &resume.init,
+          "start at step 0 with the weights of CHECKPOINT (a checkpoint of this run goes first)",
+          "CHECKPOINT")
       ->check([](const std::string& path) -> std::string {
         return path.empty() ? "is empty; a checkpoint is needed" : "";
       });
@@ -38,9 +34,8 @@ void AddTrainCommand(CLI::App* app, CommandLine* line) {
   train->callback([line, arguments] {
     line->run = [line, arguments]() -> absl::StatusOr<ExitCode> {
       RunConfig config;
-      KRAIT_ASSIGN_OR_RETURN(
-          config, LoadConfig(arguments->config.path, arguments->config.overrides, ConfigUse::kTrain,
-                             /*ranks=*/1));
+      KRAIT_ASSIGN_OR_RETURN(config,
+                             LoadNamedConfig(arguments->config, ConfigUse::kTrain, /*ranks=*/1));
       arguments->options.program = line->program;
       arguments->options.command_line = line->text;
       arguments->options.continue_line = line->text_without_resume;

@@ -6,6 +6,7 @@
 #include <CLI/CLI.hpp>
 #include <functional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "kernels/base/status.h"
@@ -28,9 +29,27 @@ struct ConfigArguments {
 };
 void AddConfigArguments(CLI::App* app, ConfigArguments* arguments);
 void AddOverrides(CLI::App* app, std::vector<std::string>* overrides);
+// LoadConfig of them; the config's notes go to standard error.
+absl::StatusOr<RunConfig> LoadNamedConfig(const ConfigArguments& arguments, ConfigUse use,
+                                          int64_t ranks);
 
-// An option whose value is a count (4096, 256k, 2Mi).
+// Options whose value is a count (4096, 256k, 2Mi), a seed, or a number of at least 0.
 void AddCount(CLI::App* app, const std::string& name, int64_t* value, const std::string& help);
+void AddSeed(CLI::App* app, uint64_t* seed, const std::string& help);
+void AddNumber(CLI::App* app, const std::string& name, double* value, const std::string& help);
+// Paths, taken by UserPath (kernels/base/shell.h).
+CLI::Option* AddPath(CLI::App* app, const std::string& name, std::string* path,
+                     const std::string& help, const std::string& type);
+CLI::Option* AddPaths(CLI::App* app, const std::string& name, std::vector<std::string>* paths,
+                      const std::string& help, const std::string& type);
+// --force: replace an output that exists.
+void AddForce(CLI::App* app, bool* force);
+
+// Writes to standard output at once. kCannotSave when that fails; a pipe that its reader closed is
+// no failure.
+absl::Status Print(std::string_view text);
+// "krait: LINE" on standard error.
+void PrintNotice(const std::string& line);
 
 void AddConfigCommands(CLI::App* app, CommandLine* line);
 void AddDataCommands(CLI::App* app, CommandLine* line);

@@ -1,12 +1,18 @@
 // The krait command: krait COMMAND [CONFIG.yaml] [options] [key.path=value ...]
+#include <stdlib.h>
+#include <unistd.h>
+
 #include <algorithm>
+#include <csignal>
 #include <cstdio>
 #include <exception>
+#include <filesystem>
 #include <iostream>
 #include <new>
 #include <sstream>
+#include <system_error>
 
-#include "kernels/base/number.h"
+#include "kernels/base/shell.h"
 #include "trainer/cli/commands.h"
 #include "trainer/report/environment.h"
 
@@ -26,38 +32,36 @@ void PrintError(const std::string& message) {
   }
 }
 
-std::string ShellQuoted(const std::string& word) {
-  const bool plain = !word.empty() && std::all_of(word.begin(), word.end(), [](char c) {
-    return std::isalnum(static_cast<unsigned char>(c)) ||
-           std::string_view("-_=./,:+@%").find(c) != std::string_view::npos;
-  });
-  if (plain) return word;
-  std::string quoted = "'";
-  for (char c : word) quoted += c == '\'' ? std::string("'\\''") : std::string(1, c);
-  return quoted + "'";
-}
-
-// "krait data build": the command and subcommands that were recognised.
-const CLI::App* ParsedCommand(const CLI::App& app, std::string* name) {
+// The last of the subcommands that were recognised; `above`: the words before its own, as in
+// "krait data".
+const CLI::App* ParsedCommand(const CLI::App& app, std::string* above) {
   const CLI::App* command = &app;
-  *name = "krait";
+  above->clear();
   while (!command->get_subcommands().empty()) {
+    *above += (above->empty() ? "" : " ") + command->get_name();
     command = command->get_subcommands().front();
-    *name += " " + command->get_name();
   }
   return command;
 }
 
 ExitCode Misuse(const CLI::App& app, const CLI::ParseError& error) {
   std::string name;
-  ParsedCommand(app, &name);
+  const std::string last = ParsedCommand(app, &name)->get_name();
+  name += (name.empty() ? "" : " ") + last;
   std::string reason = error.what();
   std::replace(reason.begin(), reason.end(), '\n', ' ');
   PrintError(name + ": " + reason + " (" + name + " --help says what it takes)");
   return ExitCode::kConfig;
 }
 
-ExitCode Run(int argc, char** argv) {
+absl::StatusOr<ExitCode> Help(const CLI::App& app, const CLI::Success& wish) {
+  std::ostringstream text;
+  app.exit(wish, text, text);
+  KRAIT_RETURN_IF_ERROR(Print(text.str()));
+  return ExitCode::kOk;
+}
+
+absl::StatusOr<ExitCode> Run(int argc, char** argv) {
   CommandLine line;
   for (int i = 0; i < argc; ++i) {
     const std::string word = (i > 0 ? " " : "") + ShellQuoted(argv[i]);
@@ -88,53 +92,35 @@ ExitCode Run(int argc, char** argv) {
   try {
     app.parse(argc, argv);
   } catch (const CLI::Success& wish) {  // --help, --version
-    app.exit(wish);
-    return ExitCode::kOk;
+    return Help(app, wish);
   } catch (const CLI::ParseError& error) {
     return Misuse(app, error);
   }
   if (!line.run) {
-    std::string name;
-    std::cerr << ParsedCommand(app, &name)->help(name);
+    std::string above;
+    const CLI::App* command = ParsedCommand(app, &above);
+    std::cerr << command->help(above);
     return ExitCode::kConfig;
   }
-  absl::Status status = RefuseSeveralRanks();
-  if (status.ok()) {
-    const absl::StatusOr<ExitCode> code = line.run();
-    if (code.ok()) return *code;
-    status = code.status();
+  KRAIT_RETURN_IF_ERROR(RefuseSeveralRanks());
+  return line.run();
+}
+
+// OpenMP's threads wait for the next loop by spinning unless told otherwise: two runs on the same
+// cores then wait for each other, a hundred times slower than one after the other. The OpenMP
+// runtime reads the variable that tells it when it is loaded, before main: so krait sets it and
+// starts itself once more in the same process. A user's own setting stays.
+void LetThreadsSleep(char** argv) {
+  for (const char* name : {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}) {
+    if (std::getenv(name) != nullptr) return;
   }
-  PrintError(MessageOf(status));
-  return ExitCodeOf(status);
+  std::error_code error;
+  const std::filesystem::path self = std::filesystem::read_symlink("/proc/self/exe", error);
+  if (error || setenv("OMP_WAIT_POLICY", "passive", /*overwrite=*/1) != 0) return;
+  execv(self.c_str(), argv);  // returns where it cannot be done: then the threads spin
 }
 
 }  // namespace
-
-void AddOverrides(CLI::App* app, std::vector<std::string>* overrides) {
-  app->add_option("overrides", *overrides, "key.path=value words that replace settings")
-      ->type_name("KEY=VALUE");
-}
-
-void AddConfigArguments(CLI::App* app, ConfigArguments* arguments) {
-  app->add_option("config", arguments->path, "the run's YAML file")
-      ->required()
-      ->type_name("CONFIG.yaml");
-  AddOverrides(app, &arguments->overrides);
-}
-
-void AddCount(CLI::App* app, const std::string& name, int64_t* value, const std::string& help) {
-  app->add_option_function<std::string>(
-         name,
-         [name, value](const std::string& text) {
-           std::string why;
-           const std::optional<int64_t> count = ParseInteger(text, &why);
-           if (!count.has_value()) throw CLI::ValidationError(name, text + " " + why);
-           if (*count < 0) throw CLI::ValidationError(name, text + " is negative");
-           *value = *count;
-         },
-         help)
-      ->type_name("N");
-}
 
 void AddLaterCommands(CLI::App* app, CommandLine* line) {
   struct Later {
@@ -155,9 +141,14 @@ void AddLaterCommands(CLI::App* app, CommandLine* line) {
 }  // namespace krait
 
 int main(int argc, char** argv) {
+  krait::LetThreadsSleep(argv);
   std::setvbuf(stdout, nullptr, _IOLBF, 0);
+  std::signal(SIGPIPE, SIG_IGN);  // a write then fails, and Print sees why
   try {
-    return static_cast<int>(krait::Run(argc, argv));
+    const absl::StatusOr<krait::ExitCode> code = krait::Run(argc, argv);
+    if (code.ok()) return static_cast<int>(*code);
+    krait::PrintError(krait::MessageOf(code.status()));
+    return static_cast<int>(krait::ExitCodeOf(code.status()));
   } catch (const std::bad_alloc&) {
     std::fprintf(stderr, "krait: out of memory\n");
     return static_cast<int>(krait::ExitCode::kOutOfMemory);

@@ -10,7 +10,9 @@
 #include <fstream>
 #include <limits>
 #include <string_view>
+#include <vector>
 
+#include "absl/strings/str_split.h"
 #include "kernels/base/clock.h"
 #include "kernels/base/number.h"
 #include "kernels/base/parallel_for.h"
@@ -33,7 +35,7 @@ std::string ProcValue(const char* path, std::string_view key) {
 }
 
 // First line of a file as a number, or -1 ("max", or no such file).
-int64_t ReadLimit(const char* path) {
+int64_t ReadLimit(const std::string& path) {
   std::ifstream file(path);
   std::string text;
   if (!std::getline(file, text)) return -1;
@@ -152,11 +154,34 @@ int64_t MachineMemory() {
   }
   const int64_t pages = sysconf(_SC_PHYS_PAGES);
   const int64_t page = sysconf(_SC_PAGESIZE);
-  int64_t memory = pages > 0 && page > 0 ? std::min(limited, pages * page) : limited;
-  for (const char* path :
-       {"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"}) {
-    const int64_t limit = ReadLimit(path);
-    if (limit > 0) memory = std::min(memory, limit);
+  const int64_t memory = pages > 0 && page > 0 ? std::min(limited, pages * page) : limited;
+  return std::min(memory, ControlGroupMemory("/proc/self/cgroup", "/sys/fs/cgroup"));
+}
+
+int64_t ControlGroupMemory(const std::string& groups, const std::string& root) {
+  int64_t memory = std::numeric_limits<int64_t>::max();
+  std::ifstream in(groups);
+  // A line is NUMBER:CONTROLLERS:PATH; version 2 has number 0 and no controllers.
+  for (std::string line; std::getline(in, line);) {
+    const size_t first = line.find(':');
+    const size_t second = first == std::string::npos ? first : line.find(':', first + 1);
+    if (second == std::string::npos) continue;
+    const std::vector<std::string> controllers =
+        absl::StrSplit(line.substr(first + 1, second - first - 1), ',');
+    const bool version_2 = controllers.front().empty();
+    if (!version_2 &&
+        std::find(controllers.begin(), controllers.end(), "memory") == controllers.end()) {
+      continue;
+    }
+    const std::string mounted = root + (version_2 ? "" : "/memory");
+    const char* file = version_2 ? "/memory.max" : "/memory.limit_in_bytes";
+    // The limit of each group around this process counts. In a container its path may be that of
+    // the host, of which only the root is there.
+    for (std::string path = line.substr(second + 1);; path.erase(path.rfind('/'))) {
+      const int64_t limit = ReadLimit(mounted + path + file);
+      if (limit > 0) memory = std::min(memory, limit);
+      if (path.find('/') == std::string::npos) break;
+    }
   }
   return memory;
 }

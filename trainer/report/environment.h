@@ -25,9 +25,12 @@ int64_t PeakMemoryBytes();
 // message is empty on all ranks but the first.
 absl::Status RefuseSeveralRanks();
 
-// Bytes of memory that this process may use: the machine's, or the limit of its control group or
-// its own (ulimit -v, -d) if lower.
+// Bytes of memory that this process may use: the machine's, or the lowest limit of the control
+// groups around it and of its own (ulimit -v, -d).
 int64_t MachineMemory();
+// That limit, by a file like /proc/self/cgroup and the folder of control groups (version 1, 2 or
+// both); the largest number when there is none.
+int64_t ControlGroupMemory(const std::string& groups, const std::string& root);
 
 }  // namespace krait
 

@@ -31,8 +31,15 @@ void ProgressLine::Update(int64_t done, int64_t total) {
                         FormatDuration(spent / share * (1 - share))));
 }
 
-ProgressLine::Draw ProgressLine::OnStandardError() {
-  if (!OnTerminal()) return [](const std::string&) {};
+ProgressLine::Draw ProgressLine::OnStandardError(double every) {
+  if (!OnTerminal()) {
+    return [every, last = MonotonicSeconds()](const std::string& line) mutable {
+      const double now = MonotonicSeconds();
+      if (now - last < every) return;
+      last = now;
+      std::fprintf(stderr, "krait: %s\n", line.c_str());
+    };
+  }
   return [](const std::string& line) { std::fprintf(stderr, "\r\033[K%s", line.c_str()); };
 }
 

@@ -18,8 +18,8 @@ class ProgressLine {
   void Begin() { draw_(what_ + " ..."); }
   void Update(int64_t done, int64_t total);
 
-  // Draws on a terminal on standard error; where there is none, nowhere.
-  static Draw OnStandardError();
+  // Draws on standard error: on a terminal in place, else a line of its own every `every` seconds.
+  static Draw OnStandardError(double every = 10);
   // Clears that line.
   static void ClearStandardError();
 

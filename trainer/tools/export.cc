@@ -1,6 +1,7 @@
 // Export to a Hugging Face folder (interop.h).
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <memory>
 #include <vector>
@@ -105,15 +106,28 @@ absl::Status WriteFolder(const std::string& folder, const std::string& config_js
   return WriteJson(folder + "/generation_config.json", generation);
 }
 
+// A name that an export writes.
+bool IsExportFile(const std::string& name) {
+  return name == "config.json" || name == "generation_config.json" ||
+         name == "model.safetensors.index.json" ||
+         (name.starts_with("model") && name.ends_with(".safetensors"));
+}
+
 }  // namespace
 
 absl::StatusOr<ExportReport> ExportHf(const ExportOptions& options) {
   if (Exists(options.hf)) {
     std::vector<std::string> names;
     KRAIT_ASSIGN_OR_RETURN(names, ListDirectory(options.hf, ExitCode::kConfig));
-    if (!names.empty()) {
-      return Error(ExitCode::kConfig,
-                   "--hf " + options.hf + " exists and is not empty: name another folder");
+    const auto foreign = std::find_if_not(names.begin(), names.end(), IsExportFile);
+    if (foreign != names.end()) {
+      return Error(ExitCode::kConfig, "--hf " + options.hf + " exists and holds " + *foreign +
+                                          ", which no export writes: name another folder");
+    }
+    if (!names.empty() && !options.force) {
+      return Error(ExitCode::kConfig, "--hf " + options.hf +
+                                          " exists and is not empty: name another folder, or add "
+                                          "--force to replace the export in it");
     }
   }
   // The values as stored, whatever the run computed in.
@@ -130,7 +144,18 @@ absl::StatusOr<ExportReport> ExportHf(const ExportOptions& options) {
   const std::string staging = options.hf + ".export-" + std::to_string(getpid());
   absl::Status status = WriteFolder(staging, config_json, *model, options, &report);
   if (status.ok()) status = SyncDirectory(staging, ExitCode::kCannotSave);
-  if (status.ok()) status = Rename(staging, options.hf, ExitCode::kCannotSave);
+  // An older export keeps its place until the new one is whole.
+  const std::string replaced = options.hf + ".replaced-" + std::to_string(getpid());
+  const bool replaces = Exists(options.hf);
+  if (status.ok() && replaces) status = Rename(options.hf, replaced, ExitCode::kCannotSave);
+  if (status.ok()) {
+    status = Rename(staging, options.hf, ExitCode::kCannotSave);
+    if (!status.ok() && replaces) {
+      Rename(replaced, options.hf, ExitCode::kCannotSave).IgnoreError();
+    } else if (replaces) {
+      status = RemoveAll(replaced, ExitCode::kCannotSave);
+    }
+  }
   if (status.ok()) status = SyncDirectory(ParentFolder(options.hf), ExitCode::kCannotSave);
   if (!status.ok()) {
     status.Update(RemoveAll(staging, ExitCode::kCannotSave));

@@ -12,7 +12,7 @@
 namespace krait {
 namespace {
 
-constexpr int64_t kPromptChunk = 512;  // tokens per pass over the prompt
+constexpr int64_t kPromptChunk = InferenceModel::kPromptChunk;
 
 }  // namespace
 
@@ -56,9 +56,9 @@ int32_t Sample(const float* logits, int64_t vocab, const SamplingOptions& option
 }
 
 absl::StatusOr<GenerateStats> Generate(InferenceModel* model, const std::vector<int32_t>& prompt,
-                                       int64_t tokens, int64_t vocab,
+                                       int64_t tokens, int64_t vocab, std::optional<int32_t> end,
                                        const SamplingOptions& options,
-                                       const std::function<void(int32_t id)>& on_token) {
+                                       const std::function<absl::Status(int32_t id)>& on_token) {
   KRAIT_RETURN_IF_ERROR(CheckSampling(options));
   KRAIT_CHECK(!prompt.empty() && vocab <= model->config().model.vocab_size);
   const auto prompt_size = static_cast<int64_t>(prompt.size());
@@ -98,7 +98,9 @@ absl::StatusOr<GenerateStats> Generate(InferenceModel* model, const std::vector<
                                    prompt_size + i));
     }
     const int32_t id = Sample(logits.data(), vocab, options, static_cast<uint64_t>(i));
-    on_token(id);
+    if (id == end) break;
+    ++stats.tokens;
+    KRAIT_RETURN_IF_ERROR(on_token(id));
     if (i + 1 < tokens) decode(&id, 1);
   }
   stats.decode_seconds = MonotonicSeconds() - start;

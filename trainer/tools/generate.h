@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <vector>
 
 #include "trainer/tools/inference.h"
@@ -26,15 +27,17 @@ absl::Status CheckSampling(const SamplingOptions& options);
 int32_t Sample(const float* logits, int64_t vocab, const SamplingOptions& options, uint64_t index);
 
 struct GenerateStats {
+  int64_t tokens = 0;  // generated
   double prompt_seconds = 0, decode_seconds = 0;
 };
 
-// Feeds `prompt` (at least one id) and draws `tokens` ids below `vocab`, calling `on_token` with
-// each as it is drawn.
+// Feeds `prompt` (at least one id) and draws up to `tokens` ids below `vocab`, which
+// InferenceModel::DecodeTokens says fit, calling `on_token` with each as it is drawn. Ends at the
+// id `end`, which is not handed on, and at an error of `on_token`, which it returns.
 absl::StatusOr<GenerateStats> Generate(InferenceModel* model, const std::vector<int32_t>& prompt,
-                                       int64_t tokens, int64_t vocab,
+                                       int64_t tokens, int64_t vocab, std::optional<int32_t> end,
                                        const SamplingOptions& options,
-                                       const std::function<void(int32_t id)>& on_token);
+                                       const std::function<absl::Status(int32_t id)>& on_token);
 
 }  // namespace krait
 

@@ -1,5 +1,6 @@
 #include "trainer/tools/inference.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "kernels/cuda/runtime.h"
@@ -84,35 +85,57 @@ Evaluator InferenceModel::ForEvaluate(PassShape shape) {
   return {model_.get(), batch, batch_arena_->Alloc(DType::kF64, {model_->SumsSize()}), ctx};
 }
 
-Context InferenceModel::ForDecode(PassShape shape, int64_t max_tokens,
-                                  std::unique_ptr<SequenceState>* state) {
+InferenceModel::DecodingMemory InferenceModel::ToDecode(PassShape shape, int64_t max_tokens) const {
   const Placement placement = weights_->placement();
-  Arena measure("scratch", placement.device), measured_state("decoding state", placement.device);
+  Arena scratch("scratch", placement.device), memory("decoding state", placement.device);
   Arena batch("batch", placement.device);
   Context ctx;
   ctx.device = placement.device;
   ctx.planning = true;
-  ctx.scratch = &measure;
+  ctx.scratch = &scratch;
   const Tensor logits =
       batch.Alloc(Wide(placement.compute), {shape.batch, config_.model.vocab_size});
-  const auto new_state = [&](Arena* arena) {
-    return model_->NewSequence(shape.batch, max_tokens, /*with_grad=*/false, arena, ctx);
-  };
-  {
-    // The largest pass comes last, behind a full cache.
-    auto planned = new_state(&measured_state);
-    for (int64_t done = 0; done < max_tokens;) {
-      const int64_t tokens = std::min(shape.seq_len, max_tokens - done);
-      model_->Decode(logits, batch.Alloc(DType::kI32, {shape.batch, tokens}), planned.get(), ctx);
-      done += tokens;
+  const auto state =
+      model_->NewSequence(shape.batch, max_tokens, /*with_grad=*/false, &memory, ctx);
+  // The first pass, and the largest ones: those behind a full cache.
+  for (const int64_t tokens : {shape.seq_len, int64_t{1}}) {
+    for (const int64_t before : {int64_t{0}, max_tokens - tokens}) {
+      model_->SkipTo(before, state.get());
+      model_->Decode(logits, batch.Alloc(DType::kI32, {shape.batch, tokens}), state.get(), ctx);
     }
   }
-  scratch_ = std::make_unique<Arena>("scratch", placement.device, measure.high_water());
-  state_arena_ =
-      std::make_unique<Arena>("decoding state", placement.device, measured_state.high_water());
-  ctx.planning = false;
+  return {scratch.high_water(), memory.high_water()};
+}
+
+int64_t InferenceModel::DecodeTokens(int64_t prompt, int64_t tokens) const {
+  constexpr int64_t kMost = int64_t{1} << 40;  // of which the sizes still fit 64 bits
+  const MemoryUse memory = MemoryOf(weights_->placement().device);
+  const PassShape shape = {.batch = 1, .seq_len = std::min(kPromptChunk, prompt)};
+  const auto fits = [&](int64_t more) {
+    const DecodingMemory need = ToDecode(shape, prompt + more);
+    return need.scratch + need.state <= memory.total - memory.used;
+  };
+  tokens = std::min(tokens, kMost);
+  if (fits(tokens)) return tokens;
+  if (!fits(0)) return -1;
+  int64_t most = 0;  // fits
+  for (int64_t step = kMost; step > 0; step /= 2) {
+    if (most + step < tokens && fits(most + step)) most += step;
+  }
+  return most;
+}
+
+Context InferenceModel::ForDecode(PassShape shape, int64_t max_tokens,
+                                  std::unique_ptr<SequenceState>* state) {
+  const Device device = weights_->placement().device;
+  const DecodingMemory need = ToDecode(shape, max_tokens);
+  scratch_ = std::make_unique<Arena>("scratch", device, need.scratch);
+  state_arena_ = std::make_unique<Arena>("decoding state", device, need.state);
+  Context ctx;
+  ctx.device = device;
   ctx.scratch = scratch_.get();
-  *state = new_state(state_arena_.get());
+  *state =
+      model_->NewSequence(shape.batch, max_tokens, /*with_grad=*/false, state_arena_.get(), ctx);
   return ctx;
 }
 

@@ -34,6 +34,10 @@ class InferenceModel {
   // The largest of batch, batch / 2, ... whose passes fit the memory that is free; 1 at least.
   int64_t EvaluationBatch(int64_t batch, int64_t seq_len) const;
   Context ForDecode(PassShape shape, int64_t max_tokens, std::unique_ptr<SequenceState>* state);
+  // How many tokens, at most `tokens`, may follow a prompt for the state of both to fit the memory
+  // that is free; below 0 when the prompt's own does not.
+  int64_t DecodeTokens(int64_t prompt, int64_t tokens) const;
+  static constexpr int64_t kPromptChunk = 512;  // tokens per pass over the prompt
 
  private:
   InferenceModel() = default;
@@ -42,6 +46,10 @@ class InferenceModel {
     int64_t scratch, batches;
   };
   EvaluationMemory ToEvaluate(PassShape shape) const;
+  struct DecodingMemory {
+    int64_t scratch, state;
+  };
+  DecodingMemory ToDecode(PassShape shape, int64_t max_tokens) const;
 
   RunConfig config_;
   Checkpoint checkpoint_;

@@ -99,13 +99,22 @@ absl::Status LoadHfWeights(const SafetensorsReader& reader, const ModelSpec& spe
 
 absl::Status ImportHf(const ImportOptions& options) {
   if (Exists(options.out)) {
-    return Error(ExitCode::kConfig, "--out " + options.out + " exists already");
+    const bool checkpoint = Exists(options.out + "/manifest.json");
+    if (!checkpoint || !options.force) {
+      return Error(ExitCode::kConfig, "--out " + options.out +
+                                          " exists already; name another folder" +
+                                          (checkpoint ? ", or add --force to replace it" : ""));
+    }
   }
   if (!options.tokenizer.empty()) {
     KRAIT_RETURN_IF_ERROR(MakeTokenizer(options.tokenizer).status());
   }
   RunConfig config;
   KRAIT_ASSIGN_OR_RETURN(config.model, ReadHfSpec(options.hf));
+  // What no config may say makes a checkpoint that nothing can read.
+  KRAIT_RETURN_IF_ERROR(ParseConfig(config.ToYaml(), options.hf + "/config.json, as a config", {},
+                                    ConfigUse::kPlan, /*ranks=*/1)
+                            .status());
   auto reader = SafetensorsReader::OpenFolder(options.hf);
   if (!reader.ok()) return reader.status();
   const ParamTable table(config.model);

@@ -27,7 +27,8 @@ absl::Status LoadHfWeights(const SafetensorsReader& reader, const ModelSpec& spe
 
 struct ImportOptions {
   std::string hf;         // folder
-  std::string out;        // checkpoint folder to make; must not exist
+  std::string out;        // checkpoint folder to make
+  bool force = false;     // replace an older checkpoint at `out`
   std::string tokenizer;  // stored in the checkpoint; "": what the weight files say, if anything
 };
 // A checkpoint at step 0 that holds weights only.
@@ -35,7 +36,8 @@ absl::Status ImportHf(const ImportOptions& options);
 
 struct ExportOptions {
   std::string checkpoint;
-  std::string hf;             // folder to make; must not exist, or be empty
+  std::string hf;             // folder to make
+  bool force = false;         // replace an older export; an empty folder is filled in any case
   DType dtype = DType::kF32;  // or kBF16, rounded to nearest even
   int64_t shard_bytes = int64_t{5} << 30;
 };

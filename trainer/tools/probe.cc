@@ -45,7 +45,7 @@ absl::StatusOr<TokenBatch> ReadBatch(const SafetensorsReader& reader, const std:
   return batch;
 }
 
-absl::StatusOr<ProbeBatches> ReadBatches(const ProbeOptions& options, int64_t vocab) {
+absl::StatusOr<ProbeBatches> TryReadBatches(const ProbeOptions& options, int64_t vocab) {
   SafetensorsReader reader;
   KRAIT_ASSIGN_OR_RETURN(reader, SafetensorsReader::OpenFile(options.batches));
   const auto batches = reader.entries().find("batches");
@@ -84,6 +84,13 @@ absl::StatusOr<ProbeBatches> ReadBatches(const ProbeOptions& options, int64_t vo
                            ReadBatch(reader, stacked ? "batches" : "input_ids", s, b, t, vocab));
   }
   return read;
+}
+
+absl::StatusOr<ProbeBatches> ReadBatches(const ProbeOptions& options, int64_t vocab) {
+  auto batches = TryReadBatches(options, vocab);
+  // The reader takes its files for weights; these are data.
+  if (ExitCodeOf(batches.status()) != ExitCode::kNoCheckpoint) return batches;
+  return Error(ExitCode::kData, MessageOf(batches.status()));
 }
 
 // The contract's defaults with the batch of the file: one pass of B sequences per step.
@@ -177,7 +184,7 @@ absl::Status RunProbe(const ProbeOptions& options) {
   for (const auto& entry : std::filesystem::directory_iterator(options.hf, unreadable)) {
     inputs.push_back(entry.path().string());
   }
-  KRAIT_RETURN_IF_ERROR(CheckOutput(options.out, FileKind::kSafetensors, inputs));
+  KRAIT_RETURN_IF_ERROR(CheckOutput(options.out, FileKind::kSafetensors, inputs, options.force));
   ModelSpec spec;
   KRAIT_ASSIGN_OR_RETURN(spec, ReadHfSpec(options.hf));
   SafetensorsReader reader;

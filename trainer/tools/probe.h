@@ -15,6 +15,7 @@ struct ProbeOptions {
   std::string hf;       // folder with config.json and safetensors weights
   std::string batches;  // safetensors with int32 `batches` [S,B,T] or `input_ids` [B,T]
   std::string out;      // safetensors to write
+  bool force = false;   // replace an older `out`
   int64_t steps = 0;
   std::vector<std::string> overrides;  // key.path=value
 };
@@ -23,7 +24,7 @@ struct ProbeOptions {
 // `input_ids` or batches[0]: logits [B,T,V], hidden_states.i [B,T,D], router_logits.j [B*T,E],
 // cross_entropy, aux_loss, loss ([1] each), grad.NAME; with steps also losses [S], grad_norms [S]
 // and weight.NAME after them. All fp32. Settings are the defaults except a constant schedule
-// without warm-up; `overrides` go last.
+// without warm-up; `overrides` go last. kData for what is wrong with `batches`.
 absl::Status RunProbe(const ProbeOptions& options);
 
 }  // namespace krait

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <filesystem>
 #include <optional>
+#include <set>
 
 #include "absl/strings/str_format.h"
 #include "kernels/base/file.h"
@@ -275,8 +276,13 @@ absl::Status StartRun(const ResumeOptions& asked, const RunData& data, Trainer* 
         options.resume, record->followed_step, RunRecordPath(run_dir)));
     options.resume = "auto";
   }
+  // The same lines come for each checkpoint that is tried.
+  std::set<std::string> said;
+  const Notice once = [&](const std::string& line) {
+    if (said.insert(line).second) notice(line);
+  };
   const auto restore = [&](const Checkpoint& checkpoint) {
-    return Restore(options, data, checkpoint, trainer, notice, progress.loading);
+    return Restore(options, data, checkpoint, trainer, once, progress.loading);
   };
 
   std::vector<std::string> candidates;

@@ -10,7 +10,7 @@ namespace {
 // 1 at progress 0, `floor` at progress 1; `remaining` falls from 1 to 0.
 double Fall(double remaining, double floor) { return floor + (1 - floor) * remaining; }
 
-double Progress(double from, double s, double to) {
+double Fraction(double from, double s, double to) {
   if (to <= from) return 1;
   return (s - from) / (to - from);
 }
@@ -24,15 +24,15 @@ double RateAt(const ScheduleConfig& schedule, double lr, double s, double steps)
     case ScheduleKind::kConstant:
       return lr;
     case ScheduleKind::kCosine: {
-      const double angle = std::numbers::pi * Progress(warmup, s, steps);
+      const double angle = std::numbers::pi * Fraction(warmup, s, steps);
       return lr * Fall(0.5 * (1 + std::cos(angle)), schedule.min_lr_ratio);
     }
     case ScheduleKind::kLinear:
-      return lr * Fall(1 - Progress(warmup, s, steps), schedule.min_lr_ratio);
+      return lr * Fall(1 - Fraction(warmup, s, steps), schedule.min_lr_ratio);
     case ScheduleKind::kWsd: {
       const double start = std::max(warmup, steps - static_cast<double>(schedule.decay_steps));
       if (s <= start) return lr;
-      return lr * Fall(1 - Progress(start, s, steps), schedule.min_lr_ratio);
+      return lr * Fall(1 - Fraction(start, s, steps), schedule.min_lr_ratio);
     }
   }
   return lr;

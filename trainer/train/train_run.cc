@@ -1,5 +1,7 @@
 #include "trainer/train/train_run.h"
 
+#include <unistd.h>
+
 #include <cmath>
 #include <cstring>
 #include <memory>
@@ -9,6 +11,7 @@
 #include "kernels/base/clock.h"
 #include "kernels/base/file.h"
 #include "kernels/base/number.h"
+#include "kernels/base/shell.h"
 #include "kernels/base/stop_signals.h"
 #include "kernels/hardware.h"
 #include "trainer/checkpoint/checkpoint.h"
@@ -36,6 +39,8 @@ class Run {
   Run(const RunConfig& config, const TrainOptions& options) : config_(config), options_(options) {}
 
   absl::Status Open();
+  // After an Open that failed: a run folder that it made goes again.
+  void RemoveEmptyFolder();
   absl::StatusOr<ExitCode> Loop();
 
  private:
@@ -64,7 +69,8 @@ class Run {
 
   const RunConfig& config_;
   const TrainOptions& options_;
-  const Mesh mesh_;                 // a single rank
+  const Mesh mesh_;  // a single rank
+  bool made_run_folder_ = false;
   RunLock lock_, checkpoint_lock_;  // rank 0's
   StopSignals signals_{"stopping after this step; once more to end at once"};
   Console console_;
@@ -148,12 +154,14 @@ absl::Status Run::Open() {
   }
   KRAIT_RETURN_IF_ERROR(errors.ToStatus());
 
+  made_run_folder_ = !Exists(config_.run_dir);
   KRAIT_RETURN_IF_ERROR(MakeDirectories(config_.run_dir, ExitCode::kCannotSave));
   if (mesh_.rank == 0) {
     KRAIT_ASSIGN_OR_RETURN(lock_, RunLock::Acquire(config_.run_dir));
   }
   if (IsDirectory(config_.checkpoint.dir)) KRAIT_RETURN_IF_ERROR(LockCheckpoints());
   KRAIT_ASSIGN_OR_RETURN(console_, Console::Open(config_.run_dir + "/train.log"));
+  if (!lock_.warning().empty()) KRAIT_RETURN_IF_ERROR(Say("warning: " + lock_.warning()));
   trainer_ = std::make_unique<Trainer>(config_);
   absl::Status said;
   const Notice notice = [&](const std::string& line) { said.Update(Say(line)); };
@@ -193,6 +201,16 @@ absl::Status Run::Open() {
   first_step_ = saving_step_ = state().step;
   first_tokens_ = state().tokens;
   return absl::OkStatus();
+}
+
+void Run::RemoveEmptyFolder() {
+  if (!made_run_folder_) return;
+  const std::string& dir = config_.run_dir;
+  // A folder with anything else in it stays, and so does what cannot be removed.
+  for (const char* name : {"/train.log", "/lock"}) {
+    RemoveFile(dir + name, ExitCode::kCannotSave).IgnoreError();
+  }
+  (void)rmdir(dir.c_str());
 }
 
 absl::Status Run::LockCheckpoints() {
@@ -514,10 +532,11 @@ absl::Status Run::PrintSummary() {
   if (!summary.finished || evaluation_missed_) {
     summary.next_commands = {options_.continue_line};
   } else if (!summary.checkpoint.empty()) {
-    summary.next_commands = {options_.program + " generate " + checkpoint + " --prompt \"...\""};
+    const std::string quoted = ShellQuoted(checkpoint);
+    summary.next_commands = {options_.program + " generate " + quoted + " --prompt \"...\""};
     if (validation_ != nullptr) {
-      summary.next_commands.push_back(options_.program + " eval " + checkpoint + " --data " +
-                                      config_.data.validation.front().path);
+      summary.next_commands.push_back(options_.program + " eval " + quoted + " --data " +
+                                      ShellQuoted(config_.data.validation.front().path));
     }
   }
   for (const std::string& line : FormatSummary(summary)) KRAIT_RETURN_IF_ERROR(Say(line));
@@ -529,6 +548,7 @@ absl::Status Run::PrintSummary() {
 absl::StatusOr<ExitCode> RunTraining(const RunConfig& config, const TrainOptions& options) {
   Run run(config, options);
   const absl::Status opened = run.Open();
+  if (!opened.ok()) run.RemoveEmptyFolder();
   if (ExitCodeOf(opened) == ExitCode::kStopped) {
     return Error(ExitCode::kStopped,
                  MessageOf(opened) + ": no step was made; to go on: " + options.continue_line);

@@ -85,11 +85,16 @@ TEST(Cli, MisuseIsOneSentenceAnd20) {
       {"plan", "a.yaml", "--context", "many"},
       {"plan", "a.yaml", "--context", "-5"},
       {"plan", "a.yaml", "--memory", "big"},
-      {"eval", "x"},
+      {"eval"},
+      {"generate", "x", "--prompt", "a", "--seed", "-1"},
+      {"generate", "x", "--prompt", "a", "--seed", "010"},
+      {"generate", "x", "--prompt", "a", "--seed", "0x10"},
+      {"generate", "x", "--prompt", "a", "--seed", "18446744073709551616"},
+      {"generate", "x", "--prompt", "a", "--top-p", "0x1p-1"},
+      {"data", "build", "--out", "x.h5", "--seed", "-1", "x"},
       {"generate", "x", "--prompt", "a", "--temperature", "warm"},
       {"export", "x", "--hf", "y", "--dtype", "f16"},
       {"checkpoint", "diff", "x"},
-      {"checkpoint", "inspect", "x", "y"},
       {"bench", "step"},
       {"data", "build", "--out", "x.h5"},
       {"--nosuch"}};
@@ -100,6 +105,76 @@ TEST(Cli, MisuseIsOneSentenceAnd20) {
     EXPECT_THAT(result.err, HasSubstr("krait")) << words.front();
     EXPECT_THAT(result.out, IsEmpty());
   }
+}
+
+TEST(Cli, UsageNamesTheCommandOnce) {
+  EXPECT_THAT(Krait({}).err, HasSubstr("Usage: krait [OPTIONS]"));
+  EXPECT_THAT(Krait({"--help"}).out, HasSubstr("Usage: krait [OPTIONS]"));
+  EXPECT_THAT(Krait({"data"}).err, HasSubstr("Usage: krait data [OPTIONS]"));
+  EXPECT_THAT(Krait({"data", "build", "--help"}).out, HasSubstr("Usage: krait data build "));
+}
+
+TEST(Cli, WaitingThreadsSleepUnlessToldOtherwise) {
+  const TinyRun tiny;
+  const auto policy = [&](const std::string& run, const std::vector<std::string>& variables) {
+    std::vector<std::string> argv = {"/usr/bin/env", "-u", "OMP_WAIT_POLICY", "-u",
+                                     "GOMP_SPINCOUNT"};
+    argv.insert(argv.end(), variables.begin(), variables.end());
+    for (const std::string& word :
+         TinyRun::Argv(tiny.TrainWords(run, {"train.steps=1", "schedule.warmup_steps=1"}))) {
+      argv.push_back(word);
+    }
+    const ProcessResult result = RunProcess(argv, {{"OMP_NUM_THREADS", "2"}});
+    EXPECT_EQ(result.code, 0) << result.err;
+    std::ifstream in(tiny / (run + "/environment.json"));
+    const auto kept = nlohmann::json::parse(in).back()["variables"];
+    return kept.value("OMP_WAIT_POLICY", "none") + " " + kept.value("GOMP_SPINCOUNT", "none");
+  };
+  EXPECT_EQ(policy("a", {}), "passive none");
+  EXPECT_EQ(policy("b", {"OMP_WAIT_POLICY=active"}), "active none");
+  EXPECT_EQ(policy("c", {"GOMP_SPINCOUNT=100"}), "none 100");
+}
+
+TEST(Cli, ARefusedStartLeavesNoRunFolder) {
+  const TinyRun tiny;
+  ASSERT_EQ(tiny.Train("run", {"train.steps=1", "schedule.warmup_steps=1"}).code, 0);
+  EXPECT_EQ(tiny.Train("new", {"--resume", tiny / "nosuch"}).code, 30);
+  EXPECT_FALSE(std::filesystem::exists(tiny / "new"));
+  EXPECT_EQ(tiny.Train("new", {"--resume", tiny / "run", "model.d_model=32"}).code, 20);
+  EXPECT_FALSE(std::filesystem::exists(tiny / "new"));
+  // One that was there stays, with what is in it.
+  tiny.folder().Write("old/notes.txt", "kept");
+  EXPECT_EQ(tiny.Train("old", {"--resume", tiny / "nosuch"}).code, 30);
+  EXPECT_TRUE(std::filesystem::exists(tiny / "old/notes.txt"));
+}
+
+TEST(Cli, NotesOfAConfigGoToStandardError) {
+  const TinyRun tiny;
+  const ProcessResult result = Krait({"plan", tiny.config(), "schedule.decay_steps=5", "--json"});
+  EXPECT_EQ(result.code, 0);
+  EXPECT_THAT(result.err, HasSubstr("krait: note: word \"schedule.decay_steps=5\": "));
+  EXPECT_TRUE(nlohmann::json::accept(result.out));
+}
+
+TEST(Cli, SlashesAtTheEndOfPathsDoNotMatter) {
+  const TinyRun tiny;
+  const std::vector<std::string> words = {"train.steps=2", "schedule.warmup_steps=1"};
+  ASSERT_EQ(tiny.Train("run/", {"train.steps=2", "schedule.warmup_steps=1",
+                                "checkpoint.dir=" + (tiny / "saved//")})
+                .code,
+            0);
+  const ProcessResult again = tiny.Train(
+      "run", {"train.steps=3", "schedule.warmup_steps=1", "checkpoint.dir=" + (tiny / "saved")});
+  EXPECT_THAT(again.out, HasSubstr("resuming at step 2 from " + (tiny / "saved/step-00000002")));
+  for (const std::string& path : {tiny / "saved/", tiny / "saved/step-00000003//"}) {
+    EXPECT_EQ(Krait({"eval", path, "--data", tiny / "more.h5"}).code, 0) << path;
+    EXPECT_EQ(Krait({"checkpoint", "verify", path}).code, 0) << path;
+  }
+  EXPECT_EQ(tiny.Train("next", {"train.steps=4", "schedule.warmup_steps=1", "--resume",
+                                tiny / "saved/step-00000003/"})
+                .code,
+            0);
+  EXPECT_EQ(Krait({"data", "build", "--out", tiny / "new.h5", tiny / "more/"}).code, 0);
 }
 
 TEST(Cli, MissingSubcommandsShowHelpAnd20) {
@@ -165,6 +240,63 @@ TEST(Cli, ConfigErrorsNameTheirPlace) {
   result = tiny.Train("run", {"data.train=[{path: " + (tiny / "gone.h5") + "}]"});
   EXPECT_EQ(result.code, 21) << result.err;
   EXPECT_THAT(result.err, HasSubstr("gone.h5"));
+  EXPECT_THAT(result.err, HasSubstr(": data.train[0]: "));
+  result = Krait({"train", tiny / "none.yaml"});
+  EXPECT_EQ(result.code, 20);
+  EXPECT_EQ(result.err, "krait: " + (tiny / "none.yaml") + ": there is no such file\n");
+}
+
+TEST(Cli, EvalTakesTheRunsValidationFiles) {
+  const TinyRun tiny;
+  ASSERT_EQ(tiny.Train("run", {"train.steps=2", "schedule.warmup_steps=1",
+                               "data.validation=[{path: " + (tiny / "more.h5") +
+                                   "}, {path: " + (tiny / "train.h5") + "}]"})
+                .code,
+            0);
+  const auto loss = [&](std::vector<std::string> words) {
+    words.insert(words.begin(), {"eval", tiny / "run", "--json"});
+    const ProcessResult result = Krait(words);
+    EXPECT_EQ(result.code, 0) << result.err;
+    return nlohmann::json::parse(result.out);
+  };
+  const auto both = loss({});
+  const auto more = loss({"--data", tiny / "more.h5"});
+  const auto train = loss({"--data", tiny / "train.h5"});
+  ASSERT_EQ(both["files"].size(), 2u);
+  EXPECT_FALSE(more.contains("files"));
+  EXPECT_EQ(both["files"][0]["loss"], more["loss"]);
+  EXPECT_EQ(both["files"][1]["loss"], train["loss"]);
+  const double a = more["targets"].get<double>(), b = train["targets"].get<double>();
+  EXPECT_NEAR(both["loss"].get<double>(),
+              (a * more["loss"].get<double>() + b * train["loss"].get<double>()) / (a + b), 1e-9);
+  EXPECT_EQ(loss({"--data", tiny / "more.h5", "--data", tiny / "train.h5"})["loss"], both["loss"]);
+
+  const ProcessResult few = Krait({"eval", tiny / "run", "--tokens", "1"});
+  EXPECT_EQ(few.code, 20);
+  EXPECT_THAT(few.err, HasSubstr("--tokens 1 is less than one sequence of 32 tokens"));
+  ASSERT_EQ(
+      tiny.Train("bare", {"train.steps=1", "schedule.warmup_steps=1", "data.validation=[]"}).code,
+      0);
+  const ProcessResult none = Krait({"eval", tiny / "bare"});
+  EXPECT_EQ(none.code, 20);
+  EXPECT_THAT(none.err, HasSubstr("--data X.h5"));
+}
+
+TEST(Cli, GenerateReadsItsPromptFromStandardInput) {
+  const TinyRun tiny;
+  ASSERT_EQ(tiny.Train("run", {"train.steps=1", "schedule.warmup_steps=1"}).code, 0);
+  const std::string command =
+      std::string(KRAIT_BINARY) + " generate " + (tiny / "run") + " --tokens 4 --seed 3";
+  const auto shell = [](const std::string& line) {
+    return RunProcess({"/bin/sh", "-c", line}, TinyRun::Variables());
+  };
+  const ProcessResult piped = shell("printf 'two\\nlines' | " + command);
+  EXPECT_EQ(piped.code, 0) << piped.err;
+  EXPECT_EQ(piped.out, shell(command + " --prompt 'two\nlines'").out);
+  EXPECT_TRUE(piped.out.starts_with("two\nlines"));
+  const ProcessResult empty = shell(command + " < /dev/null");
+  EXPECT_EQ(empty.code, 20);
+  EXPECT_THAT(empty.err, HasSubstr("the prompt is empty"));
 }
 
 TEST(Cli, DataBuildAndInspect) {

@@ -6,6 +6,8 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
+#include <optional>
 
 #include "support/tiny_run.h"
 #include "trainer/train/trainer.h"
@@ -30,12 +32,15 @@ class GenerateTest : public testing::Test {
     ASSERT_TRUE(loaded.ok()) << loaded.status();
     model_ = std::move(*loaded);
   }
-  std::vector<int32_t> Greedy(const std::vector<int32_t>& prompt, int64_t tokens) {
+  std::vector<int32_t> Greedy(const std::vector<int32_t>& prompt, int64_t tokens,
+                              std::optional<int32_t> end = std::nullopt) {
     SamplingOptions options;
     options.temperature = 0;
     std::vector<int32_t> ids;
-    const auto stats = Generate(model_.get(), prompt, tokens, 256, options,
-                                [&](int32_t id) { ids.push_back(id); });
+    const auto stats = Generate(model_.get(), prompt, tokens, 256, end, options, [&](int32_t id) {
+      ids.push_back(id);
+      return absl::OkStatus();
+    });
     EXPECT_TRUE(stats.ok()) << stats.status();
     return ids;
   }
@@ -101,12 +106,40 @@ TEST_F(GenerateTest, EachTokenIsDrawnFromWhatCameBefore) {
   }
 }
 
+TEST_F(GenerateTest, StopsAtTheEndToken) {
+  const std::vector<int32_t> ids = Ids(5);
+  const std::vector<int32_t> drawn = Greedy(ids, 20);
+  ASSERT_EQ(drawn.size(), 20u);
+  const auto end = std::find(drawn.begin(), drawn.end(), drawn[7]);
+  EXPECT_EQ(Greedy(ids, 20, drawn[7]), std::vector<int32_t>(drawn.begin(), end));
+}
+
+TEST_F(GenerateTest, AnErrorOfTheReceiverEndsIt) {
+  int taken = 0;
+  const auto stats =
+      Generate(model_.get(), {1, 2, 3}, 1000, 256, std::nullopt, SamplingOptions(),
+               [&](int32_t) { return ++taken < 3 ? absl::OkStatus() : absl::CancelledError("x"); });
+  EXPECT_TRUE(absl::IsCancelled(stats.status()));
+  EXPECT_EQ(taken, 3);
+}
+
+TEST_F(GenerateTest, TokensAreCappedByTheMemory) {
+  EXPECT_EQ(model_->DecodeTokens(5, 100), 100);
+  // Keys and values of one layer: 2 x 2 heads x 4 x 4 bytes a token, so a terabyte holds 2^34.
+  const int64_t most = model_->DecodeTokens(5, std::numeric_limits<int64_t>::max());
+  EXPECT_GT(most, 1'000'000);
+  EXPECT_LT(most, int64_t{1} << 40);
+  EXPECT_EQ(model_->DecodeTokens(5, most), most);
+  EXPECT_EQ(model_->DecodeTokens(int64_t{1} << 40, 1), -1);
+}
+
 TEST_F(GenerateTest, NonFiniteWeightsAreNamed) {
   float* head =
       model_->weights().Param(model_->weights().table().Find("lm_head.weight")).data<float>();
   head[0] = std::nanf("");
   SamplingOptions options;
-  const auto stats = Generate(model_.get(), {1, 2, 3}, 4, 256, options, [](int32_t) {});
+  const auto stats = Generate(model_.get(), {1, 2, 3}, 4, 256, std::nullopt, options,
+                              [](int32_t) { return absl::OkStatus(); });
   EXPECT_EQ(ExitCodeOf(stats.status()), ExitCode::kNumerics);
 }
 
