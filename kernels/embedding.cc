@@ -58,7 +58,7 @@ void EmbeddingForward(Tensor y, Tensor tokens, Tensor table, VocabularySlice sli
 }
 
 void EmbeddingBackward(Tensor dtable, Tensor dy, Tensor tokens, VocabularySlice slice,
-                       const Context& ctx) {
+                       int64_t pad_token, const Context& ctx) {
   OpScope op(ctx, OpFamily::kEmbedding, "EmbeddingBackward",
              {{"dtable", dtable}, {"dy", dy}, {"tokens", tokens}});
   op.CountBytes(2 * dy.bytes() - dtable.bytes());
@@ -67,7 +67,7 @@ void EmbeddingBackward(Tensor dtable, Tensor dy, Tensor tokens, VocabularySlice 
     const Tensor scratch =
         ctx.scratch->Alloc(DType::kI32, {cuda::EmbeddingScratchWords(tokens.numel())});
     if (op.planning()) return;
-    KRAIT_CUDA(EmbeddingBackward(dtable, dy, tokens, slice, scratch, ctx));
+    KRAIT_CUDA(EmbeddingBackward(dtable, dy, tokens, slice, pad_token, scratch, ctx));
     return;
   }
   cpu::Widened wide(ctx);
@@ -81,7 +81,7 @@ void EmbeddingBackward(Tensor dtable, Tensor dy, Tensor tokens, VocabularySlice 
     ParallelFor(grad.columns, kColumns, [&](int64_t begin, int64_t end) {
       for (int64_t i = 0; i < grad.rows; ++i) {
         const int64_t row = token[i] - slice.first;
-        if (row < 0 || row >= slice.used) continue;
+        if (row < 0 || row >= slice.used || token[i] == pad_token) continue;
         cpu::Add(end - begin, grad[i] + begin, weight[row] + begin);
       }
     });

@@ -4,6 +4,8 @@
 #ifndef KRAIT_KERNELS_EMBEDDING_H_
 #define KRAIT_KERNELS_EMBEDDING_H_
 
+#include <cstdint>
+
 #include "kernels/context.h"
 #include "kernels/tensor.h"
 #include "kernels/vocabulary.h"
@@ -15,9 +17,11 @@ namespace krait {
 void EmbeddingForward(Tensor y, Tensor tokens, Tensor table, VocabularySlice slice,
                       const Context& ctx);
 // dtable (Wide) row of tokens[i] += dy[i], the rows of one token in ascending i (deterministic, no
-// atomics). Tokens of other slices are ignored.
+// atomics). Tokens of other slices are ignored, and so is pad_token, whose row is not trained by
+// the lookup (torch.nn.Embedding's padding_idx).
+inline constexpr int64_t kNoPadToken = -1;
 void EmbeddingBackward(Tensor dtable, Tensor dy, Tensor tokens, VocabularySlice slice,
-                       const Context& ctx);
+                       int64_t pad_token, const Context& ctx);
 
 }  // namespace krait
 

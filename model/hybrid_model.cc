@@ -387,7 +387,7 @@ void HybridModel::Backward(const Batch& batch, double aux_scale, ActivationSet* 
   }
   if (first()) {
     EmbeddingBackward(weights_->Grad(embedding_), dh, batch.tokens.View({batch.tokens.numel()}),
-                      vocabulary_, ctx);
+                      vocabulary_, spec_.pad_token, ctx);
     weights_->GradReady(embedding_);
   } else {
     Copy(batch.d_h_in, dh, ctx);

@@ -53,6 +53,7 @@ enum class InitScheme : uint8_t { kMamba, kHf };
 struct ModelSpec {
   int64_t vocab_size = 0, d_model = 0, n_layers = 0;
   bool tie_embeddings = false;
+  int64_t pad_token = -1;  // whose embedding row gets no gradient from the lookup; -1: none
   double norm_eps = 1e-6;
   AttentionSpec attention;
   MambaSpec mamba;

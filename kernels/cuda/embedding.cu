@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kThreads)
 template <typename T, int kVec>
 __global__ void __launch_bounds__(kThreads)
     SumKernel(Rows<float> dtable, Rows<const T> dy, const int32_t* keys, const int32_t* positions,
-              VocabularySlice slice, int64_t n, int d) {
+              VocabularySlice slice, int64_t pad_token, int64_t n, int d) {
   const int col = (blockIdx.y * kThreads + threadIdx.x) * kVec;
   if (col >= d) return;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kPositions;
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kThreads)
     const int32_t token = keys[s];
     if (s > 0 && keys[s - 1] == token) continue;
     const int64_t row = token - slice.first;
-    if (row < 0 || row >= slice.used) continue;
+    if (row < 0 || row >= slice.used || token == pad_token) continue;
     float* const at = dtable[row] + col;
     Pack<float, kVec> sum = Load<kVec>(at);
     int64_t i = s;
@@ -116,7 +116,7 @@ void EmbeddingForward(Tensor y, Tensor tokens, Tensor table, VocabularySlice sli
 }
 
 void EmbeddingBackward(Tensor dtable, Tensor dy, Tensor tokens, VocabularySlice slice,
-                       Tensor scratch, const Context& ctx) {
+                       int64_t pad_token, Tensor scratch, const Context& ctx) {
   const int64_t n = tokens.numel();
   KRAIT_CHECK(dtable.dtype() == DType::kF32 && dy.dim(-1) == dtable.dim(-1) && dy.rows() == n &&
               slice.used <= dtable.dim(0) && scratch.numel() >= EmbeddingScratchWords(n));
@@ -145,7 +145,7 @@ void EmbeddingBackward(Tensor dtable, Tensor dy, Tensor tokens, VocabularySlice 
     Launch("EmbeddingBackward", SumKernel<T, vec>,
            Grid((n + kPositions - 1) / kPositions, (d + kThreads * vec - 1) / (kThreads * vec)),
            dim3(kThreads), 0, ctx, RowsOf<float>(dtable), RowsOf<const T>(dy), constant(keys),
-           constant(positions), slice, n, static_cast<int>(d));
+           constant(positions), slice, pad_token, n, static_cast<int>(d));
   });
 }
 

@@ -25,7 +25,7 @@ inline int64_t EmbeddingScratchWords(int64_t tokens) {
 }
 // scratch [EmbeddingScratchWords(M)] i32.
 void EmbeddingBackward(Tensor dtable, Tensor dy, Tensor tokens, VocabularySlice slice,
-                       Tensor scratch, const Context& ctx);
+                       int64_t pad_token, Tensor scratch, const Context& ctx);
 
 }  // namespace krait::cuda
 

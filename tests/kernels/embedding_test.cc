@@ -34,7 +34,7 @@ TEST(Embedding, GradientsInDouble) {
     tokens.FillIntegers(1, 0, vocab);
     table.FillNormal(2);
     cotangent.FillNormal(3);
-    EmbeddingBackward(grad, cotangent, tokens, whole, ctx);
+    EmbeddingBackward(grad, cotangent, tokens, whole, kNoPadToken, ctx);
     CheckGradients(
         [&] {
           EmbeddingForward(y, tokens, table, whole, ctx);
@@ -44,7 +44,7 @@ TEST(Embedding, GradientsInDouble) {
     EXPECT_TRUE(y.PaddingIntact());
     // Accumulates.
     const std::vector<double> once = Values(grad);
-    EmbeddingBackward(grad, cotangent, tokens, whole, ctx);
+    EmbeddingBackward(grad, cotangent, tokens, whole, kNoPadToken, ctx);
     for (size_t i = 0; i < once.size(); ++i) EXPECT_NEAR(Values(grad)[i], 2 * once[i], 1e-14);
   }
 }
@@ -56,8 +56,8 @@ TEST(Embedding, BackwardIsTheSameForAnyNumberOfThreads) {
   Buf tokens(kI32, {m}), dy(kF32, {m, d}), one(kF32, {vocab, d}), two(kF32, {vocab, d});
   tokens.FillIntegers(1, 0, vocab);
   dy.FillNormal(2);
-  WithThreads(1, [&] { EmbeddingBackward(one, dy, tokens, whole, ctx); });
-  WithThreads(2, [&] { EmbeddingBackward(two, dy, tokens, whole, ctx); });
+  WithThreads(1, [&] { EmbeddingBackward(one, dy, tokens, whole, kNoPadToken, ctx); });
+  WithThreads(2, [&] { EmbeddingBackward(two, dy, tokens, whole, kNoPadToken, ctx); });
   EXPECT_TRUE(SameBits(one, two));
 }
 
@@ -66,8 +66,31 @@ TEST(Embedding, NoTokens) {
   const VocabularySlice whole = WholeVocabulary(3);
   Buf tokens(kI32, {0}), table(kF32, {3, 4}), y(kF32, {0, 4});
   EmbeddingForward(y, tokens, table, whole, ctx);
-  EmbeddingBackward(table, y, tokens, whole, ctx);
+  EmbeddingBackward(table, y, tokens, whole, kNoPadToken, ctx);
   EXPECT_EQ(Values(table), std::vector<double>(12, 0));
+}
+
+TEST(Embedding, ThePaddingRowGetsNoGradient) {
+  const TestContext ctx;
+  const int64_t vocab = 7, d = 70, m = 40;
+  for (const int64_t pad : {0, 3, 6}) {
+    // Of the whole vocabulary, and of a slice that begins at id 2.
+    for (const VocabularySlice slice : {WholeVocabulary(vocab), VocabularySlice{2, 5, vocab}}) {
+      Buf tokens(kI32, {m}), dy(kF32, {m, d}), all(kF32, {slice.used, d}),
+          padded(kF32, {slice.used, d});
+      tokens.FillIntegers(1, 0, vocab);
+      dy.FillNormal(2);
+      all.Fill(0.5);
+      padded.Fill(0.5);
+      EmbeddingBackward(all, dy, tokens, slice, kNoPadToken, ctx);
+      EmbeddingBackward(padded, dy, tokens, slice, pad, ctx);
+      for (int64_t i = 0; i < slice.used * d; ++i) {
+        const bool own = slice.first + i / d == pad;
+        EXPECT_EQ(Get(padded, i), own ? 0.5 : Get(all, i)) << pad << " " << i;
+        EXPECT_NE(Get(all, i), 0.5);
+      }
+    }
+  }
 }
 
 // A table of more than 2^32 bytes and 2^31 elements, of which only the last row is touched.
@@ -83,7 +106,7 @@ TEST(Embedding, OffsetsBeyond32Bits) {
   Buf tokens(kI32, {2}), dy(kF32, {2, d}), y(kF32, {2, d});
   tokens.Assign({static_cast<double>(vocab - 1), 0});
   dy.FillNormal(1);
-  EmbeddingBackward(table, dy, tokens, whole, ctx);
+  EmbeddingBackward(table, dy, tokens, whole, kNoPadToken, ctx);
   EXPECT_EQ(static_cast<float*>(memory)[(vocab - 1) * d + 5], static_cast<float>(Get(dy, 5)));
   EmbeddingForward(y, tokens, table, whole, ctx);
   EXPECT_EQ(Values(y), Values(dy));
@@ -103,7 +126,7 @@ TEST(Embedding, SlicesAddUpToTheWhole) {
     table.FillNormal(2);
     dy.FillNormal(3);
     EmbeddingForward(y, tokens, table, WholeVocabulary(vocab), ctx);
-    EmbeddingBackward(dtable, dy, tokens, WholeVocabulary(vocab), ctx);
+    EmbeddingBackward(dtable, dy, tokens, WholeVocabulary(vocab), kNoPadToken, ctx);
     for (const std::vector<int64_t>& sizes :
          std::vector<std::vector<int64_t>>{{6, 5}, {5, 6, 0}, {1, 9, 1}}) {
       std::vector<double> sum(static_cast<size_t>(m * d));
@@ -117,7 +140,7 @@ TEST(Embedding, SlicesAddUpToTheWhole) {
         for (int64_t i = 0; i < used * d; ++i) Set(part, i, Get(table, first * d + i));
         EmbeddingForward(own, tokens, part, slice, ctx);
         for (size_t i = 0; i < sum.size(); ++i) sum[i] += Values(own)[i];
-        EmbeddingBackward(gradient, dy, tokens, slice, ctx);
+        EmbeddingBackward(gradient, dy, tokens, slice, kNoPadToken, ctx);
         for (int64_t i = 0; i < (used + 2) * d; ++i) {
           const double want = i < used * d ? Get(dtable, first * d + i) : 0;
           // At most a dozen additions, begun at another number.

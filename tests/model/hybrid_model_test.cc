@@ -7,6 +7,7 @@
 
 #include "gtest/gtest.h"
 #include "kernels/activation.h"
+#include "model/names.h"
 #include "model/support/tiny_model.h"
 
 namespace krait {
@@ -426,6 +427,48 @@ TEST(HybridModel, PlansEvaluationAndDecodingOfLargeModels) {
   model.Decode(batches.Alloc(DType::kF32, {1, 65536}), batch.tokens, state.get(), ctx);
   // 9 attention layers, keys and values of 8 heads of 128.
   EXPECT_GE(states.high_water(), int64_t{9} * 2 * 8 * 128 * 262'144 * 4);
+}
+
+// The padding token's row: its lookup adds nothing, the tied head's gradient still reaches it, and
+// no other gradient changes.
+TEST(HybridModel, PaddingRowGetsNoGradientFromTheLookup) {
+  const TestBatch batch(2, 9, 11, 5);
+  int64_t pad = -1;
+  for (int64_t i = 0; i < batch.value().tokens.numel(); ++i) {
+    if (Get(batch.value().targets, i) >= 0)
+      pad = static_cast<int64_t>(Get(batch.value().tokens, i));
+  }
+  const auto run = [&](bool tied, int64_t pad_token) {
+    ModelSpec spec = MixedSpec();
+    spec.tie_embeddings = tied;
+    spec.pad_token = pad_token;
+    TinyModel model(spec, DType::kF64);
+    testing::RandomiseWeights(model.weights(), 11, 2);
+    if (!tied) {
+      const Tensor head = model.weights().Param(model.table().Find(kHeadName)),
+                   embedding = model.weights().Param(model.table().Find(kEmbeddingName));
+      for (int64_t i = 0; i < head.numel(); ++i) Set(head, i, Get(embedding, i));
+    }
+    model.Step(batch, true);
+    std::map<std::string, std::vector<double>> gradients;
+    for (const auto& pair : model.Pairs()) gradients[pair.name] = Values(pair.gradient);
+    return gradients;
+  };
+  const int64_t d = MixedSpec().d_model;
+  const auto untied = run(false, -1);
+  for (const bool tied : {false, true}) {
+    const auto all = run(tied, -1), padded = run(tied, pad);
+    for (const auto& [name, gradient] : all) {
+      for (size_t i = 0; i < gradient.size(); ++i) {
+        const bool in_row = name == kEmbeddingName && static_cast<int64_t>(i) / d == pad;
+        const double lookup = in_row ? untied.at(name)[i] : 0;
+        if (in_row) {
+          EXPECT_GT(std::abs(lookup), 1e-6);
+        }
+        EXPECT_NEAR(padded.at(name)[i], gradient[i] - lookup, in_row ? 1e-14 : 0) << name << i;
+      }
+    }
+  }
 }
 
 }  // namespace

@@ -212,8 +212,7 @@ void CheckParallel(const ParallelConfig& parallel, ConfigUse use, int64_t ranks,
 void CheckLater(const ConfigDraft& draft, ConfigReader* reader) {
   const ConfigDraft defaults;
   for (const auto& [key, value, only, word] :
-       {std::tuple{"model.pad_token", draft.pad_token, defaults.pad_token, "none"},
-        {"parallel.reduce", draft.reduce, defaults.reduce, "fp32"}}) {
+       {std::tuple{"parallel.reduce", draft.reduce, defaults.reduce, "fp32"}}) {
     if (value != only) {
       reader->Fail(key, absl::StrCat(key, ": this version knows ", word,
                                      " only; other values are "
@@ -223,6 +222,11 @@ void CheckLater(const ConfigDraft& draft, ConfigReader* reader) {
 }
 
 void CheckModel(const ModelSpec& model, ConfigReader* reader) {
+  if (model.pad_token >= model.vocab_size && reader->Good({"model.vocab_size"})) {
+    reader->Fail("model.pad_token",
+                 absl::StrCat("model.pad_token ", model.pad_token,
+                              " is no token of model.vocab_size ", model.vocab_size));
+  }
   CheckAttention(model, reader);
   CheckMoe(model, reader);
   if (SizeBounds(model).parameters > kMaxParameters) {

@@ -24,10 +24,8 @@ void VisitModel(ModelSpec* model, ConfigDraft* draft, ConfigVisitor* v) {
            &model->n_layers, {1, kMaxLayers});
   v->Bool({"model.tie_embeddings", "the output head is the embedding matrix"},
           &model->tie_embeddings);
-  v->Whole({.path = "model.pad_token",
-            .meaning = "id whose embedding row gets no gradient from the lookup",
-            .shown = false},
-           &draft->pad_token, {0, 1 << 24, "none", -1});
+  v->Whole({"model.pad_token", "id whose embedding row gets no gradient from the lookup"},
+           &model->pad_token, {0, 1 << 24, "none", -1});
   v->Number({"model.norm_eps", "added to the mean square inside every RMSNorm"}, &model->norm_eps,
             kPositive);
   v->String({"model.pattern", "mixer (m, a) and E for experts of each layer, repeated", "",

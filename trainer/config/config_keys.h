@@ -73,7 +73,7 @@ struct ConfigDraft {
   int64_t moe_every = 0, moe_offset = -1;  // 0: dense
   double decay_steps = 0.1;                // RunConfig: a count
 
-  int64_t pad_token = -1, reduce = 0;
+  int64_t reduce = 0;
 };
 
 // Shows `visitor` every key with its place in `config` or `draft`, in the order of the resolved

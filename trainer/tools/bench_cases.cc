@@ -309,7 +309,7 @@ void AddVocabulary(const Shapes& z, std::vector<Case>* cases) {
       {"embedding", OpFamily::kEmbedding, "backward", embed, [=](Operands* o) -> Op {
          auto dy = o->Normal({m, d}), ids = o->Ids({m}, v), dtable = o->WideOut({v, d});
          return [=](const Context& ctx) {
-           EmbeddingBackward(dtable, dy, ids, WholeVocabulary(v), ctx);
+           EmbeddingBackward(dtable, dy, ids, WholeVocabulary(v), kNoPadToken, ctx);
          };
        }});
   const std::string shape = absl::StrFormat("M%d V%d", kLossRows, v);

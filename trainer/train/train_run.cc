@@ -276,6 +276,11 @@ absl::Status Run::Describe() {
   if (const std::string idle = WithoutEffect(config_); !idle.empty()) {
     KRAIT_RETURN_IF_ERROR(Say("note: " + idle));
   }
+  if (config_.model.pad_token >= 0) {
+    KRAIT_RETURN_IF_ERROR(Say(
+        absl::StrFormat("model.pad_token %d: its embedding row gets no gradient from the lookup",
+                        config_.model.pad_token)));
+  }
   const int64_t there = MemoryOf(trainer_->ctx().device).total;
   if (trainer_->memory().total() <= there) return absl::OkStatus();
   return Say(

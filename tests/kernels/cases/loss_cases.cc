@@ -105,15 +105,17 @@ void AddEmbedding(int64_t m, int64_t d, VocabularySlice slice, int64_t pad,
           .Call([slice](const Operands& t, const Context& ctx) {
             EmbeddingForward(t["y"], t["tokens"], t["table"], slice, ctx);
           }));
-  cases->push_back(
-      OpCase("EmbeddingBackward", what)
-          .InOut("dtable", kWide, {rows, d}, WithRows(Normal(3), slice.used, rows, 7), Sum(m))
-          .In("dy", kCompute, {m, d}, Normal(4))
-          .Pad(pad)
-          .In("tokens", kI32, {m}, Integers(1, 0, slice.total))
-          .Call([slice](const Operands& t, const Context& ctx) {
-            EmbeddingBackward(t["dtable"], t["dy"], t["tokens"], slice, ctx);
-          }));
+  for (const int64_t pad_token : {kNoPadToken, slice.first + slice.used / 2}) {
+    cases->push_back(
+        OpCase("EmbeddingBackward", what + (pad_token == kNoPadToken ? "" : ", a padding row"))
+            .InOut("dtable", kWide, {rows, d}, WithRows(Normal(3), slice.used, rows, 7), Sum(m))
+            .In("dy", kCompute, {m, d}, Normal(4))
+            .Pad(pad)
+            .In("tokens", kI32, {m}, Integers(1, 0, slice.total))
+            .Call([=](const Operands& t, const Context& ctx) {
+              EmbeddingBackward(t["dtable"], t["dy"], t["tokens"], slice, pad_token, ctx);
+            }));
+  }
 }
 
 }  // namespace

@@ -63,8 +63,7 @@ TEST(ConfigKeys, EveryPrintedKeyIsListed) {
 }
 
 TEST(ConfigKeys, KeysOfOneValueAreRefusedOtherwise) {
-  const std::pair<const char*, const char*> cases[] = {{"model.pad_token", "0"},
-                                                       {"parallel.reduce", "bf16"}};
+  const std::pair<const char*, const char*> cases[] = {{"parallel.reduce", "bf16"}};
   for (const auto& [key, value] : cases) {
     const std::string word = std::string(key) + "=" + value;
     const std::string error = ErrorOf(Parse(kSmall, {word}));
@@ -72,7 +71,25 @@ TEST(ConfigKeys, KeysOfOneValueAreRefusedOtherwise) {
     EXPECT_THAT(error, HasSubstr("not there yet"));
     EXPECT_THAT(MustParse(kSmall).ToYaml(), Not(HasSubstr(std::string(key).substr(6))));
   }
-  MustParse(kSmall, {"model.pad_token=none", "parallel.reduce=fp32"});
+  MustParse(kSmall, {"parallel.reduce=fp32"});
+}
+
+TEST(ConfigKeys, PadTokenIsAnIdOfTheVocabularyOrNone) {
+  EXPECT_EQ(MustParse(kSmall).model.pad_token, -1);
+  EXPECT_EQ(MustParse(kSmall, {"model.pad_token=none"}).model.pad_token, -1);
+  const RunConfig padded = MustParse(kSmall, {"model.pad_token=0"});
+  EXPECT_EQ(padded.model.pad_token, 0);
+  EXPECT_THAT(padded.ToYaml(), HasSubstr("pad_token: 0\n"));
+  EXPECT_THAT(MustParse(kSmall).ToYaml(), HasSubstr("pad_token: none\n"));
+  EXPECT_EQ(MustParse(kSmall, {"model.pad_token=255"}).model.pad_token, 255);
+  EXPECT_THAT(ErrorOf(Parse(kSmall, {"model.pad_token=256"})),
+              HasSubstr("model.pad_token 256 is no token of model.vocab_size 256"));
+  EXPECT_THAT(ErrorOf(Parse(kSmall, {"model.pad_token=-1"})), HasSubstr("model.pad_token"));
+  // A resumed run keeps it.
+  const auto changes = CompareForResume(MustParse(kSmall), padded);
+  ASSERT_EQ(changes.size(), 1u);
+  EXPECT_EQ(changes[0].key, "model.pad_token");
+  EXPECT_EQ(changes[0].kind, ConfigDifference::Kind::kRefused);
 }
 
 TEST(ConfigKeys, RopeThetaNoneMeansNoPositions) {

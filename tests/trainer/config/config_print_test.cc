@@ -24,6 +24,7 @@ model:
   d_model: 48
   n_layers: 6
   tie_embeddings: true
+  pad_token: 299
   norm_eps: 1.5e-5
   pattern: "m aE a mE mE m"
   attention: {heads: 6, kv_heads: 2, head_dim: 10, rope_theta: 12345.678}
@@ -66,6 +67,7 @@ void ExpectSame(const RunConfig& a, const RunConfig& b) {
   EXPECT_EQ(a.model.d_model, b.model.d_model);
   EXPECT_EQ(a.model.n_layers, b.model.n_layers);
   EXPECT_EQ(a.model.tie_embeddings, b.model.tie_embeddings);
+  EXPECT_EQ(a.model.pad_token, b.model.pad_token);
   EXPECT_EQ(a.model.norm_eps, b.model.norm_eps);
   EXPECT_EQ(a.model.attention.heads, b.model.attention.heads);
   EXPECT_EQ(a.model.attention.kv_heads, b.model.attention.kv_heads);
