@@ -1,11 +1,15 @@
-#include "model/hf.h"
-
+// config.json to ModelSpec (hf.h).
+#include <algorithm>
 #include <cmath>
 #include <limits>
+#include <optional>
+#include <string>
 #include <utility>
+#include <vector>
 
-#include "kernels/base/check.h"
 #include "kernels/base/json.h"
+#include "model/hf.h"
+#include "model/hf_members.h"
 
 namespace krait {
 namespace {
@@ -67,11 +71,12 @@ class ConfigReader {
     return value.get<bool>();
   }
 
-  // A key that must have one of the given texts where it is present.
+  // A key that must have the given text where it is present.
   void Require(const char* key, const std::string& text, const std::string& why) const {
-    if (Has(key) && object_.at(key) != text) {
-      Add(key, "is " + Shown(object_.at(key)) + ", expected \"" + text + "\": " + why);
-    }
+    if (Has(key) && object_.at(key) != text) Expected(key, "\"" + text + "\": " + why);
+  }
+  void Expected(const char* key, const std::string& what) const {
+    Add(key, "is " + Shown(object_.at(key)) + ", expected " + what);
   }
 
   const nlohmann::json& At(const char* key) const { return object_.at(key); }
@@ -79,7 +84,7 @@ class ConfigReader {
     errors_->Add(ExitCode::kConfig, path_ + ": " + key + " " + what);
   }
   static std::string Shown(const nlohmann::json& value) {
-    const std::string text = value.dump(-1, ' ', true, nlohmann::json::error_handler_t::replace);
+    const std::string text = DumpPythonJson(value);
     return text.size() <= 60 ? text : text.substr(0, 57) + "...";
   }
 
@@ -102,151 +107,179 @@ Cycle ReadCycle(const ConfigReader& config, const char* period_key, const char* 
   cycle.period = config.Int(period_key, missing.period, 1, kMax);
   cycle.offset = config.Int(offset_key, missing.offset, 0, kMax);
   if (cycle.offset >= cycle.period) {
-    config.Add(offset_key, "is " + std::to_string(cycle.offset) + ", expected less than " +
-                               period_key + " " + std::to_string(cycle.period));
+    config.Add(offset_key,
+               "is " + std::to_string(cycle.offset) + ", expected less than " + period_key + " " +
+                   std::to_string(cycle.period) +
+                   " (where transformers before 4.57 saw no such layer: to say that, give both of "
+                   "them above num_hidden_layers)");
     return {};
   }
   return cycle;
 }
 
-// transformers 5 may list the layers as well; the list must say what the periods say.
-void CheckLayerTypes(const ConfigReader& config, const std::vector<LayerKinds>& layers) {
-  constexpr const char* kKey = "layer_types";
-  if (!config.Has(kKey)) return;
-  const auto& types = config.At(kKey);
-  if (!types.is_array() || types.size() != layers.size()) {
-    config.Add(kKey, "is no list of " + std::to_string(layers.size()) + " names, one per layer");
+// Lists of the layers, which some versions write as well, must say what the periods say. `says`
+// tells what an item means: true, false, or nullopt for neither.
+template <typename Says>
+void CheckLayerList(const ConfigReader& config, const char* key, const std::vector<bool>& layers,
+                    const std::string& by, const Says& says) {
+  if (!config.Has(key)) return;
+  const auto& list = config.At(key);
+  if (!list.is_array() || list.size() != layers.size()) {
+    config.Add(key, "is no list of " + std::to_string(layers.size()) + " items, one per layer");
     return;
   }
   for (size_t i = 0; i < layers.size(); ++i) {
-    const bool attention = types[i] == "full_attention" || types[i] == "attention";
-    const bool mamba = types[i] == "mamba" || types[i] == "linear_attention";
-    if ((!attention && !mamba) || attention != layers[i].attention) {
-      config.Add(kKey, "has " + ConfigReader::Shown(types[i]) + " for layer " + std::to_string(i) +
-                           ", where attn_layer_period and attn_layer_offset give " +
-                           (layers[i].attention ? "attention" : "Mamba"));
-      return;
-    }
+    if (says(list[i]) == std::optional<bool>(layers[i])) continue;
+    config.Add(key, "has " + ConfigReader::Shown(list[i]) + " for layer " + std::to_string(i) +
+                        ", which contradicts " + by);
+    return;
   }
 }
 
-// The smallest period, with its offset, that hits exactly the layers for which `in` is true;
-// period 0: there is none.
-Cycle FindCycle(const std::vector<bool>& in) {
-  const auto n = static_cast<int64_t>(in.size());
-  // A period beyond the last layer with the offset behind it hits nothing.
-  for (int64_t period = 1; period <= n + 1; ++period) {
-    for (int64_t offset = 0; offset < period; ++offset) {
-      const Cycle cycle{period, offset};
-      bool same = true;
-      for (int64_t i = 0; i < n && same; ++i) same = cycle.Hits(i) == in[static_cast<size_t>(i)];
-      if (same) return cycle;
-    }
+void CheckLayerLists(const ConfigReader& config, const std::vector<LayerKinds>& layers) {
+  std::vector<bool> attention, moe;
+  for (const LayerKinds& layer : layers) {
+    attention.push_back(layer.attention);
+    moe.push_back(layer.moe);
   }
-  return {0, 0};
+  for (const char* key : {"layer_types", "layers_block_type"}) {
+    CheckLayerList(config, key, attention, "attn_layer_period and attn_layer_offset",
+                   [](const nlohmann::json& type) -> std::optional<bool> {
+                     if (type == "full_attention" || type == "attention") return true;
+                     if (type == "mamba" || type == "linear_attention") return false;
+                     return std::nullopt;
+                   });
+  }
+  CheckLayerList(config, "layers_num_experts", moe,
+                 "num_experts, expert_layer_period and expert_layer_offset",
+                 [](const nlohmann::json& experts) -> std::optional<bool> {
+                   if (!experts.is_number_integer()) return std::nullopt;
+                   return experts.get<double>() > 1;
+                 });
 }
 
-// Reasons why transformers' Jamba cannot express a spec.
-class Refusals {
- public:
-  void Add(const std::string& reason) {
-    errors_.Add(ExitCode::kConfig, "not expressible as a Hugging Face Jamba model: " + reason);
+// "bitsandbytes, 4 bit": how the weights are quantised; "" where they are not.
+std::string Quantisation(const nlohmann::json& object) {
+  for (const char* key : {"quantization_config", "compression_config"}) {
+    const auto found = object.find(key);
+    if (found == object.end() || found->is_null() || found->empty()) continue;
+    const auto text = [&](const char* member) -> std::string {
+      const auto value = found->is_object() ? found->find(member) : found->end();
+      return value != found->end() && value->is_string() ? value->get<std::string>() : "";
+    };
+    const auto is = [&](const char* member) {
+      return found->is_object() && found->value(member, nlohmann::json()) == true;
+    };
+    std::string how = text("quant_method");
+    if (is("load_in_4bit") || is("_load_in_4bit")) how = "bitsandbytes, 4 bit";
+    if (is("load_in_8bit") || is("_load_in_8bit")) how = "bitsandbytes, 8 bit";
+    if (how.empty()) how = "by a method that it does not name";
+    if (const std::string format = text("format"); !format.empty()) how += ", " + format;
+    const auto bits = found->is_object() ? found->find("bits") : found->end();
+    if (bits != found->end() && bits->is_number_integer()) {
+      how += ", " + std::to_string(bits->get<int64_t>()) + " bit";
+    }
+    return std::string(key) + ": the weights are quantised (" + how.substr(0, 100) + ")";
   }
-  absl::Status ToStatus() const { return errors_.ToStatus(); }
+  return "";
+}
 
- private:
-  ErrorList errors_;
-};
+void CheckArchitectures(const ConfigReader& config) {
+  constexpr const char* kKey = "architectures";
+  if (!config.Has(kKey)) return;
+  const auto& names = config.At(kKey);
+  const auto known = [](const nlohmann::json& name) {
+    return name == "JambaForCausalLM" || name == "JambaModel";
+  };
+  const bool listed =
+      names.is_array() && (names.empty() || std::any_of(names.begin(), names.end(), known));
+  if (listed || known(names)) return;
+  config.Expected(kKey, "JambaForCausalLM, or its base model JambaModel: Krait has no other heads");
+}
 
-void CheckOptions(const ModelSpec& spec, Refusals* refusals) {
-  if (spec.Has(SublayerKind::kAttention)) {
-    const AttentionSpec& attention = spec.attention;
-    if (attention.rope_theta != 0) refusals->Add("attention.rope_theta: Jamba has no positions");
-    if (attention.head_dim * attention.heads != spec.d_model) {
-      refusals->Add("attention.head_dim is " + std::to_string(attention.head_dim) +
-                    "; Jamba has d_model / heads = " + std::to_string(spec.d_model) + " / " +
-                    std::to_string(attention.heads));
-    }
-  }
-  if (spec.Has(SublayerKind::kMamba)) {
-    if (!spec.mamba.inner_norms) {
-      refusals->Add("mamba.inner_norms is false; Jamba always norms dt, B and C");
-    }
-    KRAIT_CHECK(spec.mamba.d_inner == spec.mamba.expand * spec.d_model);
-  }
-  if (spec.Has(SublayerKind::kMoe)) {
-    if (spec.moe.renormalize) {
-      refusals->Add("moe.renormalize is true; Jamba takes the softmax weights as they are");
-    }
-    if (spec.moe.experts < 2) {
-      refusals->Add("moe.experts is " + std::to_string(spec.moe.experts) +
-                    "; Jamba takes num_experts 1 as dense layers without a router");
-    }
-    if (spec.Has(SublayerKind::kMlp) && spec.moe.d_ff != spec.mlp_d_ff) {
-      refusals->Add("moe.d_ff is " + std::to_string(spec.moe.d_ff) + " and mlp.d_ff is " +
-                    std::to_string(spec.mlp_d_ff) + "; Jamba has one intermediate_size");
-    }
+void CheckActivation(const ConfigReader& config) {
+  constexpr const char* kKey = "hidden_act";
+  if (!config.Has(kKey)) return;
+  std::string name = config.At(kKey).is_string() ? config.At(kKey).get<std::string>() : "";
+  std::transform(name.begin(), name.end(), name.begin(),
+                 [](unsigned char c) { return static_cast<char>(std::tolower(c)); });
+  if (name != "silu" && name != "swish") {
+    config.Expected(kKey, "\"silu\" (or its other name \"swish\"): Krait has no other activation");
   }
 }
 
-// The cycle that yields the layers of `kind`; a refusal naming them when there is none.
-Cycle CycleOf(const ModelSpec& spec, SublayerKind kind, Refusals* refusals) {
-  std::vector<bool> in(static_cast<size_t>(spec.n_layers));
-  std::string listed;
-  for (const Sublayer& sublayer : spec.sublayers) {
-    if (sublayer.kind != kind) continue;
-    in[static_cast<size_t>(sublayer.layer)] = true;
-    listed += (listed.empty() ? "" : ", ") + std::to_string(sublayer.layer);
-  }
-  const Cycle cycle = FindCycle(in);
-  if (cycle.period == 0) {
-    refusals->Add("no period and offset give the " + std::string(Name(kind)) + " layers " + listed +
-                  " of " + std::to_string(spec.n_layers));
-  }
-  return cycle;
+// pad_token_id as transformers' nn.Embedding takes it: -1 is the last row.
+int64_t ReadPadToken(const ConfigReader& config, int64_t vocab_size) {
+  if (config.IsNull(kPadTokenKey)) return -1;
+  const int64_t id = config.Int(kPadTokenKey, kDefaultPadToken, -vocab_size, vocab_size - 1);
+  return id < 0 ? vocab_size + id : id;
 }
 
-bool StartsWith(const std::string& text, const std::string& prefix) {
-  return text.compare(0, prefix.size(), prefix) == 0;
+// What the folder says beyond the model.
+std::string Kept(const nlohmann::json& object, const ModelSpec& spec) {
+  nlohmann::ordered_json kept = nlohmann::ordered_json::object();
+  // JambaConfig's defaults, which a file need not name.
+  kept[kPadTokenKey] = kDefaultPadToken;
+  kept[kBosTokenKey] = kDefaultBosToken;
+  kept[kEosTokenKey] = kDefaultEosToken;
+  const nlohmann::ordered_json shape = HfShapeMembers(spec);
+  for (const auto& [key, value] : object.items()) {
+    const bool untrue =
+        std::find(std::begin(kOfOneFolder), std::end(kOfOneFolder), key) != std::end(kOfOneFolder);
+    if (!untrue && !shape.contains(key)) kept[key] = value;
+  }
+  return DumpPythonJson(kept);
 }
 
 }  // namespace
 
-absl::StatusOr<ModelSpec> SpecFromHfConfig(const std::string& json, const std::string& path) {
-  KRAIT_ASSIGN_OR_RETURN(const nlohmann::json object, ParseJson(json, path, ExitCode::kConfig));
+absl::StatusOr<HfConfig> ReadHfConfig(const std::string& json, const std::string& path) {
+  KRAIT_ASSIGN_OR_RETURN(const nlohmann::json object,
+                         ParsePythonJson(json, path, ExitCode::kConfig));
   if (!object.is_object()) {
     return Error(ExitCode::kConfig, path + ": expected a JSON object of configuration keys");
+  }
+  if (const std::string how = Quantisation(object); !how.empty()) {
+    return Error(ExitCode::kConfig,
+                 path + ": " + how +
+                     "; Krait reads weights that are not: take the model that they were made from, "
+                     "or undo it with the method's own tool");
   }
   ErrorList errors;
   const ConfigReader config(object, path, &errors);
   config.Require("model_type", "jamba", "only Jamba models can be read");
-  config.Require("hidden_act", "silu", "Krait has no other activation");
+  CheckArchitectures(config);
+  // Of another kind of model nothing else is worth a word.
+  KRAIT_RETURN_IF_ERROR(errors.ToStatus());
+  CheckActivation(config);
   if (config.Double("attention_dropout", 0, 0, 1) != 0) {
     config.Add("attention_dropout", "is above 0, expected 0: Krait trains without dropout");
   }
 
-  ModelSpec spec;
+  HfConfig result;
+  ModelSpec& spec = result.spec;
   spec.vocab_size = config.Int("vocab_size", 65536, 1, std::numeric_limits<int32_t>::max());
   spec.d_model = config.Int("hidden_size", 4096, 1, kMaxWidth);
   spec.n_layers = config.Int("num_hidden_layers", 32, 1, kMaxLayers);
   spec.tie_embeddings = config.Bool("tie_word_embeddings", false);
+  spec.pad_token = ReadPadToken(config, spec.vocab_size);
   spec.norm_eps = config.Double("rms_norm_eps", 1e-6, 0, 1);
   spec.init_std = config.Double("initializer_range", 0.02, 0, 100);
+  for (const auto& [key, value] :
+       {std::pair{"rms_norm_eps", spec.norm_eps}, {"initializer_range", spec.init_std}}) {
+    if (value == 0) config.Expected(key, "a number above 0");
+  }
   spec.mlp_d_ff = config.Int("intermediate_size", 14336, 1, kMaxFeedForward);
 
   spec.attention.heads = config.Int("num_attention_heads", 32, 1, kMaxWidth);
   const int64_t kv_missing = config.IsNull("num_key_value_heads") ? spec.attention.heads : 8;
   spec.attention.kv_heads = config.Int("num_key_value_heads", kv_missing, 1, kMaxWidth);
-  spec.attention.head_dim = spec.d_model / spec.attention.heads;
-  if (spec.d_model % spec.attention.heads != 0) {
+  spec.attention.head_dim =
+      config.Int("head_dim", spec.d_model / spec.attention.heads, 1, kMaxWidth);
+  if (!config.Has("head_dim") && spec.d_model % spec.attention.heads != 0) {
     config.Add("num_attention_heads", "is " + std::to_string(spec.attention.heads) +
                                           ", expected a divisor of hidden_size " +
-                                          std::to_string(spec.d_model));
-  } else if (config.Has("head_dim") && config.Int("head_dim", spec.attention.head_dim, 1,
-                                                  kMaxWidth) != spec.attention.head_dim) {
-    config.Add("head_dim", "is " + ConfigReader::Shown(config.At("head_dim")) +
-                               ", expected hidden_size / num_attention_heads = " +
-                               std::to_string(spec.attention.head_dim));
+                                          std::to_string(spec.d_model) + ", or a head_dim");
   }
   if (spec.attention.heads % spec.attention.kv_heads != 0) {
     config.Add("num_key_value_heads", "is " + std::to_string(spec.attention.kv_heads) +
@@ -260,6 +293,8 @@ absl::StatusOr<ModelSpec> SpecFromHfConfig(const std::string& json, const std::s
   spec.mamba.d_inner = spec.mamba.expand * spec.d_model;
   spec.mamba.conv_bias = config.Bool("mamba_conv_bias", true);
   spec.mamba.proj_bias = config.Bool("mamba_proj_bias", false);
+  // Of the code before transformers 4.40; later ones always have them.
+  spec.mamba.inner_norms = config.Bool("mamba_inner_layernorms", true);
   spec.mamba.dt_rank = (spec.d_model + 15) / 16;
   if (config.Has("mamba_dt_rank") && config.At("mamba_dt_rank") != "auto") {
     spec.mamba.dt_rank = config.Int("mamba_dt_rank", spec.mamba.dt_rank, 1, kMaxWidth);
@@ -268,11 +303,17 @@ absl::StatusOr<ModelSpec> SpecFromHfConfig(const std::string& json, const std::s
   const char* experts_key = config.Has("num_local_experts") && !config.Has("num_experts")
                                 ? "num_local_experts"
                                 : "num_experts";
-  spec.moe.experts = config.Int(experts_key, 16, 1, kMaxExperts);
+  spec.moe.experts = config.Int(experts_key, 16, 0, kMaxExperts);
+  if (config.Has("num_local_experts") && config.Has("num_experts") &&
+      config.At("num_local_experts") != config.At("num_experts")) {
+    config.Expected("num_local_experts", "the same as num_experts");
+  }
   spec.moe.d_ff = spec.mlp_d_ff;
   spec.moe.aux_loss = config.Double("router_aux_loss_coef", 0.001, 0, 1e6);
-  const bool dense = spec.moe.experts == 1;
-  spec.moe.top_k = config.Int("num_experts_per_tok", dense ? 1 : 2, 1, kMaxExperts);
+  const bool dense = spec.moe.experts <= 1;
+  spec.moe.experts = std::max<int64_t>(1, spec.moe.experts);
+  const int64_t top_k = config.Int("num_experts_per_tok", 2, dense ? 0 : 1, kMaxExperts);
+  spec.moe.top_k = dense ? 1 : top_k;
   if (!dense && spec.moe.top_k > spec.moe.experts) {
     config.Add("num_experts_per_tok", "is " + std::to_string(spec.moe.top_k) +
                                           ", expected at most " + experts_key + " " +
@@ -289,79 +330,16 @@ absl::StatusOr<ModelSpec> SpecFromHfConfig(const std::string& json, const std::s
   for (int64_t i = 0; i < spec.n_layers; ++i) {
     layers.push_back({attention.Hits(i), !dense && moe.Hits(i)});
   }
-  if (errors.empty()) CheckLayerTypes(config, layers);
+  if (errors.empty()) CheckLayerLists(config, layers);
   KRAIT_RETURN_IF_ERROR(errors.ToStatus());
   spec.sublayers = MakeSublayers(layers);
-  return spec;
-}
-
-absl::StatusOr<std::string> HfConfigFromSpec(const ModelSpec& spec) {
-  Refusals refusals;
-  CheckOptions(spec, &refusals);
-  const bool has_attention = spec.Has(SublayerKind::kAttention);
-  const bool has_moe = spec.Has(SublayerKind::kMoe);
-  const Cycle attention = CycleOf(spec, SublayerKind::kAttention, &refusals);
-  const Cycle moe =
-      has_moe ? CycleOf(spec, SublayerKind::kMoe, &refusals) : Cycle{.period = 2, .offset = 1};
-  KRAIT_RETURN_IF_ERROR(refusals.ToStatus());
-
-  nlohmann::ordered_json config;
-  config["architectures"] = {"JambaForCausalLM"};
-  config["model_type"] = "jamba";
-  config["vocab_size"] = spec.vocab_size;
-  config["tie_word_embeddings"] = spec.tie_embeddings;
-  config["hidden_size"] = spec.d_model;
-  config["intermediate_size"] = spec.Has(SublayerKind::kMlp) ? spec.mlp_d_ff : spec.moe.d_ff;
-  config["num_hidden_layers"] = spec.n_layers;
-  config["num_attention_heads"] = has_attention ? spec.attention.heads : 1;
-  config["num_key_value_heads"] = has_attention ? spec.attention.kv_heads : 1;
-  config["hidden_act"] = "silu";
-  config["initializer_range"] = spec.init_std;
-  config["rms_norm_eps"] = spec.norm_eps;
-  config["attention_dropout"] = 0.0;
-  config["attn_layer_period"] = attention.period;
-  config["attn_layer_offset"] = attention.offset;
-  config["num_experts"] = has_moe ? spec.moe.experts : 1;
-  config["num_experts_per_tok"] = has_moe ? spec.moe.top_k : 1;
-  config["expert_layer_period"] = moe.period;
-  config["expert_layer_offset"] = moe.offset;
-  config["router_aux_loss_coef"] = spec.moe.aux_loss;
-  config["output_router_logits"] = false;
-  config["mamba_d_state"] = spec.mamba.d_state;
-  config["mamba_d_conv"] = spec.mamba.d_conv;
-  config["mamba_expand"] = spec.mamba.expand;
-  // A model without Mamba has none, but the format wants one.
-  config["mamba_dt_rank"] = spec.mamba.dt_rank > 0 ? spec.mamba.dt_rank : (spec.d_model + 15) / 16;
-  config["mamba_conv_bias"] = spec.mamba.conv_bias;
-  config["mamba_proj_bias"] = spec.mamba.proj_bias;
-  // JambaConfig's defaults name special tokens, and the padding token's embedding is never trained.
-  config["pad_token_id"] = nullptr;
-  config["bos_token_id"] = nullptr;
-  config["eos_token_id"] = nullptr;
-  return config.dump(2) + "\n";
-}
-
-std::vector<HfSource> HfSources(const Param& param, const ModelSpec& spec) {
-  std::vector<HfSource> sources = {{param.name, param.shape, 0}};
-  if (param.shard.axis != MeshAxis::kExpert) return sources;
-  // "PREFIX.experts.E.MATRIX.weight"
-  const std::string marker = ".experts.";
-  const size_t experts = param.name.find(marker) + marker.size();
-  const size_t dot = param.name.find('.', experts);
-  KRAIT_CHECK(dot != std::string::npos);
-  const int64_t e = std::stoll(param.name.substr(experts, dot - experts));
-  const std::string matrix = param.name.substr(dot + 1);
-  const std::string prefix = param.name.substr(0, experts);
-  const int64_t d = spec.d_model;
-  const int64_t f = spec.moe.d_ff;
-  if (StartsWith(matrix, "down_proj")) {
-    sources.push_back({prefix + "down_proj", {spec.moe.experts, d, f}, e * d * f});
-  } else {
-    const int64_t half = StartsWith(matrix, "up_proj") ? 1 : 0;
-    sources.push_back(
-        {prefix + "gate_up_proj", {spec.moe.experts, 2 * f, d}, (2 * e + half) * f * d});
+  result.kept = Kept(object, spec);
+  if (config.Has("sliding_window")) {
+    result.notes.push_back(path + ": sliding_window " +
+                           ConfigReader::Shown(config.At("sliding_window")) +
+                           " has no effect: attention reaches back to the first token");
   }
-  return sources;
+  return result;
 }
 
 }  // namespace krait

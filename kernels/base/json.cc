@@ -1,6 +1,9 @@
 #include "kernels/base/json.h"
 
+#include <cctype>
+#include <cmath>
 #include <cstdint>
+#include <limits>
 #include <set>
 #include <vector>
 
@@ -73,6 +76,55 @@ class Checker : public nlohmann::json_sax<nlohmann::json> {
   std::string problem_;
 };
 
+// Strings that stand for the numbers that JSON has no text for, quotes included: of the same
+// length, so that byte offsets stay, and with a character that no key or text of a config has.
+struct NonFinite {
+  std::string_view text, marker;
+  double value;
+};
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr NonFinite kNonFinite[] = {
+    {"NaN", "\"\x7f\"", std::numeric_limits<double>::quiet_NaN()},
+    {"Infinity", "\"\x7f+++++\"", kInfinity},
+    {"-Infinity", "\"\x7f------\"", -kInfinity},
+};
+
+// The text with markers in place of the numbers; `found` tells whether there are any.
+std::string WithMarkers(std::string_view text, bool* found) {
+  std::string out(text);
+  const auto word = [](char c) { return std::isalnum(static_cast<unsigned char>(c)) || c == '_'; };
+  bool in_string = false;
+  for (size_t i = 0; i < out.size(); ++i) {
+    if (in_string && out[i] == '\\')
+      ++i;
+    else if (out[i] == '"')
+      in_string = !in_string;
+    else if (!in_string && (i == 0 || !word(out[i - 1]))) {
+      for (const NonFinite& number : kNonFinite) {
+        const size_t end = i + number.text.size();
+        if (text.substr(i, number.text.size()) != number.text) continue;
+        if (end < out.size() && word(out[end])) continue;
+        out.replace(i, number.text.size(), number.marker);
+        i = end - 1;
+        *found = true;
+        break;
+      }
+    }
+  }
+  return out;
+}
+
+template <typename Json, typename Change>
+void ChangeValues(Json* json, const Change& change) {
+  if (json->is_structured()) {
+    for (auto& value : *json) ChangeValues(&value, change);
+  } else {
+    change(json);
+  }
+}
+
+std::string_view Unquoted(std::string_view marker) { return marker.substr(1, marker.size() - 2); }
+
 }  // namespace
 
 absl::StatusOr<nlohmann::json> ParseJson(std::string_view text, const std::string& place,
@@ -82,6 +134,47 @@ absl::StatusOr<nlohmann::json> ParseJson(std::string_view text, const std::strin
     return Error(code, place + ": " + checker.problem());
   }
   return nlohmann::json::parse(text.begin(), text.end());
+}
+
+absl::StatusOr<nlohmann::json> ParsePythonJson(std::string_view text, const std::string& place,
+                                               ExitCode code) {
+  bool found = false;
+  const std::string marked = WithMarkers(text, &found);
+  KRAIT_ASSIGN_OR_RETURN(nlohmann::json json, ParseJson(marked, place, code));
+  if (!found) return json;
+  ChangeValues(&json, [](nlohmann::json* value) {
+    if (!value->is_string()) return;
+    for (const NonFinite& number : kNonFinite) {
+      if (value->get_ref<const std::string&>() == Unquoted(number.marker)) {
+        *value = number.value;
+        return;
+      }
+    }
+  });
+  return json;
+}
+
+std::string DumpPythonJson(const nlohmann::ordered_json& json, int indent) {
+  nlohmann::ordered_json marked = json;
+  bool found = false;
+  ChangeValues(&marked, [&](nlohmann::ordered_json* value) {
+    if (!value->is_number_float() || std::isfinite(value->get<double>())) return;
+    const double number = value->get<double>();
+    found = true;
+    for (const NonFinite& known : kNonFinite) {
+      if (number == known.value || (std::isnan(number) && std::isnan(known.value))) {
+        *value = std::string(Unquoted(known.marker));
+        return;
+      }
+    }
+  });
+  std::string text = marked.dump(indent);
+  for (const NonFinite& number : kNonFinite) {
+    for (size_t at = 0; found && (at = text.find(number.marker, at)) != std::string::npos;) {
+      text.replace(at, number.marker.size(), number.text);
+    }
+  }
+  return text;
 }
 
 }  // namespace krait

@@ -16,6 +16,12 @@ namespace krait {
 absl::StatusOr<nlohmann::json> ParseJson(std::string_view text, const std::string& place,
                                          ExitCode code, int max_depth = 32);
 
+// What Python's json module reads and writes: RFC 8259 and the numbers NaN, Infinity, -Infinity.
+// Likewise checked; the dump takes numbers that are not finite.
+absl::StatusOr<nlohmann::json> ParsePythonJson(std::string_view text, const std::string& place,
+                                               ExitCode code);
+std::string DumpPythonJson(const nlohmann::ordered_json& json, int indent = -1);
+
 }  // namespace krait
 
 #endif  // KRAIT_KERNELS_BASE_JSON_H_

@@ -3,6 +3,8 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <bit>
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <optional>
@@ -18,19 +20,31 @@ constexpr int64_t kMaxHeader = 100'000'000;
 constexpr size_t kMaxRank = 32;
 constexpr ExitCode kCode = ExitCode::kNoCheckpoint;
 
-struct DTypeName {
+// The dtypes of the format, with what Krait calls them. Those that it has no tensors of may still
+// lie in a file beside what is read.
+struct StoredType {
   const char* name;
-  DType dtype;
+  int bits;
+  std::optional<DType> dtype;
 };
-constexpr DTypeName kDTypes[] = {
-    {"F32", DType::kF32}, {"BF16", DType::kBF16}, {"F64", DType::kF64},
-    {"I32", DType::kI32}, {"I64", DType::kI64},   {"U8", DType::kU8},
-    {"U16", DType::kU16}, {"U32", DType::kU32},   {"U64", DType::kU64},
+constexpr StoredType kStoredTypes[] = {
+    {"F32", 32, DType::kF32}, {"BF16", 16, DType::kBF16},
+    {"F64", 64, DType::kF64}, {"I32", 32, DType::kI32},
+    {"I64", 64, DType::kI64}, {"U8", 8, DType::kU8},
+    {"U16", 16, DType::kU16}, {"U32", 32, DType::kU32},
+    {"U64", 64, DType::kU64}, {"F16", 16, {}},
+    {"I16", 16, {}},          {"I8", 8, {}},
+    {"BOOL", 8, {}},          {"C64", 64, {}},
+    {"F8_E4M3", 8, {}},       {"F8_E5M2", 8, {}},
+    {"F8_E8M0", 8, {}},       {"F8_E4M3FNUZ", 8, {}},
+    {"F8_E5M2FNUZ", 8, {}},   {"F6_E2M3", 6, {}},
+    {"F6_E3M2", 6, {}},       {"F4", 4, {}},
 };
+constexpr char kHalf[] = "F16";
 
 std::string FileName(DType dtype) {
-  for (const DTypeName& entry : kDTypes) {
-    if (entry.dtype == dtype) return entry.name;
+  for (const StoredType& type : kStoredTypes) {
+    if (type.dtype == dtype) return type.name;
   }
   KRAIT_FATAL("dtype without a safetensors name");
 }
@@ -51,19 +65,18 @@ std::string ParseEntry(const nlohmann::json& value, int64_t data_begin, int64_t 
   const auto dtype = value.find("dtype");
   if (dtype == value.end() || !dtype->is_string()) return "has no dtype";
   const std::string name = dtype->get<std::string>().substr(0, 20);
-  const auto* known = std::find_if(std::begin(kDTypes), std::end(kDTypes),
-                                   [&](const DTypeName& d) { return d.name == name; });
-  if (known == std::end(kDTypes)) {
-    return "has dtype " + name + ", which Krait does not read; convert it to F32 or BF16";
-  }
+  const auto* known = std::find_if(std::begin(kStoredTypes), std::end(kStoredTypes),
+                                   [&](const StoredType& type) { return type.name == name; });
+  if (known == std::end(kStoredTypes)) return "has the unknown dtype " + name;
+  entry->stored = name;
   entry->dtype = known->dtype;
 
   const auto shape = value.find("shape");
   if (shape == value.end() || !shape->is_array()) return "has no shape";
   if (shape->size() > kMaxRank) return "has " + std::to_string(shape->size()) + " dimensions";
-  // Overflow is judged on the bytes; a zero among the dimensions must not hide it, as other
+  // Overflow is judged on the bits; a zero among the dimensions must not hide it, as other
   // readers multiply in other orders.
-  int64_t bytes = SizeOf(entry->dtype);
+  int64_t bits = known->bits;
   bool empty = false;
   for (const nlohmann::json& extent : *shape) {
     const std::optional<int64_t> count = AsCount(extent);
@@ -71,11 +84,13 @@ std::string ParseEntry(const nlohmann::json& value, int64_t data_begin, int64_t 
     entry->shape.push_back(*count);
     if (*count == 0) {
       empty = true;
-    } else if (__builtin_mul_overflow(bytes, *count, &bytes)) {
+    } else if (__builtin_mul_overflow(bits, *count, &bits)) {
       return "has a shape whose size overflows";
     }
   }
-  if (empty) bytes = 0;
+  if (empty) bits = 0;
+  if (bits % 8 != 0) return "ends inside a byte";
+  const int64_t bytes = bits / 8;
 
   const auto offsets = value.find("data_offsets");
   if (offsets == value.end() || !offsets->is_array() || offsets->size() != 2) {
@@ -124,23 +139,46 @@ absl::Status CheckCovered(const std::string& path, int64_t data_begin, int64_t s
   return absl::OkStatus();
 }
 
-void ToFloat(const unsigned char* in, DType dtype, int64_t count, float* out) {
-  if (dtype == DType::kF32) {
-    std::memcpy(out, in, static_cast<size_t>(count) * sizeof(float));
-  } else if (dtype == DType::kF64) {
+// Exact: every half is a float.
+float HalfToFloat(uint16_t half) {
+  const uint32_t sign = (half & 0x8000u) << 16;
+  uint32_t exponent = half >> 10 & 0x1fu, mantissa = half & 0x3ffu;
+  if (exponent == 0x1f) {  // infinity, or NaN with its payload
+    exponent = 0xff;
+  } else if (exponent != 0) {
+    exponent += 127 - 15;
+  } else if (mantissa != 0) {  // a denormal half, mantissa * 2^-24, is a normal float
+    const int shift = __builtin_clz(mantissa) - 21;
+    mantissa = mantissa << shift & 0x3ffu;
+    exponent = static_cast<uint32_t>(127 - 15 + 1 - shift);
+  }
+  return std::bit_cast<float>(sign | exponent << 23 | mantissa << 13);
+}
+
+template <typename T>
+T At(const unsigned char* in, int64_t i) {
+  T value;
+  std::memcpy(&value, in + static_cast<int64_t>(sizeof(T)) * i, sizeof(T));
+  return value;
+}
+
+// From all but F32; false when a finite number is beyond f32.
+bool ToFloat(const unsigned char* in, const SafetensorsEntry& entry, int64_t count, float* out) {
+  bool fits = true;
+  if (entry.dtype == DType::kF64) {
     for (int64_t i = 0; i < count; ++i) {
-      double value;
-      std::memcpy(&value, in + 8 * i, 8);
+      const auto value = At<double>(in, i);
       out[i] = static_cast<float>(value);
+      fits = fits && (std::isfinite(out[i]) || !std::isfinite(value));
     }
+  } else if (entry.stored == kHalf) {
+    for (int64_t i = 0; i < count; ++i) out[i] = HalfToFloat(At<uint16_t>(in, i));
   } else {
     for (int64_t i = 0; i < count; ++i) {
-      uint16_t bits;
-      std::memcpy(&bits, in + 2 * i, 2);
-      const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-      std::memcpy(out + i, &wide, 4);
+      out[i] = std::bit_cast<float>(static_cast<uint32_t>(At<uint16_t>(in, i)) << 16);
     }
   }
+  return fits;
 }
 
 // False when a value is outside i32.
@@ -151,8 +189,7 @@ bool ToInt(const unsigned char* in, DType dtype, int64_t count, int32_t* out) {
     for (int64_t i = 0; i < count; ++i) out[i] = in[i];
   } else {
     for (int64_t i = 0; i < count; ++i) {
-      int64_t value;
-      std::memcpy(&value, in + 8 * i, 8);
+      const auto value = At<int64_t>(in, i);
       if (value < INT32_MIN || value > INT32_MAX) return false;
       out[i] = static_cast<int32_t>(value);
     }
@@ -164,23 +201,33 @@ bool ToInt(const unsigned char* in, DType dtype, int64_t count, int32_t* out) {
 template <typename Fn>
 absl::Status ReadPieces(const SafetensorsEntry& entry, int64_t begin, int64_t count,
                         const Fn& convert) {
-  const int64_t width = SizeOf(entry.dtype);
-  KRAIT_CHECK(begin >= 0 && count >= 0 && begin <= entry.bytes / width &&
-              count <= entry.bytes / width - begin);
+  const int64_t numel = entry.numel(), width = numel == 0 ? 1 : entry.bytes / numel;
+  KRAIT_CHECK(begin >= 0 && count >= 0 && begin <= numel && count <= numel - begin);
   KRAIT_ASSIGN_OR_RETURN(const File file, File::OpenRead(entry.file, kCode));
-  constexpr int64_t kPiece = 1 << 20;  // bytes
-  std::vector<unsigned char> buffer(static_cast<size_t>(std::min(kPiece, count * width)));
+  constexpr int64_t kPiece = 1 << 18;  // bytes: in the cache while they are converted
+  const auto buffer = std::make_unique_for_overwrite<unsigned char[]>(
+      static_cast<size_t>(std::min(kPiece, count * width)));
   for (int64_t done = 0; done < count;) {
     const int64_t n = std::min(count - done, kPiece / width);
-    KRAIT_RETURN_IF_ERROR(file.ReadAt(buffer.data(), static_cast<size_t>(n * width),
+    KRAIT_RETURN_IF_ERROR(file.ReadAt(buffer.get(), static_cast<size_t>(n * width),
                                       entry.begin + (begin + done) * width));
-    KRAIT_RETURN_IF_ERROR(convert(buffer.data(), done, n));
+    KRAIT_RETURN_IF_ERROR(convert(buffer.get(), done, n));
     done += n;
   }
   return absl::OkStatus();
 }
 
 }  // namespace
+
+int64_t SafetensorsEntry::numel() const {
+  int64_t numel = 1;
+  for (const int64_t extent : shape) numel *= extent;
+  return numel;
+}
+
+bool SafetensorsEntry::IsFloat() const {
+  return dtype == DType::kF32 || dtype == DType::kF64 || dtype == DType::kBF16 || stored == kHalf;
+}
 
 absl::StatusOr<SafetensorsReader> SafetensorsReader::OpenFile(const std::string& path) {
   KRAIT_ASSIGN_OR_RETURN(const File file, File::OpenRead(path, kCode));
@@ -191,6 +238,11 @@ absl::StatusOr<SafetensorsReader> SafetensorsReader::OpenFile(const std::string&
   }
   uint64_t length;  // little-endian, as are all machines Krait runs on
   KRAIT_RETURN_IF_ERROR(file.ReadAt(&length, 8, 0));
+  if (std::memcmp(&length, "version ", 8) == 0) {
+    return Error(kCode, path +
+                            " is a Git LFS pointer, not the file that it stands for: fetch that "
+                            "with `git lfs pull`");
+  }
   if (length > static_cast<uint64_t>(kMaxHeader) || static_cast<int64_t>(length) > size - 8) {
     return Error(kCode, path + ": byte 0: a header of " + std::to_string(length) +
                             " bytes; the file has " + std::to_string(size) + ", at most " +
@@ -215,7 +267,8 @@ absl::StatusOr<SafetensorsReader> SafetensorsReader::OpenFile(const std::string&
       }
       continue;
     }
-    SafetensorsEntry entry{path, DType::kF32, {}, 0, 0};
+    SafetensorsEntry entry;
+    entry.file = path;
     if (const std::string problem = ParseEntry(value, data_begin, size, &entry); !problem.empty()) {
       return Error(kCode, place + ": tensor '" + name.substr(0, 200) + "' " + problem);
     }
@@ -234,7 +287,7 @@ absl::StatusOr<SafetensorsReader> SafetensorsReader::OpenFolder(const std::strin
                  folder + " holds neither model.safetensors nor " + "model.safetensors.index.json");
   }
   KRAIT_ASSIGN_OR_RETURN(const std::string text, ReadFile(index, kMaxHeader, kCode));
-  KRAIT_ASSIGN_OR_RETURN(const nlohmann::json json, ParseJson(text, index, kCode, 8));
+  KRAIT_ASSIGN_OR_RETURN(const nlohmann::json json, ParsePythonJson(text, index, kCode));
   const auto map = json.is_object() ? json.find("weight_map") : json.end();
   if (map == json.end() || !map->is_object()) {
     return Error(kCode, index + " has no object 'weight_map'");
@@ -269,6 +322,9 @@ absl::StatusOr<SafetensorsReader> SafetensorsReader::OpenFolder(const std::strin
     reader.entries_.insert(*entry);
   }
   KRAIT_RETURN_IF_ERROR(errors.ToStatus());
+  for (const auto& [file, shard] : shards) {
+    reader.metadata_.insert(shard.metadata_.begin(), shard.metadata_.end());
+  }
   return reader;
 }
 
@@ -277,13 +333,21 @@ absl::Status SafetensorsReader::ReadF32(const std::string& name, int64_t begin, 
   const auto found = entries_.find(name);
   if (found == entries_.end()) return Error(kCode, path_ + " has no tensor '" + name + "'");
   const SafetensorsEntry& entry = found->second;
-  if (entry.dtype != DType::kF32 && entry.dtype != DType::kF64 && entry.dtype != DType::kBF16) {
-    return Error(kCode, entry.file + ": tensor '" + name + "' has dtype " + FileName(entry.dtype) +
-                            "; F32, F64 or BF16 is needed");
+  if (!entry.IsFloat()) {
+    return Error(kCode, entry.file + ": tensor '" + name + "' has dtype " + entry.stored +
+                            "; F32, F64, BF16 or F16 is needed");
+  }
+  if (entry.dtype == DType::kF32) {
+    KRAIT_CHECK(begin >= 0 && count >= 0 && begin <= entry.numel() - count);
+    KRAIT_ASSIGN_OR_RETURN(const File file, File::OpenRead(entry.file, kCode));
+    return file.ReadAt(out, static_cast<size_t>(count) * sizeof(float),
+                       entry.begin + begin * static_cast<int64_t>(sizeof(float)));
   }
   return ReadPieces(entry, begin, count, [&](const unsigned char* data, int64_t at, int64_t n) {
-    ToFloat(data, entry.dtype, n, out + at);
-    return absl::OkStatus();
+    if (ToFloat(data, entry, n, out + at)) return absl::OkStatus();
+    return Error(kCode, entry.file + ": tensor '" + name +
+                            "' holds a number beyond f32 at or behind its element " +
+                            std::to_string(begin + at));
   });
 }
 
@@ -293,11 +357,11 @@ absl::Status SafetensorsReader::ReadI32(const std::string& name, int64_t begin, 
   if (found == entries_.end()) return Error(kCode, path_ + " has no tensor '" + name + "'");
   const SafetensorsEntry& entry = found->second;
   if (entry.dtype != DType::kI32 && entry.dtype != DType::kI64 && entry.dtype != DType::kU8) {
-    return Error(kCode, entry.file + ": tensor '" + name + "' has dtype " + FileName(entry.dtype) +
+    return Error(kCode, entry.file + ": tensor '" + name + "' has dtype " + entry.stored +
                             "; I32, I64 or U8 is needed");
   }
   return ReadPieces(entry, begin, count, [&](const unsigned char* data, int64_t at, int64_t n) {
-    if (ToInt(data, entry.dtype, n, out + at)) return absl::OkStatus();
+    if (ToInt(data, *entry.dtype, n, out + at)) return absl::OkStatus();
     return Error(kCode, entry.file + ": tensor '" + name + "' holds a value outside i32 at byte " +
                             std::to_string(entry.begin + (begin + at) * 8) + " or behind it");
   });
@@ -317,8 +381,8 @@ absl::StatusOr<SafetensorsWriter> SafetensorsWriter::Create(
     json[item.name] = {{"dtype", FileName(item.dtype)},
                        {"shape", item.shape},
                        {"data_offsets", {end, end + bytes}}};
-    writer.sizes_.push_back(bytes);
     end += bytes;
+    writer.ends_.push_back(end);
   }
   std::string header = json.dump();
   header.resize((header.size() + 7) / 8 * 8, ' ');  // so that the data is aligned
@@ -330,6 +394,7 @@ absl::StatusOr<SafetensorsWriter> SafetensorsWriter::Create(
                          File::Create(temporary, /*exclusive=*/true, ExitCode::kCannotSave));
   writer.final_path_ = path;
   writer.offset_ = static_cast<int64_t>(8 + length);
+  for (int64_t& item_end : writer.ends_) item_end += writer.offset_;
   KRAIT_RETURN_IF_ERROR(writer.file_.WriteAt(&length, 8, 0));
   KRAIT_RETURN_IF_ERROR(writer.file_.WriteAt(header.data(), header.size(), 8));
   return writer;
@@ -340,15 +405,15 @@ SafetensorsWriter::~SafetensorsWriter() {
 }
 
 absl::Status SafetensorsWriter::Write(const void* data, int64_t bytes) {
-  KRAIT_CHECK(next_ < sizes_.size() && bytes == sizes_[next_]);
+  KRAIT_CHECK(next_ < ends_.size() && bytes <= ends_[next_] - offset_);
   KRAIT_RETURN_IF_ERROR(file_.WriteAt(data, static_cast<size_t>(bytes), offset_));
   offset_ += bytes;
-  ++next_;
+  if (offset_ == ends_[next_]) ++next_;
   return absl::OkStatus();
 }
 
 absl::Status SafetensorsWriter::Finish() {
-  KRAIT_CHECK(next_ == sizes_.size());
+  KRAIT_CHECK(next_ == ends_.size());
   KRAIT_RETURN_IF_ERROR(file_.Sync());
   KRAIT_RETURN_IF_ERROR(Rename(file_.path(), final_path_, ExitCode::kCannotSave));
   KRAIT_RETURN_IF_ERROR(file_.Close());

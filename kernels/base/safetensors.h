@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -17,11 +18,14 @@
 namespace krait {
 
 struct SafetensorsEntry {
-  std::string file;  // path
-  DType dtype;       // F32, F64, BF16, I32, I64, U8 ... (F16 is refused by name)
+  std::string file;            // path
+  std::string stored;          // the dtype as the file names it: "F32", "F16", "F8_E4M3"
+  std::optional<DType> dtype;  // nullopt: Krait has no tensors of it
   std::vector<int64_t> shape;
-  int64_t begin;  // byte offset in the file
-  int64_t bytes;
+  int64_t begin = 0;  // byte offset in the file
+  int64_t bytes = 0;
+  int64_t numel() const;
+  bool IsFloat() const;  // ReadF32 takes it
 };
 
 // Checked as the format demands: header at most 100 MB, offsets inside the file, no overlap, no
@@ -33,12 +37,14 @@ class SafetensorsReader {
   // In a folder with shards the index decides: tensors that it does not list are left out.
   static absl::StatusOr<SafetensorsReader> OpenFolder(const std::string& folder);
   const std::map<std::string, SafetensorsEntry>& entries() const { return entries_; }
-  // The header's "__metadata__" texts; of a folder with shards, those of the index are not read.
+  // The "__metadata__" texts of the header, or of the headers of all shards: of one that differs
+  // the first shard's.
   const std::map<std::string, std::string>& metadata() const { return metadata_; }
   // The file or folder opened, for messages.
   const std::string& path() const { return path_; }
-  // Elements [begin, begin+count) of a tensor, converted to f32 (from f32, f64, bf16) or to i32
-  // (from i32, i64, u8; out of range is an error).
+  // Elements [begin, begin+count) of a tensor, converted to f32 (from f32, bf16, f16 exactly, from
+  // f64 rounded to nearest; a number beyond f32 is an error) or to i32 (from i32, i64, u8; out of
+  // range is an error).
   absl::Status ReadF32(const std::string& name, int64_t begin, int64_t count, float* out) const;
   absl::Status ReadI32(const std::string& name, int64_t begin, int64_t count, int32_t* out) const;
 
@@ -65,7 +71,7 @@ class SafetensorsWriter {
   static absl::StatusOr<SafetensorsWriter> Create(
       const std::string& path, const std::vector<Item>& items,
       const std::map<std::string, std::string>& metadata);
-  // The next item's data, all of it, in the item's dtype.
+  // The next item's data in the item's dtype: all of it, or the next piece.
   absl::Status Write(const void* data, int64_t bytes);
   absl::Status Finish();
 
@@ -74,8 +80,8 @@ class SafetensorsWriter {
 
   File file_;  // open until finished
   std::string final_path_;
-  std::vector<int64_t> sizes_;
-  size_t next_ = 0;
+  std::vector<int64_t> ends_;  // of the items, in the file
+  size_t next_ = 0;            // the item being written
   int64_t offset_ = 0;
 };
 

@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
+#include <cfloat>
 #include <cmath>
 #include <cstring>
 #include <filesystem>
@@ -130,6 +131,73 @@ TEST_F(SafetensorsTest, RoundTripOfEveryReadableDtype) {
               AllOf(HasSubstr(path), HasSubstr("'nope'")));
 }
 
+// Of every one of the 65,536 halves, from the format's definition; a double is rounded once.
+TEST_F(SafetensorsTest, HalvesAreWidenedExactlyAndDoublesRoundedOnce) {
+  std::string halves;
+  for (int i = 0; i < 65536; ++i) {
+    const auto bits = static_cast<uint16_t>(i);
+    halves.append(reinterpret_cast<const char*>(&bits), 2);
+  }
+  auto reader = SafetensorsReader::OpenFile(
+      Put(R"({"x":{"dtype":"F16","shape":[65536],"data_offsets":[0,131072]}})", halves));
+  ASSERT_TRUE(reader.ok()) << reader.status();
+  EXPECT_EQ(reader->entries().at("x").stored, "F16");
+  EXPECT_TRUE(reader->entries().at("x").IsFloat());
+  std::vector<float> out(65536);
+  ASSERT_TRUE(reader->ReadF32("x", 0, 65536, out.data()).ok());
+  for (int i = 0; i < 65536; ++i) {
+    const int exponent = i >> 10 & 31, mantissa = i & 1023;
+    const float got = out[static_cast<size_t>(i)];
+    EXPECT_EQ(std::signbit(got), i >= 32768) << i;
+    if (exponent == 31) {
+      EXPECT_TRUE(mantissa == 0 ? std::isinf(got) : std::isnan(got)) << i;
+    } else {
+      const float want = exponent == 0
+                             ? std::ldexp(static_cast<float>(mantissa), -24)
+                             : std::ldexp(static_cast<float>(1024 + mantissa), exponent - 25);
+      EXPECT_EQ(std::abs(got), want) << i;
+    }
+  }
+
+  // The first is above the tie between 1 and the float after it by less than a double rounding in
+  // between would keep; the second is the largest float, the third rounds up to infinity.
+  const double values[] = {
+      1 + 0x1p-24 + 0x1p-52, -static_cast<double>(FLT_MAX), 0x1p128, std::nan(""), INFINITY, 1e-50};
+  reader =
+      SafetensorsReader::OpenFile(Put(R"({"x":{"dtype":"F64","shape":[6],"data_offsets":[0,48]}})",
+                                      {reinterpret_cast<const char*>(values), 48}));
+  ASSERT_TRUE(reader.ok()) << reader.status();
+  ASSERT_TRUE(reader->ReadF32("x", 0, 2, out.data()).ok());
+  EXPECT_EQ(out[0], 1 + 0x1p-23f);
+  EXPECT_EQ(out[1], -FLT_MAX);
+  ASSERT_TRUE(reader->ReadF32("x", 3, 3, out.data()).ok());
+  EXPECT_TRUE(std::isnan(out[0]) && std::isinf(out[1]) && out[2] == 0);
+  EXPECT_THAT(MessageOf(reader->ReadF32("x", 1, 3, out.data())), HasSubstr("beyond f32"));
+}
+
+// Tensors of dtypes that Krait has none of may lie beside those that are read.
+TEST_F(SafetensorsTest, OtherDtypesAreNoObstacle) {
+  std::string header = "{";
+  int64_t at = 0;
+  const std::pair<const char*, int> types[] = {{"BOOL", 8},    {"I8", 8},      {"I16", 16},
+                                               {"F8_E4M3", 8}, {"F8_E5M2", 8}, {"F8_E8M0", 8},
+                                               {"F4", 4},      {"C64", 64},    {"F32", 32}};
+  for (const auto& [name, bits] : types) {
+    const int64_t end = at + 4 * bits / 8;
+    header += (at == 0 ? "\"" : ",\"") + std::string(name) + R"(":{"dtype":")" + name +
+              R"(","shape":[2,2],"data_offsets":[)" + std::to_string(at) + "," +
+              std::to_string(end) + "]}";
+    at = end;
+  }
+  const auto reader =
+      SafetensorsReader::OpenFile(Put(header + "}", std::string(static_cast<size_t>(at), 'x')));
+  ASSERT_TRUE(reader.ok()) << reader.status();
+  EXPECT_EQ(reader->entries().size(), 9u);
+  float out[4];
+  EXPECT_TRUE(reader->ReadF32("F32", 0, 4, out).ok());
+  EXPECT_THAT(MessageOf(reader->ReadF32("F8_E4M3", 0, 4, out)), HasSubstr("dtype F8_E4M3"));
+}
+
 TEST_F(SafetensorsTest, PiecesOfALargeTensor) {
   // Above the reader's buffer of 1 MiB, as bf16 so that pieces and elements differ.
   const std::string path = dir_ + "/large.safetensors";
@@ -229,8 +297,9 @@ TEST_F(SafetensorsTest, BrokenTensors) {
   ASSERT_TRUE(
       SafetensorsReader::OpenFile(Put(R"({"x":)" + entry("F32", "[2,2]", "[0,16]") + "}", data))
           .ok());
-  EXPECT_THAT(one(entry("F16", "[8]", "[0,16]")), AllOf(HasSubstr("'x'"), HasSubstr("F16")));
-  EXPECT_THAT(one(entry("BOOL", "[16]", "[0,16]")), HasSubstr("BOOL"));
+  EXPECT_THAT(one(entry("F99", "[8]", "[0,16]")),
+              AllOf(HasSubstr("'x'"), HasSubstr("unknown dtype F99")));
+  EXPECT_THAT(one(entry("F4", "[31]", "[0,16]")), HasSubstr("inside a byte"));
   EXPECT_THAT(one(entry("F32", "[2,2]", "[0,20]")), HasSubstr("4 bytes behind the file's end"));
   EXPECT_THAT(one(entry("F32", "[5]", "[0,16]")),
               HasSubstr("16 bytes, its shape and dtype need 20"));
@@ -294,7 +363,7 @@ TEST_F(SafetensorsTest, FuzzedFilesAreRefusedOrReadWithinBounds) {
       return;
     }
     for (const auto& [name, entry] : reader->entries()) {
-      const int64_t count = entry.bytes / SizeOf(entry.dtype);
+      const int64_t count = entry.numel();
       ASSERT_LE(entry.begin + entry.bytes, static_cast<int64_t>(bytes.size()));
       std::vector<float> floats(static_cast<size_t>(count));
       std::vector<int32_t> ints(static_cast<size_t>(count));
@@ -357,6 +426,30 @@ TEST(ParseJson, StrictAndBounded) {
   EXPECT_THAT(message("[1] [2]"), HasSubstr("not JSON"));
   EXPECT_TRUE(ParseJson(std::string(32, '[') + std::string(32, ']'), "", ExitCode::kData).ok());
   EXPECT_THAT(message(std::string(33, '[') + std::string(33, ']')), HasSubstr("deeper than 32"));
+}
+
+TEST(ParsePythonJson, NumbersThatAreNotFinite) {
+  const std::string text =
+      R"({"a": [1, Infinity, -Infinity], "b": NaN, "NaN": "Infinity \"NaN\" -Infinity\\", "c": {"d": Infinity}})";
+  const auto json = ParsePythonJson(text, "here", ExitCode::kData);
+  ASSERT_TRUE(json.ok()) << json.status();
+  EXPECT_EQ((*json)["a"][1].get<double>(), INFINITY);
+  EXPECT_EQ((*json)["a"][2].get<double>(), -INFINITY);
+  EXPECT_TRUE(std::isnan((*json)["b"].get<double>()));
+  EXPECT_EQ((*json)["NaN"], "Infinity \"NaN\" -Infinity\\");
+  EXPECT_EQ((*json)["c"]["d"].get<double>(), INFINITY);
+  // And back.
+  const std::string dumped = DumpPythonJson(*json);
+  EXPECT_THAT(dumped, HasSubstr("[1,Infinity,-Infinity]"));
+  EXPECT_THAT(dumped, HasSubstr("\"b\":NaN"));
+  const auto again = ParsePythonJson(dumped, "here", ExitCode::kData);
+  ASSERT_TRUE(again.ok());
+  EXPECT_EQ(DumpPythonJson(*again), dumped);
+  for (const char* broken : {"{\"a\": Nan}", "[Infinity2]", "[+Infinity]", "[xNaN]", "[- Infinity]", "[NaN"}) {
+    EXPECT_FALSE(ParsePythonJson(broken, "here", ExitCode::kData).ok()) << broken;
+  }
+  EXPECT_THAT(MessageOf(ParsePythonJson("[Infinity, }", "here", ExitCode::kData).status()),
+              HasSubstr("at byte 12"));
 }
 
 }  // namespace

@@ -42,9 +42,9 @@ ModelSpec GoldenSpec() {
   std::ifstream file(kFolder + "config.json");
   std::stringstream text;
   text << file.rdbuf();
-  auto spec = SpecFromHfConfig(text.str(), kFolder + "config.json");
-  KRAIT_CHECK(spec.ok());
-  return *std::move(spec);
+  auto config = ReadHfConfig(text.str(), kFolder + "config.json");
+  KRAIT_CHECK(config.ok());
+  return config->spec;
 }
 
 class GoldenTest : public ::testing::TestWithParam<std::tuple<DType, Recompute>> {};

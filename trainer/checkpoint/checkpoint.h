@@ -51,6 +51,9 @@ struct CheckpointMeta {
   std::string config_yaml;              // resolved
   std::string tokenizer;                // name stored in the token files
   std::string hardware;  // what the last steps ran on (kernels/hardware.h); "": not known
+  // What an imported Hugging Face folder said beyond the model, for export: members of its
+  // config.json, and its generation_config.json; JSON in Python's dialect, "" for none.
+  std::string hf_config, hf_generation_config;
 };
 
 struct SaveOptions {
@@ -76,11 +79,15 @@ struct SaveOptions {
 // they go to `warnings`, and the next save tries again. SIGXFSZ is ignored from the first call on,
 // so that a file size limit is an error and not a death.
 //
-// The boxes are in host memory (AsyncSaver copies those of a device there first). One save at a
-// time per folder (RunLock). Blocks until all is on disk.
+// The boxes are in host memory (AsyncSaver copies those of a device there first); elements of those
+// without data come from `source`, piece by piece and in order. One save at a time per folder
+// (RunLock). Blocks until all is on disk.
+using BoxSource =
+    std::function<absl::Status(size_t box, int64_t begin, int64_t count, void* values)>;
 absl::Status SaveCheckpoint(const SaveOptions& options, const CheckpointMeta& meta,
                             const std::vector<CheckpointBox>& boxes,
-                            std::vector<std::string>* warnings = nullptr);
+                            std::vector<std::string>* warnings = nullptr,
+                            const BoxSource& source = nullptr);
 
 // For the start of a run: creates `dir`, and kCannotSave unless it can be written and has room for
 // a checkpoint of `bytes`.
@@ -127,6 +134,15 @@ absl::Status VerifyCheckpoint(const Checkpoint& checkpoint);
 // error the targets hold garbage. `progress` counts bytes.
 absl::Status LoadBoxes(const Checkpoint& checkpoint, const std::vector<CheckpointBox>& wanted,
                        const Context& ctx = Context(), const Progress& progress = nullptr);
+
+// The wanted boxes, all of them whole tensors without data, through `take` in pieces: one tensor
+// after the other, consecutive elements in the box's dtype, converted as by LoadBoxes. Errors are
+// those of LoadBoxes, and what `take` returns; the CRC of a stored box is compared when its last
+// byte was read, so that pieces taken before an error may be damaged ones.
+using TensorSink =
+    std::function<absl::Status(size_t box, int64_t begin, int64_t count, const void* values)>;
+absl::Status StreamTensors(const Checkpoint& checkpoint, const std::vector<CheckpointBox>& wanted,
+                           const TensorSink& take);
 
 // Folders of `dir` named as checkpoints, newest step first, whole or not (a step-N without a
 // manifest is a damaged one). A missing `dir` has none.

@@ -28,6 +28,7 @@ constexpr ExitCode kCode = ExitCode::kNoCheckpoint;  // damage
 constexpr ExitCode kMisfit = ExitCode::kConfig;
 // Bytes, a multiple of every element size; read, CRC and copy of a piece share the cache.
 constexpr int64_t kPiece = int64_t{256} << 10;
+constexpr int64_t kStreamed = int64_t{16} << 20;  // bytes of a tensor in memory at a time
 
 std::string WithoutSlashes(std::string path) {
   while (path.size() > 1 && path.ends_with('/')) path.pop_back();
@@ -105,6 +106,14 @@ absl::Status Stream(const File& file, int64_t begin, int64_t end, std::vector<ch
   return absl::OkStatus();
 }
 
+absl::Status CheckBox(const Checkpoint& checkpoint, const ManifestBox& box, uint32_t crc) {
+  if (crc == box.crc) return absl::OkStatus();
+  return Error(kCode,
+               Place(checkpoint, box) +
+                   absl::StrFormat(": bytes %d to %d have CRC32C %08x, saved was %08x",
+                                   box.file_offset, box.file_offset + box.bytes(), crc, box.crc));
+}
+
 // A stored box through `take`, or straight to `direct` where that is not null.
 absl::Status ReadBox(const Checkpoint& checkpoint, const File& file, const ManifestBox& box,
                      char* direct, std::vector<char>* buffer, const Take& take) {
@@ -112,10 +121,7 @@ absl::Status ReadBox(const Checkpoint& checkpoint, const File& file, const Manif
   const int64_t end = box.file_offset + box.bytes();
   KRAIT_RETURN_IF_ERROR(direct != nullptr ? ReadInto(file, box.file_offset, end, direct, &crc)
                                           : Stream(file, box.file_offset, end, buffer, &crc, take));
-  if (crc == box.crc) return absl::OkStatus();
-  return Error(kCode, Place(checkpoint, box) +
-                          absl::StrFormat(": bytes %d to %d have CRC32C %08x, saved was %08x",
-                                          box.file_offset, end, crc, box.crc));
+  return CheckBox(checkpoint, box, crc);
 }
 
 absl::Status CheckOutsideBoxes(const Checkpoint& checkpoint, const File& file, size_t index,
@@ -357,6 +363,73 @@ absl::Status LoadBoxes(const Checkpoint& checkpoint, const std::vector<Checkpoin
       char* direct = scatters.size() == 1 ? scatters[0].direct(box) : nullptr;
       KRAIT_RETURN_IF_ERROR(ReadBox(checkpoint, file, box, direct, &buffer, take));
     }
+  }
+  return absl::OkStatus();
+}
+
+namespace {
+
+// Streams one tensor, stored as the boxes of `stored`.
+absl::Status StreamTensor(const Checkpoint& checkpoint, const std::vector<File>& files,
+                          const std::vector<size_t>& stored, CheckpointBox wanted, size_t number,
+                          std::vector<char>* piece, const TensorSink& take) {
+  const int64_t rows = wanted.shape[0], row = wanted.bytes() / SizeOf(wanted.dtype) / rows;
+  const int64_t at_once = std::max<int64_t>(1, kStreamed / (row * SizeOf(wanted.dtype)));
+  std::vector<uint32_t> crc(stored.size());
+  std::vector<char> buffer;
+  for (int64_t begin = 0; begin < rows; begin += at_once) {
+    wanted.offset[0] = begin;
+    wanted.extent[0] = std::min(at_once, rows - begin);
+    piece->resize(std::max(piece->size(), static_cast<size_t>(wanted.bytes())));
+    wanted.data = piece->data();
+    for (size_t k = 0; k < stored.size(); ++k) {
+      // The box's rows in this piece lie behind those of the piece before.
+      const ManifestBox& box = checkpoint.boxes[stored[k]];
+      const int64_t first = std::max(begin, box.offset[0]);
+      const int64_t end = std::min(begin + wanted.extent[0], box.offset[0] + box.extent[0]);
+      if (first >= end) continue;
+      const int64_t width = box.bytes() / box.extent[0];  // of a row of the box
+      const int64_t skipped = (first - box.offset[0]) * width;
+      const int64_t from = box.file_offset + skipped, to = from + (end - first) * width;
+      const File& file = files[static_cast<size_t>(box.file)];
+      if (stored.size() == 1 && box.dtype == wanted.dtype) {
+        KRAIT_RETURN_IF_ERROR(ReadInto(file, from, to, piece->data(), &crc[k]));
+        continue;
+      }
+      Scatter scatter(box, wanted);
+      const int64_t element = SizeOf(box.dtype);
+      KRAIT_RETURN_IF_ERROR(
+          Stream(file, from, to, &buffer, &crc[k], [&](char* data, int64_t at, int64_t size) {
+            scatter.Take(data, (skipped + at) / element, size / element, Context());
+          }));
+    }
+    KRAIT_RETURN_IF_ERROR(take(number, begin * row, wanted.extent[0] * row, piece->data()));
+  }
+  for (size_t k = 0; k < stored.size(); ++k) {
+    KRAIT_RETURN_IF_ERROR(CheckBox(checkpoint, checkpoint.boxes[stored[k]], crc[k]));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::Status StreamTensors(const Checkpoint& checkpoint, const std::vector<CheckpointBox>& wanted,
+                           const TensorSink& take) {
+  KRAIT_RETURN_IF_ERROR(PlanScatter(checkpoint, wanted).status());
+  const TensorIndex index = IndexTensors(checkpoint.boxes);
+  const auto ranges = RangesOutsideBoxes(checkpoint.files, checkpoint.boxes);
+  std::vector<File> files;
+  std::vector<char> piece;
+  for (size_t f = 0; f < checkpoint.files.size(); ++f) {
+    files.emplace_back();
+    KRAIT_ASSIGN_OR_RETURN(files.back(),
+                           File::OpenRead(checkpoint.path + "/" + checkpoint.files[f].name, kCode));
+    KRAIT_RETURN_IF_ERROR(CheckOutsideBoxes(checkpoint, files[f], f, ranges[f], &piece));
+  }
+  for (size_t i = 0; i < wanted.size(); ++i) {
+    KRAIT_CHECK(wanted[i].extent == wanted[i].shape && !wanted[i].shape.empty());
+    KRAIT_RETURN_IF_ERROR(StreamTensor(
+        checkpoint, files, index.at({wanted[i].slot, wanted[i].name}), wanted[i], i, &piece, take));
   }
   return absl::OkStatus();
 }

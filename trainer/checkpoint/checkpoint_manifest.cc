@@ -51,6 +51,8 @@ constexpr MetaText kMetaTexts[] = {
     {"data_fingerprint", &CheckpointMeta::data_fingerprint, kRequired},
     {"tokenizer", &CheckpointMeta::tokenizer, kOptional},
     {"hardware", &CheckpointMeta::hardware, kOptional},
+    {"hf_config", &CheckpointMeta::hf_config, kOptional},
+    {"hf_generation_config", &CheckpointMeta::hf_generation_config, kOptional},
     {"config", &CheckpointMeta::config_yaml, kRequired},
 };
 

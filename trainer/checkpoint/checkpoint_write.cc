@@ -112,38 +112,45 @@ absl::Status LayOut(const std::string& path, const std::string& save_id, int64_t
   return h5.Close();
 }
 
-// The CRC is taken from the caller's memory, before the bytes go anywhere.
-absl::Status WriteBox(const File& file, const CheckpointBox& source, ManifestBox* box) {
-  const auto* data = static_cast<const char*>(source.data);
-  const int64_t size = source.bytes();
+// Box number i of the caller. The CRC is taken from its memory, before the bytes go anywhere.
+absl::Status WriteBox(const File& file, const CheckpointBox& values, size_t i,
+                      const BoxSource& source, std::vector<char>* buffer, ManifestBox* box) {
+  const int64_t size = values.bytes(), width = SizeOf(values.dtype);
   box->crc = 0;
   for (int64_t done = 0; done < size; done += kPiece) {
     const auto n = static_cast<size_t>(std::min(kPiece, size - done));
-    box->crc = Crc32c(data + done, n, box->crc);
-    KRAIT_RETURN_IF_ERROR(file.WriteAt(data + done, n, box->file_offset + done));
+    const char* data = buffer->data();
+    if (values.data != nullptr) {
+      data = static_cast<const char*>(values.data) + done;
+    } else {
+      KRAIT_RETURN_IF_ERROR(
+          source(i, done / width, static_cast<int64_t>(n) / width, buffer->data()));
+    }
+    box->crc = Crc32c(data, n, box->crc);
+    KRAIT_RETURN_IF_ERROR(file.WriteAt(data, n, box->file_offset + done));
   }
   return absl::OkStatus();
 }
 
 // This rank's file in `folder`, on disk when the call returns; fills files and boxes.
 absl::Status WriteShard(const std::string& folder, const std::vector<CheckpointBox>& sources,
-                        Checkpoint* checkpoint) {
+                        const BoxSource& source, Checkpoint* checkpoint) {
   ManifestFile shard{"rank-00000.h5", 0, 0};
   const std::string path = folder + "/" + shard.name;
-  for (const CheckpointBox& source : sources) {
-    checkpoint->boxes.push_back({source.slot, source.name, source.dtype, source.shape,
-                                 source.offset, source.extent, 0, 0, 0});
+  for (const CheckpointBox& box : sources) {
+    checkpoint->boxes.push_back(
+        {box.slot, box.name, box.dtype, box.shape, box.offset, box.extent, 0, 0, 0});
   }
   KRAIT_RETURN_IF_ERROR(
       LayOut(path, checkpoint->save_id, checkpoint->meta.step, &checkpoint->boxes));
   KRAIT_ASSIGN_OR_RETURN(File file, File::OpenWrite(path, kCode));
   KRAIT_ASSIGN_OR_RETURN(shard.size, file.Size());
   KRAIT_RETURN_IF_ERROR(Reserve(file, shard.size));
+  std::vector<char> buffer(static_cast<size_t>(kPiece));
   for (size_t i = 0; i < sources.size(); ++i) {
-    KRAIT_RETURN_IF_ERROR(WriteBox(file, sources[i], &checkpoint->boxes[i]));
+    KRAIT_RETURN_IF_ERROR(WriteBox(file, sources[i], i, source, &buffer, &checkpoint->boxes[i]));
   }
   checkpoint->files = {shard};
-  std::vector<char> buffer(static_cast<size_t>(kPiece));
   const auto outside = RangesOutsideBoxes(checkpoint->files, checkpoint->boxes);
   for (const auto& [begin, end] : outside[0]) {
     for (int64_t at = begin; at < end; at += kPiece) {
@@ -251,12 +258,12 @@ absl::Status Prune(const SaveOptions& options, const SaveNames& names,
 
 // Everything up to the rename. The caller removes the temporary folder on failure.
 absl::Status WriteTemporary(const SaveNames& names, Checkpoint* checkpoint,
-                            const std::vector<CheckpointBox>& boxes) {
+                            const std::vector<CheckpointBox>& boxes, const BoxSource& source) {
   const std::string temporary = names.temporary();
   if (mkdir(temporary.c_str(), 0777) != 0) {
     return Error(kCode, "cannot create folder " + temporary + ": " + Reason(errno));
   }
-  KRAIT_RETURN_IF_ERROR(WriteShard(temporary, boxes, checkpoint));
+  KRAIT_RETURN_IF_ERROR(WriteShard(temporary, boxes, source, checkpoint));
   KRAIT_RETURN_IF_ERROR(WriteManifest(temporary, *checkpoint));
   return SyncDirectory(temporary, kCode);
 }
@@ -305,9 +312,11 @@ std::string SpaceText(const std::string& dir, int64_t needed) {
 
 absl::Status SaveCheckpoint(const SaveOptions& options, const CheckpointMeta& meta,
                             const std::vector<CheckpointBox>& boxes,
-                            std::vector<std::string>* warnings) {
+                            std::vector<std::string>* warnings, const BoxSource& source) {
   KRAIT_CHECK(options.keep >= 2 || !options.name.empty());
-  for (const CheckpointBox& box : boxes) KRAIT_CHECK(box.device == Device::kCpu);
+  for (const CheckpointBox& box : boxes) {
+    KRAIT_CHECK(box.device == Device::kCpu && (box.data != nullptr || source != nullptr));
+  }
   IgnoreFileSizeSignal();
   SaveNames names{options.dir, options.name.empty() ? StepFolderName(meta.step) : options.name, ""};
   const int64_t needed = BytesNeeded(boxes);
@@ -321,7 +330,7 @@ absl::Status SaveCheckpoint(const SaveOptions& options, const CheckpointMeta& me
   Checkpoint checkpoint;
   checkpoint.save_id = names.save_id;
   checkpoint.meta = meta;
-  status = WriteTemporary(names, &checkpoint, boxes);
+  status = WriteTemporary(names, &checkpoint, boxes, source);
   if (status.ok()) status = Publish(names);
   if (!status.ok()) {
     status = failed(status, SpaceText(options.dir, needed));  // the space before the removal

@@ -14,7 +14,7 @@ std::string Dump(const nlohmann::ordered_json& json) {
 }
 
 absl::StatusOr<ExitCode> Import(const ImportOptions& options, bool json) {
-  KRAIT_RETURN_IF_ERROR(ImportHf(options));
+  KRAIT_RETURN_IF_ERROR(ImportHf(options, PrintNotice));
   KRAIT_RETURN_IF_ERROR(Print(
       json ? Dump({{"checkpoint", options.out}, {"hf", options.hf}})
            : absl::StrFormat("%s: weights of %s; krait train CONFIG --init %s starts from them\n",

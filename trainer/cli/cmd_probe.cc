@@ -21,7 +21,7 @@ void AddProbeCommand(CLI::App* app, CommandLine* line) {
   AddOverrides(probe, &options->overrides);
   probe->callback([line, options] {
     line->run = [options]() -> absl::StatusOr<ExitCode> {
-      KRAIT_RETURN_IF_ERROR(RunProbe(*options));
+      KRAIT_RETURN_IF_ERROR(RunProbe(*options, PrintNotice));
       return ExitCode::kOk;
     };
   });

@@ -3,21 +3,23 @@
 
 #include <algorithm>
 #include <cstdio>
-#include <memory>
+#include <map>
+#include <optional>
+#include <utility>
 #include <vector>
 
 #include "absl/strings/str_format.h"
-#include "kernels/activation.h"
 #include "kernels/base/file.h"
+#include "kernels/base/json.h"
+#include "kernels/base/safetensors.h"
 #include "model/hf.h"
-#include "nlohmann/json.hpp"
-#include "trainer/tools/inference.h"
+#include "model/params.h"
+#include "trainer/config/config.h"
+#include "trainer/tools/hf_folder.h"
 #include "trainer/tools/interop.h"
 
 namespace krait {
 namespace {
-
-constexpr char kTokenizerKey[] = "krait.tokenizer";
 
 struct Shard {
   std::string file;
@@ -45,64 +47,116 @@ std::vector<Shard> CutShards(const ParamTable& table, DType dtype, int64_t limit
   return shards;
 }
 
-absl::Status WriteShard(const std::string& folder, const Shard& shard, const Weights& weights,
-                        DType dtype, const std::map<std::string, std::string>& metadata) {
-  std::vector<SafetensorsWriter::Item> items;
-  for (int p : shard.params) {
-    const Param& param = weights.table().params()[p];
-    items.push_back({.name = param.name, .dtype = dtype, .shape = param.shape});
-  }
-  auto writer = SafetensorsWriter::Create(folder + "/" + shard.file, items, metadata);
-  if (!writer.ok()) return writer.status();
-  std::vector<BF16> rounded;
-  for (int p : shard.params) {
-    const Tensor values = weights.Param(p);  // f32, of the host
-    if (dtype == DType::kF32) {
-      KRAIT_RETURN_IF_ERROR(writer->Write(values.raw(), values.bytes()));
-      continue;
+// Writes tensors into shards while they stream by in table order.
+class ShardWriter {
+ public:
+  ShardWriter(std::string folder, const ParamTable& table, DType dtype, std::vector<Shard> shards,
+              std::map<std::string, std::string> metadata)
+      : folder_(std::move(folder)),
+        table_(table),
+        dtype_(dtype),
+        shards_(std::move(shards)),
+        metadata_(std::move(metadata)) {}
+
+  // The next `count` elements, of parameter `p`.
+  absl::Status Write(size_t p, int64_t count, const void* values) {
+    if (!file_.has_value() || static_cast<int>(p) > shards_[next_ - 1].params.back()) {
+      KRAIT_RETURN_IF_ERROR(Finish());
+      KRAIT_RETURN_IF_ERROR(Begin(shards_[next_++]));
     }
-    rounded.resize(static_cast<size_t>(values.numel()));
-    Copy(Tensor(rounded.data(), dtype, Device::kCpu, {values.numel()}), values, Context());
-    KRAIT_RETURN_IF_ERROR(writer->Write(rounded.data(), values.numel() * SizeOf(dtype)));
+    return file_->Write(values, count * SizeOf(dtype_));
   }
-  return writer->Finish();
-}
+  absl::Status Finish() {
+    const absl::Status finished = file_.has_value() ? file_->Finish() : absl::OkStatus();
+    file_.reset();
+    return finished;
+  }
+
+ private:
+  absl::Status Begin(const Shard& shard) {
+    std::vector<SafetensorsWriter::Item> items;
+    for (const int p : shard.params) {
+      const Param& param = table_.params()[static_cast<size_t>(p)];
+      items.push_back({.name = param.name, .dtype = dtype_, .shape = param.shape});
+    }
+    auto created = SafetensorsWriter::Create(folder_ + "/" + shard.file, items, metadata_);
+    if (!created.ok()) return created.status();
+    file_.emplace(std::move(*created));
+    return absl::OkStatus();
+  }
+
+  std::string folder_;
+  const ParamTable& table_;
+  DType dtype_;
+  std::vector<Shard> shards_;
+  std::map<std::string, std::string> metadata_;
+  size_t next_ = 0;  // the shard to begin
+  std::optional<SafetensorsWriter> file_;
+};
 
 absl::Status WriteJson(const std::string& path, const nlohmann::ordered_json& json) {
-  return WriteFileAtomic(path, json.dump(2) + "\n", ExitCode::kCannotSave);
+  return WriteFileAtomic(path, DumpPythonJson(json, 2) + "\n", ExitCode::kCannotSave);
 }
 
-absl::Status WriteFolder(const std::string& folder, const std::string& config_json,
-                         const InferenceModel& model, const ExportOptions& options,
-                         ExportReport* report) {
-  KRAIT_RETURN_IF_ERROR(MakeDirectories(folder, ExitCode::kCannotSave));
-  const Weights& weights = model.weights();
+absl::Status WriteWeights(const std::string& folder, const Checkpoint& checkpoint,
+                          const ParamTable& table, const ExportOptions& options,
+                          ExportReport* report) {
   std::map<std::string, std::string> metadata = {{"format", "pt"}};
-  const std::string& tokenizer = model.checkpoint().meta.tokenizer;
-  if (!tokenizer.empty()) metadata[kTokenizerKey] = tokenizer;
-
-  const std::vector<Shard> shards = CutShards(weights.table(), options.dtype, options.shard_bytes);
+  if (!checkpoint.meta.tokenizer.empty()) metadata[kTokenizerKey] = checkpoint.meta.tokenizer;
+  const std::vector<Shard> shards = CutShards(table, options.dtype, options.shard_bytes);
+  ShardWriter writer(folder, table, options.dtype, shards, metadata);
+  KRAIT_RETURN_IF_ERROR(
+      StreamTensors(checkpoint, WholeTensors(table, options.dtype),
+                    [&](size_t p, int64_t /*begin*/, int64_t count, const void* values) {
+                      return writer.Write(p, count, values);
+                    }));
+  KRAIT_RETURN_IF_ERROR(writer.Finish());
+  report->files = static_cast<int64_t>(shards.size());
+  report->tensors = static_cast<int64_t>(table.params().size());
+  report->bytes = table.total() * SizeOf(options.dtype);
+  if (shards.size() == 1) return absl::OkStatus();
   nlohmann::ordered_json weight_map = nlohmann::ordered_json::object();
   for (const Shard& shard : shards) {
-    KRAIT_RETURN_IF_ERROR(WriteShard(folder, shard, weights, options.dtype, metadata));
-    for (int p : shard.params) weight_map[weights.table().params()[p].name] = shard.file;
+    for (const int p : shard.params) {
+      weight_map[table.params()[static_cast<size_t>(p)].name] = shard.file;
+    }
   }
-  report->files = static_cast<int64_t>(shards.size());
-  report->tensors = static_cast<int64_t>(weights.table().params().size());
-  report->bytes = weights.table().total() * SizeOf(options.dtype);
-  if (shards.size() > 1) {
-    KRAIT_RETURN_IF_ERROR(
-        WriteJson(folder + "/model.safetensors.index.json",
-                  {{"metadata", {{"total_size", report->bytes}}}, {"weight_map", weight_map}}));
+  return WriteJson(folder + "/model.safetensors.index.json",
+                   {{"metadata", {{"total_size", report->bytes}}}, {"weight_map", weight_map}});
+}
+
+// generation_config.json: the imported one, or the token ids of the config.
+absl::StatusOr<nlohmann::ordered_json> GenerationConfig(const std::string& imported,
+                                                        const nlohmann::ordered_json& config) {
+  if (!imported.empty()) {
+    return ParsePythonJson(imported, "the imported generation_config.json",
+                           ExitCode::kNoCheckpoint);
   }
-  auto config = nlohmann::ordered_json::parse(config_json);
-  config["dtype"] = options.dtype == DType::kF32 ? "float32" : "bfloat16";
-  config["torch_dtype"] = config["dtype"];  // the name before transformers 4.56
-  KRAIT_RETURN_IF_ERROR(WriteJson(folder + "/config.json", config));
   nlohmann::ordered_json generation = {{"_from_model_config", true}};
   for (const char* key : {"bos_token_id", "eos_token_id", "pad_token_id"}) {
     if (config.contains(key)) generation[key] = config[key];
   }
+  return generation;
+}
+
+absl::Status WriteFolder(const std::string& folder, const Checkpoint& checkpoint,
+                         const ExportOptions& options, ExportReport* report) {
+  RunConfig run;
+  KRAIT_ASSIGN_OR_RETURN(
+      run, ParseConfig(checkpoint.meta.config_yaml, checkpoint.path + "/manifest.json: config", {},
+                       ConfigUse::kPlan, /*ranks=*/1));
+  std::string text;
+  KRAIT_ASSIGN_OR_RETURN(text, WriteHfConfig(run.model, checkpoint.meta.hf_config));
+  nlohmann::ordered_json config, generation;
+  KRAIT_ASSIGN_OR_RETURN(config, ParsePythonJson(text, "config.json", ExitCode::kInternal));
+  config["dtype"] = options.dtype == DType::kF32 ? "float32" : "bfloat16";
+  config["torch_dtype"] = config["dtype"];  // the name before transformers 4.56
+  KRAIT_ASSIGN_OR_RETURN(generation,
+                         GenerationConfig(checkpoint.meta.hf_generation_config, config));
+
+  KRAIT_RETURN_IF_ERROR(MakeDirectories(folder, ExitCode::kCannotSave));
+  KRAIT_RETURN_IF_ERROR(WriteWeights(folder, checkpoint, ParamTable(run.model), options, report));
+  KRAIT_RETURN_IF_ERROR(WriteJson(folder + "/config.json", config));
   return WriteJson(folder + "/generation_config.json", generation);
 }
 
@@ -130,19 +184,19 @@ absl::StatusOr<ExportReport> ExportHf(const ExportOptions& options) {
                                           "--force to replace the export in it");
     }
   }
-  // The values as stored, whatever the run computed in.
-  std::unique_ptr<InferenceModel> model;
-  KRAIT_ASSIGN_OR_RETURN(
-      model, InferenceModel::Load(
-                 options.checkpoint,
-                 [](const std::string& line) { std::fprintf(stderr, "krait: %s\n", line.c_str()); },
-                 Placement()));
-  std::string config_json;
-  KRAIT_ASSIGN_OR_RETURN(config_json, HfConfigFromSpec(model->config().model));
-
-  ExportReport report{.checkpoint = model->checkpoint().path};
+  std::vector<std::string> candidates;
+  KRAIT_ASSIGN_OR_RETURN(candidates, FindCheckpoints(options.checkpoint));
+  ExportReport report;
   const std::string staging = options.hf + ".export-" + std::to_string(getpid());
-  absl::Status status = WriteFolder(staging, config_json, *model, options, &report);
+  // The values as stored, whatever the run computed in.
+  const auto write = [&](const Checkpoint& checkpoint) -> absl::Status {
+    KRAIT_RETURN_IF_ERROR(RemoveAll(staging, ExitCode::kCannotSave));
+    report = {.checkpoint = checkpoint.path};
+    return WriteFolder(staging, checkpoint, options, &report);
+  };
+  absl::Status status = LoadNewest(candidates, write, [](const std::string& line) {
+                          std::fprintf(stderr, "krait: %s\n", line.c_str());
+                        }).status();
   if (status.ok()) status = SyncDirectory(staging, ExitCode::kCannotSave);
   // An older export keeps its place until the new one is whole.
   const std::string replaced = options.hf + ".replaced-" + std::to_string(getpid());

@@ -1,28 +1,15 @@
 #include "trainer/tools/interop.h"
 
-#include <algorithm>
-#include <set>
 #include <vector>
 
-#include "absl/strings/str_format.h"
-#include "absl/strings/str_join.h"
 #include "data/tokenizer.h"
 #include "kernels/base/file.h"
-#include "kernels/transfer.h"
-#include "model/hf.h"
-#include "model/names.h"
-#include "trainer/tools/inference.h"
-#include "trainer/train/optimizer_state.h"
+#include "model/params.h"
+#include "trainer/config/config.h"
+#include "trainer/tools/hf_folder.h"
 
 namespace krait {
 namespace {
-
-constexpr int64_t kMaxConfigBytes = 16 << 20;
-constexpr char kTokenizerKey[] = "krait.tokenizer";  // in the safetensors metadata
-
-std::string ShapeText(const std::vector<int64_t>& shape) {
-  return absl::StrFormat("[%s]", absl::StrJoin(shape, ","));
-}
 
 // "a/b/c/" -> "c".
 std::string LastPart(std::string path) {
@@ -30,74 +17,22 @@ std::string LastPart(std::string path) {
   return path.substr(path.rfind('/') + 1);
 }
 
-// The first few names of a list.
-std::string Some(const std::vector<std::string>& names) {
-  constexpr size_t kShown = 5;
-  std::vector<std::string> shown(names.begin(), names.begin() + std::min(kShown, names.size()));
-  return absl::StrJoin(shown, ", ") +
-         (names.size() > kShown ? absl::StrFormat(" and %d more", names.size() - kShown) : "");
-}
-
 }  // namespace
 
-absl::StatusOr<ModelSpec> ReadHfSpec(const std::string& folder) {
-  const std::string path = folder + "/config.json";
-  std::string text;
-  KRAIT_ASSIGN_OR_RETURN(text, ReadFile(path, kMaxConfigBytes, ExitCode::kNoCheckpoint));
-  return SpecFromHfConfig(text, path);
+std::vector<CheckpointBox> WholeTensors(const ParamTable& table, DType dtype) {
+  std::vector<CheckpointBox> boxes;
+  for (const Param& param : table.params()) {
+    boxes.push_back({.slot = "weight",
+                     .name = param.name,
+                     .dtype = dtype,
+                     .shape = param.shape,
+                     .offset = std::vector<int64_t>(param.shape.size()),
+                     .extent = param.shape});
+  }
+  return boxes;
 }
 
-absl::Status LoadHfWeights(const SafetensorsReader& reader, const ModelSpec& spec,
-                           const ParamTable& table, const std::function<Tensor(int)>& target,
-                           const Context& ctx) {
-  const auto& entries = reader.entries();
-  const auto& params = table.params();
-  ErrorList errors;
-  std::vector<std::string> missing, unknown;
-  std::set<std::string> used;
-  std::vector<HfSource> sources;
-  for (const Param& param : params) {
-    const std::vector<HfSource> places = HfSources(param, spec);
-    const auto place = std::find_if(places.begin(), places.end(), [&](const HfSource& candidate) {
-      return entries.contains(candidate.name);
-    });
-    if (place == places.end()) {
-      missing.push_back(param.name);
-      continue;
-    }
-    const SafetensorsEntry& entry = entries.at(place->name);
-    if (entry.shape != place->shape && !used.contains(place->name)) {
-      errors.Add(ExitCode::kNoCheckpoint,
-                 absl::StrFormat("%s: %s has shape %s, but the config makes it %s", entry.file,
-                                 place->name, ShapeText(entry.shape), ShapeText(place->shape)));
-    }
-    used.insert(place->name);
-    sources.push_back(*place);
-  }
-  for (const auto& [name, entry] : entries) {
-    // A tied head is sometimes stored a second time.
-    if (!used.contains(name) && !(spec.tie_embeddings && name == kHeadName)) {
-      unknown.push_back(name);
-    }
-  }
-  if (!missing.empty()) {
-    errors.Add(ExitCode::kNoCheckpoint, reader.path() + ": lacks " + Some(missing));
-  }
-  if (!unknown.empty()) {
-    errors.Add(ExitCode::kNoCheckpoint,
-               reader.path() + ": holds what the config does not: " + Some(unknown));
-  }
-  KRAIT_RETURN_IF_ERROR(errors.ToStatus());
-  for (size_t p = 0; p < params.size(); ++p) {
-    std::vector<float> values(static_cast<size_t>(params[p].numel()));
-    KRAIT_RETURN_IF_ERROR(
-        reader.ReadF32(sources[p].name, sources[p].begin, params[p].numel(), values.data()));
-    Upload(target(static_cast<int>(p)), values.data(), ctx);
-  }
-  return absl::OkStatus();
-}
-
-absl::Status ImportHf(const ImportOptions& options) {
+absl::Status ImportHf(const ImportOptions& options, const Notice& notice) {
   if (Exists(options.out)) {
     const bool checkpoint = Exists(options.out + "/manifest.json");
     if (!checkpoint || !options.force) {
@@ -109,31 +44,34 @@ absl::Status ImportHf(const ImportOptions& options) {
   if (!options.tokenizer.empty()) {
     KRAIT_RETURN_IF_ERROR(MakeTokenizer(options.tokenizer).status());
   }
+  auto folder = HfFolder::Open(options.hf);
+  if (!folder.ok()) return folder.status();
+  for (const std::string& note : folder->notes()) notice(note);
   RunConfig config;
-  KRAIT_ASSIGN_OR_RETURN(config.model, ReadHfSpec(options.hf));
-  // What no config may say makes a checkpoint that nothing can read.
-  KRAIT_RETURN_IF_ERROR(ParseConfig(config.ToYaml(), options.hf + "/config.json, as a config", {},
-                                    ConfigUse::kPlan, /*ranks=*/1)
+  config.model = folder->spec();
+  // What a checkpoint says has to be readable again.
+  KRAIT_RETURN_IF_ERROR(ParseConfig(config.ToYaml(), options.hf + "/config.json, as Krait's config",
+                                    {}, ConfigUse::kPlan, /*ranks=*/1)
                             .status());
-  auto reader = SafetensorsReader::OpenFolder(options.hf);
-  if (!reader.ok()) return reader.status();
   const ParamTable table(config.model);
-  std::unique_ptr<Arena> arena;
-  const std::unique_ptr<Weights> weights = NewWeights(&table, Placement(), &arena);
-  KRAIT_RETURN_IF_ERROR(LoadHfWeights(
-      *reader, config.model, table, [&](int p) { return weights->Param(p); }, Context()));
+  KRAIT_RETURN_IF_ERROR(folder->Locate(config.model, table));
 
   CheckpointMeta meta;
   meta.config_yaml = config.ToYaml();
-  meta.tokenizer = options.tokenizer;
-  const auto stored = reader->metadata().find(kTokenizerKey);
-  if (meta.tokenizer.empty() && stored != reader->metadata().end()) {
-    meta.tokenizer = stored->second;
-  }
+  meta.tokenizer = options.tokenizer.empty() ? folder->tokenizer() : options.tokenizer;
+  meta.hf_config = folder->kept();
+  meta.hf_generation_config = folder->generation_config();
   SaveOptions save;
   save.dir = ParentFolder(options.out);
   save.name = LastPart(options.out);
-  return SaveCheckpoint(save, meta, StateBoxes(*weights, nullptr));
+  absl::Status read;  // an error of the folder, not of the save
+  const auto source = [&](size_t box, int64_t begin, int64_t count, void* out) {
+    read = folder->Read(static_cast<int>(box), begin, count, static_cast<float*>(out));
+    return read;
+  };
+  const absl::Status saved =
+      SaveCheckpoint(save, meta, WholeTensors(table, DType::kF32), nullptr, source);
+  return read.ok() ? saved : read;
 }
 
 }  // namespace krait

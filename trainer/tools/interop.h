@@ -1,29 +1,24 @@
 // Published weights (Hugging Face folders) to and from Krait's parameter table.
 //
-// Reads one tensor per expert or transformers' fused experts (model/hf.h); one file, or an index
-// with shards. Writes one tensor per expert.
+// A model need not fit in memory: both hold a piece of one tensor at a time. Export writes one
+// tensor per expert.
 #ifndef KRAIT_TRAINER_TOOLS_INTEROP_H_
 #define KRAIT_TRAINER_TOOLS_INTEROP_H_
 
 #include <cstdint>
-#include <functional>
 #include <string>
+#include <vector>
 
 #include "kernels/base/dtype.h"
-#include "kernels/base/safetensors.h"
-#include "model/spec.h"
-#include "model/weights.h"
+#include "kernels/base/status.h"
+#include "model/params.h"
+#include "trainer/checkpoint/checkpoint.h"
 
 namespace krait {
 
-// The model of FOLDER/config.json. kConfig for what Krait cannot compute.
-absl::StatusOr<ModelSpec> ReadHfSpec(const std::string& folder);
-
-// Fills target(p), f32, for every parameter p of the table from the published tensors.
-// kNoCheckpoint with every tensor that is missing, unknown or of another shape.
-absl::Status LoadHfWeights(const SafetensorsReader& reader, const ModelSpec& spec,
-                           const ParamTable& table, const std::function<Tensor(int)>& target,
-                           const Context& ctx);
+// Every parameter of a table as one box of slot "weight" without memory, which SaveCheckpoint and
+// StreamTensors take in pieces.
+std::vector<CheckpointBox> WholeTensors(const ParamTable& table, DType dtype);
 
 struct ImportOptions {
   std::string hf;         // folder
@@ -31,8 +26,9 @@ struct ImportOptions {
   bool force = false;     // replace an older checkpoint at `out`
   std::string tokenizer;  // stored in the checkpoint; "": what the weight files say, if anything
 };
-// A checkpoint at step 0 that holds weights only.
-absl::Status ImportHf(const ImportOptions& options);
+// A checkpoint at step 0 that holds weights only, and what the folder says beyond the model
+// (HfFolder), a notice for each of its notes.
+absl::Status ImportHf(const ImportOptions& options, const Notice& notice);
 
 struct ExportOptions {
   std::string checkpoint;
@@ -45,8 +41,9 @@ struct ExportReport {
   std::string checkpoint;  // the folder taken
   int64_t tensors = 0, bytes = 0, files = 0;
 };
-// config.json, generation_config.json and the weights; refuses a model that transformers' Jamba
-// cannot express, with the reason. The folder appears whole or not at all.
+// config.json, generation_config.json and the weights, with what an imported folder said beyond the
+// model; refuses a model that transformers' Jamba cannot express, with the reason. The folder
+// appears whole or not at all.
 absl::StatusOr<ExportReport> ExportHf(const ExportOptions& options);
 
 }  // namespace krait

@@ -9,7 +9,7 @@
 #include "kernels/base/output.h"
 #include "kernels/base/safetensors.h"
 #include "kernels/transfer.h"
-#include "trainer/tools/interop.h"
+#include "trainer/tools/hf_folder.h"
 #include "trainer/train/trainer.h"
 
 namespace krait {
@@ -172,34 +172,51 @@ std::vector<SafetensorsWriter::Item> Items(const ForwardValues& forward, const P
   return items;
 }
 
+absl::Status LoadWeights(const HfFolder& folder, Trainer* trainer) {
+  constexpr int64_t kPiece = int64_t{4} << 20;  // elements
+  std::vector<float> values;
+  const auto count = static_cast<int>(trainer->weights().table().params().size());
+  for (int p = 0; p < count; ++p) {
+    const Tensor master = trainer->optimizer().Master(p);
+    for (int64_t at = 0; at < master.numel(); at += kPiece) {
+      const int64_t n = std::min(kPiece, master.numel() - at);
+      values.resize(static_cast<size_t>(n));
+      KRAIT_RETURN_IF_ERROR(folder.Read(p, at, n, values.data()));
+      Upload(master.Slice(0, at, n), values.data(), trainer->ctx());
+    }
+  }
+  return absl::OkStatus();
+}
+
 absl::Status WriteFloats(SafetensorsWriter* writer, const std::vector<float>& values) {
   return writer->Write(values.data(), static_cast<int64_t>(values.size() * sizeof(float)));
 }
 
 }  // namespace
 
-absl::Status RunProbe(const ProbeOptions& options) {
+absl::Status RunProbe(const ProbeOptions& options, const Notice& notice) {
   std::vector<std::string> inputs = {options.batches};
   std::error_code unreadable;  // said when the folder is read
   for (const auto& entry : std::filesystem::directory_iterator(options.hf, unreadable)) {
     inputs.push_back(entry.path().string());
   }
   KRAIT_RETURN_IF_ERROR(CheckOutput(options.out, FileKind::kSafetensors, inputs, options.force));
-  ModelSpec spec;
-  KRAIT_ASSIGN_OR_RETURN(spec, ReadHfSpec(options.hf));
-  SafetensorsReader reader;
-  KRAIT_ASSIGN_OR_RETURN(reader, SafetensorsReader::OpenFolder(options.hf));
+  auto folder = HfFolder::Open(options.hf);
+  if (!folder.ok()) return folder.status();
+  for (const std::string& note : folder->notes()) {
+    if (notice != nullptr) notice(note);
+  }
   ProbeBatches batches;
-  KRAIT_ASSIGN_OR_RETURN(batches, ReadBatches(options, spec.vocab_size));
+  KRAIT_ASSIGN_OR_RETURN(batches, ReadBatches(options, folder->spec().vocab_size));
   RunConfig config;
-  KRAIT_ASSIGN_OR_RETURN(config, ProbeConfig(spec, batches.forward, options));
-
+  KRAIT_ASSIGN_OR_RETURN(config, ProbeConfig(folder->spec(), batches.forward, options));
   KRAIT_RETURN_IF_ERROR(CheckDevice(config));
+  // The overrides may have changed the model.
+  KRAIT_RETURN_IF_ERROR(folder->Locate(config.model, ParamTable(config.model)));
+
   Trainer trainer(config);
   const ParamTable& table = trainer.weights().table();
-  KRAIT_RETURN_IF_ERROR(LoadHfWeights(
-      reader, config.model, table, [&](int p) { return trainer.optimizer().Master(p); },
-      trainer.ctx()));
+  KRAIT_RETURN_IF_ERROR(LoadWeights(*folder, &trainer));
   trainer.Loaded();
   ForwardValues forward(trainer.config().model, batches.forward, trainer.ctx());
   const ProbeSink sink = forward.Sink();

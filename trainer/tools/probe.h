@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "kernels/base/status.h"
+#include "trainer/checkpoint/checkpoint.h"
 
 namespace krait {
 
@@ -24,8 +25,10 @@ struct ProbeOptions {
 // `input_ids` or batches[0]: logits [B,T,V], hidden_states.i [B,T,D], router_logits.j [B*T,E],
 // cross_entropy, aux_loss, loss ([1] each), grad.NAME; with steps also losses [S], grad_norms [S]
 // and weight.NAME after them. All fp32. Settings are the defaults except a constant schedule
-// without warm-up; `overrides` go last. kData for what is wrong with `batches`.
-absl::Status RunProbe(const ProbeOptions& options);
+// without warm-up, and model.pad_token, the folder's pad_token_id; `overrides` go last. `notice`
+// gets what the folder has to be said about (HfFolder::notes). kData for what is wrong with
+// `batches`.
+absl::Status RunProbe(const ProbeOptions& options, const Notice& notice = nullptr);
 
 }  // namespace krait
 

@@ -174,6 +174,9 @@ absl::Status RestoreWeights(const RunData& data, const Checkpoint& checkpoint, T
                                    " does not fit this run's model; give the run the "
                                    "model of the checkpoint, or take another one"));
   trainer->Loaded();
+  // What an imported folder said beyond its weights goes with them.
+  trainer->state().hf_config = checkpoint.meta.hf_config;
+  trainer->state().hf_generation_config = checkpoint.meta.hf_generation_config;
   return absl::OkStatus();
 }
 

@@ -9,10 +9,15 @@
 #include <filesystem>
 #include <fstream>
 
+#include "model/hf.h"
+#include "model/names.h"
+#include "model/params.h"
 #include "nlohmann/json.hpp"
 #include "support/golden.h"
+#include "support/hf_folder.h"
 #include "support/tiny_run.h"
 #include "trainer/checkpoint/checkpoint.h"
+#include "trainer/tools/hf_folder.h"
 #include "trainer/tools/probe.h"
 
 namespace krait {
@@ -20,9 +25,12 @@ namespace {
 
 using ::testing::AllOf;
 using ::testing::HasSubstr;
+using ::testing::Not;
 using testing::ReadTensor;
 
 const std::string kGolden = KRAIT_TEST_GOLDEN "/jamba-micro";
+
+void Ignore(const std::string&) {}
 
 SafetensorsReader Folder(const std::string& path) {
   auto reader = SafetensorsReader::OpenFolder(path);
@@ -39,7 +47,7 @@ class InteropTest : public ::testing::Test {
     options.hf = hf;
     options.out = folder_ / name;
     options.tokenizer = "bytes";
-    const absl::Status status = ImportHf(options);
+    const absl::Status status = ImportHf(options, Ignore);
     EXPECT_TRUE(status.ok()) << status;
     return options.out;
   }
@@ -107,7 +115,7 @@ TEST_F(InteropTest, ImportAndExportKeepEveryBit) {
   ImportOptions again;
   again.hf = folder_ / "out";
   again.out = folder_ / "again";
-  ASSERT_TRUE(ImportHf(again).ok());
+  ASSERT_TRUE(ImportHf(again, Ignore).ok());
   const auto opened = OpenCheckpoint(again.out);
   ASSERT_TRUE(opened.ok());
   EXPECT_EQ(opened->meta.tokenizer, "bytes");
@@ -198,7 +206,7 @@ TEST_F(InteropTest, BrokenFoldersAreRefusedAllAtOnce) {
   ImportOptions options;
   options.hf = folder_ / "broken";
   options.out = folder_ / "checkpoint";
-  const absl::Status status = ImportHf(options);
+  const absl::Status status = ImportHf(options, Ignore);
   EXPECT_EQ(ExitCodeOf(status), ExitCode::kNoCheckpoint);
   EXPECT_THAT(MessageOf(status),
               AllOf(HasSubstr("lacks model.layers.0.mamba.D"),
@@ -208,10 +216,10 @@ TEST_F(InteropTest, BrokenFoldersAreRefusedAllAtOnce) {
   EXPECT_FALSE(std::filesystem::exists(options.out));
 
   options.hf = folder_ / "none";
-  EXPECT_EQ(ExitCodeOf(ImportHf(options)), ExitCode::kNoCheckpoint);
+  EXPECT_EQ(ExitCodeOf(ImportHf(options, Ignore)), ExitCode::kNoCheckpoint);
   options.hf = kGolden;
   options.out = folder_.Write("file", "in the way");
-  EXPECT_EQ(ExitCodeOf(ImportHf(options)), ExitCode::kConfig);
+  EXPECT_EQ(ExitCodeOf(ImportHf(options, Ignore)), ExitCode::kConfig);
 }
 
 TEST_F(InteropTest, ExportRefusesWhatTransformersCannotExpress) {
@@ -244,6 +252,102 @@ TEST_F(InteropTest, TrainedModelTravelsThroughTheCommandLine) {
   EXPECT_EQ(before.out, after.out);
   result = tiny.Train("next", {"train.steps=10", "--init", tiny / "back"});
   EXPECT_EQ(result.code, 0) << result.err;
+}
+
+// What transformers stops at outlives the way through a checkpoint, a run that starts from it, and
+// the run's resume.
+TEST_F(InteropTest, ImportedTrainedAndExportedItStillStopsWhereItStopped) {
+  const TinyRun tiny;
+  ASSERT_EQ(tiny.Train("first", {"train.steps=10"}).code, 0);
+  ASSERT_EQ(TinyRun::Krait({"export", tiny / "first", "--hf", tiny / "hf"}).code, 0);
+  testing::EditJson(tiny / "hf/config.json", [](nlohmann::json* json) {
+    (*json)["bos_token_id"] = 1;
+    (*json)["eos_token_id"] = {105, 110};
+    (*json)["pad_token_id"] = 0;
+    (*json)["max_position_embeddings"] = 2048;
+    (*json)["output_router_logits"] = true;
+  });
+  testing::EditJson(tiny / "hf/generation_config.json", [](nlohmann::json* json) {
+    *json = {{"eos_token_id", {105, 110}}, {"do_sample", true}, {"temperature", 0.6}};
+  });
+  const nlohmann::json before = testing::ReadJson(tiny / "hf/config.json");
+  ProcessResult result =
+      TinyRun::Krait({"import", "--hf", tiny / "hf", "--out", tiny / "imported"});
+  ASSERT_EQ(result.code, 0) << result.err;
+  result = tiny.Train("run", {"train.steps=10", "checkpoint.every=5", "model.pad_token=0", "--init",
+                              tiny / "imported"});
+  ASSERT_EQ(result.code, 0) << result.err;
+  EXPECT_THAT(result.out, HasSubstr("model.pad_token 0: its embedding row gets no gradient"));
+  EXPECT_THAT(result.out, Not(HasSubstr("none here")));
+  std::filesystem::remove_all(tiny / "run/checkpoints/step-00000010");
+  result = tiny.Train("run", {"train.steps=10", "checkpoint.every=5", "model.pad_token=0",
+                              "--resume", tiny / "run/checkpoints/step-00000005"});
+  ASSERT_EQ(result.code, 0) << result.err;
+  result = TinyRun::Krait({"export", tiny / "run", "--hf", tiny / "out", "--shard-size", "8KiB"});
+  ASSERT_EQ(result.code, 0) << result.err;
+  EXPECT_EQ(testing::ReadJson(tiny / "out/config.json"), before);
+  EXPECT_EQ(testing::ReadJson(tiny / "out/generation_config.json"),
+            testing::ReadJson(tiny / "hf/generation_config.json"));
+  // Trained all the same.
+  const SafetensorsReader now = Folder(tiny / "out"), then = Folder(tiny / "hf");
+  EXPECT_NE(ReadTensor(now, "lm_head.weight"), ReadTensor(then, "lm_head.weight"));
+
+  // A run that does not follow the padding row is told.
+  result = tiny.Train("other", {"train.steps=1", "--init", tiny / "imported"});
+  EXPECT_THAT(result.out, HasSubstr("model.pad_token: 0 there, none here"));
+}
+
+// A model of 320 MiB through both directions.
+TEST_F(InteropTest, MemoryIsThatOfAPiece) {
+  constexpr int64_t kVocab = 81920, kWidth = 1024;
+  auto config = testing::ReadJson(kGolden + "/config.json");
+  for (const auto& [key, value] : std::map<std::string, int64_t>{{"vocab_size", kVocab},
+                                                                 {"hidden_size", kWidth},
+                                                                 {"intermediate_size", 1},
+                                                                 {"num_hidden_layers", 1},
+                                                                 {"num_experts", 1},
+                                                                 {"mamba_expand", 1},
+                                                                 {"attn_layer_period", 2},
+                                                                 {"attn_layer_offset", 1},
+                                                                 {"mamba_dt_rank", 1},
+                                                                 {"mamba_d_state", 1}}) {
+    config[key] = value;
+  }
+  config["tie_word_embeddings"] = true;
+  folder_.Write("hf/config.json", config.dump());
+  const auto spec = ReadHfConfig(config.dump(), "config.json");
+  ASSERT_TRUE(spec.ok()) << spec.status();
+  const ParamTable table(spec->spec);
+  std::vector<SafetensorsWriter::Item> items;
+  for (const Param& param : table.params()) items.push_back({param.name, DType::kF32, param.shape});
+  {
+    auto writer = SafetensorsWriter::Create(folder_ / "hf/model.safetensors", items, {});
+    ASSERT_TRUE(writer.ok());
+    std::vector<float> values(1 << 20, 0.25f);
+    for (const Param& param : table.params()) {
+      for (int64_t at = 0; at < param.numel(); at += 1 << 20) {
+        const int64_t n = std::min<int64_t>(1 << 20, param.numel() - at);
+        values[0] = static_cast<float>(at >> 20);
+        ASSERT_TRUE(writer->Write(values.data(), 4 * n).ok());
+      }
+    }
+    ASSERT_TRUE(writer->Finish().ok());
+  }
+  const int64_t bytes = 4 * table.total();
+  ASSERT_GT(bytes, 320 << 20);
+  ProcessResult result =
+      TinyRun::Krait({"import", "--hf", folder_ / "hf", "--out", folder_ / "checkpoint"});
+  ASSERT_EQ(result.code, 0) << result.err;
+  EXPECT_LT(result.peak_bytes, 128 << 20);
+  result = TinyRun::Krait({"export", folder_ / "checkpoint", "--hf", folder_ / "out"});
+  ASSERT_EQ(result.code, 0) << result.err;
+  EXPECT_LT(result.peak_bytes, 128 << 20);
+  const SafetensorsReader out = Folder(folder_ / "out");
+  for (const int64_t piece : {0, 17, 79}) {
+    float value = -1;
+    ASSERT_TRUE(out.ReadF32(kEmbeddingName, piece << 20, 1, &value).ok());
+    EXPECT_EQ(value, static_cast<float>(piece));
+  }
 }
 
 }  // namespace

@@ -46,6 +46,24 @@ TEST(Plan, JambaV01) {
   EXPECT_EQ(report.wire_bytes_per_step, 0);
 }
 
+// As transformers counts the published configs (tests/golden/README.md).
+TEST(Plan, SmallerPublishedModels) {
+  const RunConfig jamba2 = Load("models/jamba2-3b.yaml");
+  const PlanReport report = Plan(jamba2, {.context = 262144});
+  EXPECT_EQ(report.params_total, 3'029'337'472);
+  EXPECT_EQ(report.params_active, 3'029'337'472);
+  for (const Sublayer& sublayer : jamba2.model.sublayers) {
+    const bool attends = sublayer.layer == 7 || sublayer.layer == 21;
+    EXPECT_NE(sublayer.kind, SublayerKind::kMoe);
+    if (IsMixer(sublayer.kind)) {
+      EXPECT_EQ(sublayer.kind == SublayerKind::kAttention, attends) << sublayer.layer;
+    }
+  }
+  // Two layers with K and V of one head of 128, of 2 bytes.
+  EXPECT_EQ(report.decode[0].kv_cache_bytes, int64_t{262144} * 2 * 2 * 128 * 2);
+  EXPECT_EQ(Plan(Load("models/jamba-tiny-dev.yaml")).params_total, 318'688'640);
+}
+
 TEST(Plan, TheUsualContextIsReportedWithoutOption) {
   const PlanReport report = Plan(Load("models/jamba-v0.1.yaml"));
   ASSERT_EQ(report.decode.size(), 2U);
