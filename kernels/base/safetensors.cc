@@ -337,18 +337,24 @@ absl::Status SafetensorsReader::ReadF32(const std::string& name, int64_t begin, 
     return Error(kCode, entry.file + ": tensor '" + name + "' has dtype " + entry.stored +
                             "; F32, F64, BF16 or F16 is needed");
   }
-  if (entry.dtype == DType::kF32) {
-    KRAIT_CHECK(begin >= 0 && count >= 0 && begin <= entry.numel() - count);
-    KRAIT_ASSIGN_OR_RETURN(const File file, File::OpenRead(entry.file, kCode));
-    return file.ReadAt(out, static_cast<size_t>(count) * sizeof(float),
-                       entry.begin + begin * static_cast<int64_t>(sizeof(float)));
-  }
+  if (entry.dtype == DType::kF32) return ReadRaw(name, begin, count, out);
   return ReadPieces(entry, begin, count, [&](const unsigned char* data, int64_t at, int64_t n) {
     if (ToFloat(data, entry, n, out + at)) return absl::OkStatus();
     return Error(kCode, entry.file + ": tensor '" + name +
                             "' holds a number beyond f32 at or behind its element " +
                             std::to_string(begin + at));
   });
+}
+
+absl::Status SafetensorsReader::ReadRaw(const std::string& name, int64_t begin, int64_t count,
+                                        void* out) const {
+  const auto found = entries_.find(name);
+  if (found == entries_.end()) return Error(kCode, path_ + " has no tensor '" + name + "'");
+  const SafetensorsEntry& entry = found->second;
+  const int64_t numel = entry.numel(), width = numel == 0 ? 1 : entry.bytes / numel;
+  KRAIT_CHECK(width > 0 && begin >= 0 && count >= 0 && begin <= numel - count);
+  KRAIT_ASSIGN_OR_RETURN(const File file, File::OpenRead(entry.file, kCode));
+  return file.ReadAt(out, static_cast<size_t>(count * width), entry.begin + begin * width);
 }
 
 absl::Status SafetensorsReader::ReadI32(const std::string& name, int64_t begin, int64_t count,

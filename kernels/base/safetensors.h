@@ -47,6 +47,8 @@ class SafetensorsReader {
   // range is an error).
   absl::Status ReadF32(const std::string& name, int64_t begin, int64_t count, float* out) const;
   absl::Status ReadI32(const std::string& name, int64_t begin, int64_t count, int32_t* out) const;
+  // The same elements as they are stored; not of a dtype with less than a byte.
+  absl::Status ReadRaw(const std::string& name, int64_t begin, int64_t count, void* out) const;
 
  private:
   std::string path_;

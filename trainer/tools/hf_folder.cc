@@ -248,6 +248,17 @@ absl::Status HfFolder::Read(int param, int64_t begin, int64_t count, float* out)
   return reader_.ReadF32(place.name, place.begin + begin, count, out);
 }
 
+DType HfFolder::dtype(int param) const {
+  const HfSource& place = places_[static_cast<size_t>(param)];
+  return reader_.entries().at(place.name).dtype == DType::kBF16 ? DType::kBF16 : DType::kF32;
+}
+
+absl::Status HfFolder::ReadStored(int param, int64_t begin, int64_t count, void* out) const {
+  if (dtype(param) == DType::kF32) return Read(param, begin, count, static_cast<float*>(out));
+  const HfSource& place = places_[static_cast<size_t>(param)];
+  return reader_.ReadRaw(place.name, place.begin + begin, count, out);
+}
+
 absl::StatusOr<bool> HfFolder::Equal(const std::string& a, const std::string& b) const {
   const int64_t numel = reader_.entries().at(a).numel();
   std::vector<float> left(static_cast<size_t>(std::min(kPiece, numel))), right(left.size());

@@ -47,6 +47,9 @@ class HfFolder {
   absl::Status Locate(const ModelSpec& spec, const ParamTable& table);
   // Elements [begin, begin + count) of a parameter, as f32.
   absl::Status Read(int param, int64_t begin, int64_t count, float* out) const;
+  // In f32, or in bf16 where that is what the folder holds.
+  DType dtype(int param) const;
+  absl::Status ReadStored(int param, int64_t begin, int64_t count, void* out) const;
 
  private:
   // By the name that today's transformers gives it.

@@ -66,11 +66,12 @@ absl::Status ImportHf(const ImportOptions& options, const Notice& notice) {
   save.name = LastPart(options.out);
   absl::Status read;  // an error of the folder, not of the save
   const auto source = [&](size_t box, int64_t begin, int64_t count, void* out) {
-    read = folder->Read(static_cast<int>(box), begin, count, static_cast<float*>(out));
+    read = folder->ReadStored(static_cast<int>(box), begin, count, out);
     return read;
   };
-  const absl::Status saved =
-      SaveCheckpoint(save, meta, WholeTensors(table, DType::kF32), nullptr, source);
+  std::vector<CheckpointBox> boxes = WholeTensors(table, DType::kF32);
+  for (size_t p = 0; p < boxes.size(); ++p) boxes[p].dtype = folder->dtype(static_cast<int>(p));
+  const absl::Status saved = SaveCheckpoint(save, meta, boxes, nullptr, source);
   return read.ok() ? saved : read;
 }
 

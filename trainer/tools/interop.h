@@ -26,7 +26,8 @@ struct ImportOptions {
   bool force = false;     // replace an older checkpoint at `out`
   std::string tokenizer;  // stored in the checkpoint; "": what the weight files say, if anything
 };
-// A checkpoint at step 0 that holds weights only, and what the folder says beyond the model
+// A checkpoint at step 0 that holds weights only, in f32 or where the folder holds them so in bf16,
+// and what the folder says beyond the model
 // (HfFolder), a notice for each of its notes.
 absl::Status ImportHf(const ImportOptions& options, const Notice& notice);
 

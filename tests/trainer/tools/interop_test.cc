@@ -9,6 +9,7 @@
 #include <filesystem>
 #include <fstream>
 
+#include "kernels/transfer.h"
 #include "model/hf.h"
 #include "model/names.h"
 #include "model/params.h"
@@ -18,6 +19,7 @@
 #include "support/tiny_run.h"
 #include "trainer/checkpoint/checkpoint.h"
 #include "trainer/tools/hf_folder.h"
+#include "trainer/tools/inference.h"
 #include "trainer/tools/probe.h"
 
 namespace krait {
@@ -197,6 +199,33 @@ TEST_F(InteropTest, Bf16RoundsToNearestEven) {
   }
 }
 
+// What is stored in bf16 stays so in the checkpoint, and everything reads it.
+TEST_F(InteropTest, BF16KeepsItsSize) {
+  ExportOptions options = Export(Import(kGolden, "checkpoint"), "half");
+  options.dtype = DType::kBF16;
+  ASSERT_TRUE(ExportHf(options).ok());
+  const auto opened = OpenCheckpoint(Import(folder_ / "half", "from_half"));
+  ASSERT_TRUE(opened.ok());
+  for (const ManifestBox& box : opened->boxes) EXPECT_EQ(box.dtype, DType::kBF16) << box.name;
+  EXPECT_TRUE(VerifyCheckpoint(*opened).ok());
+  const SafetensorsReader half = Folder(folder_ / "half");
+  for (const DType dtype : {DType::kF32, DType::kBF16}) {
+    ExportOptions again = Export(folder_ / "from_half", dtype == DType::kF32 ? "wide" : "same");
+    again.dtype = dtype;
+    ASSERT_TRUE(ExportHf(again).ok());
+    const SafetensorsReader out = Folder(again.hf);
+    for (const auto& [name, entry] : half.entries()) {
+      ASSERT_EQ(out.entries().at(name).dtype, dtype);
+      EXPECT_EQ(ReadTensor(out, name), ReadTensor(half, name)) << name;
+    }
+  }
+  const auto loaded = InferenceModel::Load(
+      folder_ / "from_half", [](const std::string&) {}, Placement());
+  ASSERT_TRUE(loaded.ok()) << loaded.status();
+  const Tensor head = (*loaded)->weights().Param((*loaded)->weights().table().Find(kHeadName));
+  EXPECT_EQ(DownloadFloats(head, Context())[7], ReadTensor(half, kHeadName)[7]);
+}
+
 TEST_F(InteropTest, BrokenFoldersAreRefusedAllAtOnce) {
   auto tensors = GoldenTensors();
   tensors.erase("model.layers.0.mamba.D");
@@ -293,7 +322,8 @@ TEST_F(InteropTest, ImportedTrainedAndExportedItStillStopsWhereItStopped) {
   EXPECT_NE(ReadTensor(now, "lm_head.weight"), ReadTensor(then, "lm_head.weight"));
 
   // A run that does not follow the padding row is told.
-  result = tiny.Train("other", {"train.steps=1", "--init", tiny / "imported"});
+  result = tiny.Train("other", {"train.steps=10", "--init", tiny / "imported"});
+  ASSERT_EQ(result.code, 0) << result.err;
   EXPECT_THAT(result.out, HasSubstr("model.pad_token: 0 there, none here"));
 }
 
