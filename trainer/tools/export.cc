@@ -144,7 +144,7 @@ absl::Status WriteFolder(const std::string& folder, const Checkpoint& checkpoint
   RunConfig run;
   KRAIT_ASSIGN_OR_RETURN(
       run, ParseConfig(checkpoint.meta.config_yaml, checkpoint.path + "/manifest.json: config", {},
-                       ConfigUse::kPlan, /*ranks=*/1));
+                       ConfigUse::kStored, /*ranks=*/1));
   std::string text;
   KRAIT_ASSIGN_OR_RETURN(text, WriteHfConfig(run.model, checkpoint.meta.hf_config));
   nlohmann::ordered_json config, generation;

@@ -51,7 +51,7 @@ absl::Status ImportHf(const ImportOptions& options, const Notice& notice) {
   config.model = folder->spec();
   // What a checkpoint says has to be readable again.
   KRAIT_RETURN_IF_ERROR(ParseConfig(config.ToYaml(), options.hf + "/config.json, as Krait's config",
-                                    {}, ConfigUse::kPlan, /*ranks=*/1)
+                                    {}, ConfigUse::kStored, /*ranks=*/1)
                             .status());
   const ParamTable table(config.model);
   KRAIT_RETURN_IF_ERROR(folder->Locate(config.model, table));
