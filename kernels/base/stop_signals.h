@@ -1,5 +1,5 @@
-// Requests to stop: SIGUSR1, SIGTERM, SIGHUP and SIGINT only set a flag, which long work reads where
-// it can end cleanly. A second SIGINT ends the process at once.
+// Requests to stop: SIGUSR1, SIGTERM, SIGHUP and SIGINT only set a flag, which long work reads
+// where it can end cleanly. A second SIGINT ends the process at once.
 #ifndef KRAIT_KERNELS_BASE_STOP_SIGNALS_H_
 #define KRAIT_KERNELS_BASE_STOP_SIGNALS_H_
 

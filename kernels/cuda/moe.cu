@@ -257,8 +257,7 @@ void MoeStatistics(Tensor prob_sum, Tensor choice_count, Tensor z_sum, Tensor pr
          RowsOf<double>(partial),
          reinterpret_cast<unsigned long long*>(choice_count.device_data<int64_t>()),
          RowsOf<const float>(probs), RowsOf<const int32_t>(choice), RowsOf<const float>(logits),
-         group_rows, pieces, per_block, static_cast<int>(experts),
-         static_cast<int>(choice.dim(1)));
+         group_rows, pieces, per_block, static_cast<int>(experts), static_cast<int>(choice.dim(1)));
   Launch("MoeStatistics sums", AddStatisticsKernel, groups + 1, dim3(kThreads), 0, ctx,
          prob_sum.device_data<float>(), z_sum.device_data<float>(), RowsOf<const double>(partial),
          pieces, static_cast<int>(experts));
@@ -266,10 +265,11 @@ void MoeStatistics(Tensor prob_sum, Tensor choice_count, Tensor z_sum, Tensor pr
 
 void MoeLossesForward(Tensor aux, Tensor z, Tensor imbalance, Tensor prob_sum, Tensor choice_count,
                       Tensor z_sum, const MoeLossShape& shape, const Context& ctx) {
-  Launch("MoeLossesForward", LossesForwardKernel, 1, dim3(kThreads), 0, ctx, aux.device_data<double>(),
-         z.device_data<double>(), imbalance.device_data<double>(), RowsOf<const float>(prob_sum),
-         RowsOf<const int64_t>(choice_count), static_cast<const float*>(z_sum.device_data<float>()),
-         z_sum.numel(), prob_sum.dim(1), shape);
+  Launch("MoeLossesForward", LossesForwardKernel, 1, dim3(kThreads), 0, ctx,
+         aux.device_data<double>(), z.device_data<double>(), imbalance.device_data<double>(),
+         RowsOf<const float>(prob_sum), RowsOf<const int64_t>(choice_count),
+         static_cast<const float*>(z_sum.device_data<float>()), z_sum.numel(), prob_sum.dim(1),
+         shape);
 }
 
 void MoeLossesBackward(Tensor d_prob, Tensor choice_count, double scale, const MoeLossShape& shape,

@@ -1,4 +1,5 @@
 #include "kernels/gemm.h"
+
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -7,7 +8,6 @@
 #include <vector>
 
 #include "kernels/cpu/gemm.h"
-#include "kernels/cuda/gemm.h"
 #include "kernels/cuda/gemm.h"
 #include "support/gradcheck.h"
 

@@ -445,7 +445,8 @@ TEST(ParsePythonJson, NumbersThatAreNotFinite) {
   const auto again = ParsePythonJson(dumped, "here", ExitCode::kData);
   ASSERT_TRUE(again.ok());
   EXPECT_EQ(DumpPythonJson(*again), dumped);
-  for (const char* broken : {"{\"a\": Nan}", "[Infinity2]", "[+Infinity]", "[xNaN]", "[- Infinity]", "[NaN"}) {
+  for (const char* broken :
+       {"{\"a\": Nan}", "[Infinity2]", "[+Infinity]", "[xNaN]", "[- Infinity]", "[NaN"}) {
     EXPECT_FALSE(ParsePythonJson(broken, "here", ExitCode::kData).ok()) << broken;
   }
   EXPECT_THAT(MessageOf(ParsePythonJson("[Infinity, }", "here", ExitCode::kData).status()),
