@@ -51,7 +51,7 @@ TEST_F(CheckpointToolsTest, Inspect) {
   State state = SmallState();
   Fill(7, &state);
   Save("run", 7, state);
-  auto text = InspectCheckpoint(root_ + "/run", false);
+  auto text = InspectCheckpoints({root_ + "/run"}, false);
   ASSERT_TRUE(text.ok()) << text.status();
   EXPECT_EQ(text->code, ExitCode::kOk);
   EXPECT_THAT(text->text,
@@ -60,7 +60,7 @@ TEST_F(CheckpointToolsTest, Inspect) {
                     HasSubstr("slot exp_avg: 3 tensors in 4 boxes, 97 elements, 194 bytes"),
                     HasSubstr("model.embed_tokens.weight [6, 10] exp_avg:bf16 exp_avg_sq:bf16 "
                               "weight:f32\n")));
-  auto as_json = InspectCheckpoint(Folder("run", 7), true);
+  auto as_json = InspectCheckpoints({Folder("run", 7)}, true);
   ASSERT_TRUE(as_json.ok());
   const json parsed = json::parse(as_json->text);
   EXPECT_EQ(parsed["step"], 7);
@@ -68,7 +68,7 @@ TEST_F(CheckpointToolsTest, Inspect) {
   EXPECT_EQ(parsed["config"], SmallMeta(7).config_yaml);
   EXPECT_EQ(parsed["tensors"].size(), 9u);
   EXPECT_EQ(parsed["slots"]["weight"]["bytes"], 388);
-  EXPECT_EQ(ExitCodeOf(InspectCheckpoint(root_, false).status()), ExitCode::kNoCheckpoint);
+  EXPECT_EQ(ExitCodeOf(InspectCheckpoints({root_}, false).status()), ExitCode::kNoCheckpoint);
 }
 
 TEST_F(CheckpointToolsTest, Verify) {
@@ -128,7 +128,7 @@ TEST_F(CheckpointToolsTest, Diff) {
   }
   Save("a", 1, state);
   Save("b", 2, state);
-  auto same = DiffCheckpoints(root_ + "/a", root_ + "/b", false);
+  auto same = DiffCheckpoints(root_ + "/a", root_ + "/b", "", false);
   ASSERT_TRUE(same.ok()) << same.status();
   EXPECT_EQ(same->code, ExitCode::kOk);
   EXPECT_THAT(same->text, HasSubstr("all 9 tensors have equal bits"));
@@ -143,7 +143,7 @@ TEST_F(CheckpointToolsTest, Diff) {
   }
   ASSERT_TRUE(LoadBoxes(*OpenCheckpoint(Folder("a", 1)), joined.boxes).ok());
   Save("joined", 1, joined);
-  EXPECT_EQ(DiffCheckpoints(root_ + "/a", root_ + "/joined", false)->code, ExitCode::kOk);
+  EXPECT_EQ(DiffCheckpoints(root_ + "/a", root_ + "/joined", "", false)->code, ExitCode::kOk);
 
   const float half = 0.5f, minus_zero = -0.0f, nan = NAN;
   float first;
@@ -152,7 +152,7 @@ TEST_F(CheckpointToolsTest, Diff) {
   std::memcpy(&other.memory[0][8], &moved, 4);
   std::memcpy(&other.memory[3][0], &minus_zero, 4);  // the norm's first element is 0
   Save("c", 1, other);
-  auto differs = DiffCheckpoints(root_ + "/a", root_ + "/c", false);
+  auto differs = DiffCheckpoints(root_ + "/a", root_ + "/c", "", false);
   EXPECT_EQ(differs->code, ExitCode::kNo);
   EXPECT_THAT(differs->text,
               AllOf(HasSubstr("weight model.embed_tokens.weight: max |a-b| 0.5\n"),
@@ -160,7 +160,7 @@ TEST_F(CheckpointToolsTest, Diff) {
                     HasSubstr("2 of 9 tensors differ"), Not(HasSubstr("in_proj"))));
   std::memcpy(&other.memory[0][8], &nan, 4);
   Save("d", 1, other);
-  const json parsed = json::parse(DiffCheckpoints(root_ + "/a", root_ + "/d", true)->text);
+  const json parsed = json::parse(DiffCheckpoints(root_ + "/a", root_ + "/d", "", true)->text);
   EXPECT_FALSE(parsed["equal"]);
   EXPECT_EQ(parsed["tensors"].size(), 9u);
   int unequal = 0;
@@ -178,7 +178,7 @@ TEST_F(CheckpointToolsTest, Diff) {
   for (size_t i = 0; i < 60; ++i)
     std::memcpy(&weights.memory[0][2 * i], &state.memory[0][4 * i + 2], 2);
   Save("e", 1, weights);
-  auto odd = DiffCheckpoints(root_ + "/a", root_ + "/e", false);
+  auto odd = DiffCheckpoints(root_ + "/a", root_ + "/e", "", false);
   EXPECT_EQ(odd->code, ExitCode::kNo);
   EXPECT_THAT(odd->text,
               AllOf(HasSubstr("exp_avg model.embed_tokens.weight: only in " + Folder("a", 1)),
