@@ -115,11 +115,12 @@ class ZstdSource : public ByteSource {
   explicit ZstdSource(PlainSource source) : input_(std::move(source)) {}
 
   absl::StatusOr<int64_t> Read(char* out, int64_t size) override {
-    // Windows of up to 2 GiB, as the format allows and zstd --long writes.
-    if (context_ == nullptr ||
-        ZSTD_isError(ZSTD_DCtx_setParameter(context_.get(), ZSTD_d_windowLogMax, 31))) {
+    // Windows of up to 2 GiB, as the format allows and zstd --long writes; settled before a frame.
+    if (!started_ && (context_ == nullptr || ZSTD_isError(ZSTD_DCtx_setParameter(
+                                                 context_.get(), ZSTD_d_windowLogMax, 31)))) {
       return input_.Fault("cannot start the Zstandard decoder");
     }
+    started_ = true;
     ZSTD_outBuffer output = {out, static_cast<size_t>(size), 0};
     while (true) {
       KRAIT_RETURN_IF_ERROR(input_.Fill());
@@ -149,6 +150,7 @@ class ZstdSource : public ByteSource {
   };
   CompressedInput input_;
   std::unique_ptr<ZSTD_DCtx, Free> context_{ZSTD_createDCtx()};
+  bool started_ = false;
   bool frame_done_ = true, any_frame_ = false;
 };
 

@@ -113,7 +113,8 @@ class SamplerTest : public ::testing::Test {
       folder_.Write(name + ".d/" + std::to_string(i), text);
     }
     const std::string path = folder_ / (name + ".h5");
-    const auto report = BuildTokenFile({.out = path, .paths = {folder_ / (name + ".d")}});
+    const auto report =
+        BuildTokenFile({.out = path, .paths = {folder_ / (name + ".d")}, .force = true});
     EXPECT_TRUE(report.ok()) << report.status();
     return path;
   }

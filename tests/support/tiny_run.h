@@ -28,6 +28,7 @@ inline std::string WriteText(const TempFolder& folder, const std::string& name, 
   BuildOptions options;
   options.out = folder / (name + ".h5");
   options.paths = {folder / name};
+  options.force = true;
   const auto built = BuildTokenFile(options);
   KRAIT_CHECK(built.ok());
   return options.out;

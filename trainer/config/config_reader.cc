@@ -360,12 +360,15 @@ void ConfigReader::Unknown(const ConfigNode& node, const std::string& path,
                            const std::vector<std::string>& siblings) {
   std::string message = absl::StrCat("unknown key ", Quote(path));
   const std::string prefix = Parent(path);
-  // The right word in the wrong section goes before a misspelt one.
+  // A slip of one letter goes before the right word in the wrong section, and that before a word
+  // that is further off.
+  const std::string near = Nearest(node.key, siblings);
+  const bool slip = !near.empty() && EditDistance(node.key, near) == 1;
   std::vector<std::string> guesses;
   for (const std::string& known : known_) {
-    if (LastPart(known) == node.key) guesses.push_back(known);
+    if (!slip && LastPart(known) == node.key) guesses.push_back(known);
   }
-  if (const std::string near = Nearest(node.key, siblings); guesses.empty() && !near.empty()) {
+  if (guesses.empty() && !near.empty()) {
     guesses.push_back(prefix.empty() ? near : absl::StrCat(prefix, ".", near));
   }
   if (!guesses.empty()) {

@@ -38,6 +38,7 @@ void AddRmsNorm(const Shape& s, std::vector<OpCase>* cases) {
   // The terms of dx and dh cancel: rstd * dy * w, and what was there. Those of dw: dy * xhat.
   const Tolerance dx = Sum(s.d, 8), dw = Sum(s.m, 8 * std::sqrt(s.m));
   cases->push_back(OpCase("RmsNormForward", what)
+                       .OwnBf16Loops()
                        .Out("y", kCompute, rows, Sum(s.d))
                        .Pad(s.pad)
                        .Out("rstd", kWide, {s.m}, Sum(s.d))
@@ -75,6 +76,7 @@ void AddRmsNorm(const Shape& s, std::vector<OpCase>* cases) {
     ResidualRmsNormForward(h, t["y"], t["rstd"], h, Tensor(), t["w"], kEps, ctx);
   };
   cases->push_back(OpCase("ResidualRmsNormForward", what)
+                       .OwnBf16Loops()
                        .Out("h", kCompute, rows, Sum(1))
                        .Pad(s.pad)
                        .Out("y", kCompute, rows, Sum(s.d))
@@ -91,6 +93,7 @@ void AddRmsNorm(const Shape& s, std::vector<OpCase>* cases) {
                          with_rounded_h(t, t["h"], t["residual"], ctx);
                        }));
   cases->push_back(OpCase("ResidualRmsNormForward", what + " in place")
+                       .OwnBf16Loops()
                        .InOut("residual", kCompute, rows, x, Sum(1))
                        .Out("y", kCompute, rows, Sum(s.d))
                        .Out("rstd", kWide, {s.m}, Sum(s.d))
@@ -104,6 +107,7 @@ void AddRmsNorm(const Shape& s, std::vector<OpCase>* cases) {
                          with_rounded_h(t, t["residual"], t["residual"], ctx);
                        }));
   cases->push_back(OpCase("ResidualRmsNormForward", what + " without delta")
+                       .OwnBf16Loops()
                        .In("residual", kCompute, rows, x)
                        .Out("y", kCompute, rows, Sum(s.d))
                        .Out("rstd", kWide, {s.m}, Sum(s.d))

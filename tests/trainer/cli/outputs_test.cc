@@ -107,8 +107,7 @@ TEST(Outputs, AnExportIsReplacedByForceOnlyAndNothingElseIs) {
 
 TEST(Outputs, ImportRefusesWhatNoConfigMaySay) {
   const TinyRun tiny;
-  for (const auto& [key, place] :
-       {std::pair{"initializer_range", "model.init.std"}, {"rms_norm_eps", "model.norm_eps"}}) {
+  for (const char* key : {"initializer_range", "rms_norm_eps"}) {
     const std::string folder = tiny / key;
     std::filesystem::copy(kMicro, folder);
     auto config = nlohmann::json::parse(ContentOf(folder + "/config.json"));
@@ -116,7 +115,7 @@ TEST(Outputs, ImportRefusesWhatNoConfigMaySay) {
     tiny.folder().Write(std::string(key) + "/config.json", config.dump());
     const ProcessResult result = Krait({"import", "--hf", folder, "--out", tiny / "out"});
     EXPECT_EQ(result.code, 20) << result.err;
-    EXPECT_THAT(result.err, AllOf(HasSubstr(folder), HasSubstr(place)));
+    EXPECT_THAT(result.err, AllOf(HasSubstr(folder), HasSubstr(std::string(key) + " is 0")));
     EXPECT_FALSE(Exists(tiny / "out"));
   }
 }
@@ -250,9 +249,9 @@ TEST_F(Failing, AFileSystemWithoutLocksGivesAWarning) {
 }
 
 TEST_F(Failing, AnOldCheckpointThatCannotBeRenamedIsAWarning) {
-  // The first rename with this name is the one that publishes it, the others would remove it.
+  // The renames from this name; the one to it, which publishes it, does not count.
   const ProcessResult result = Krait(
-      {"-P", tiny_ / "run/checkpoints/step-00000001", "-e", "inject=rename:error=EPERM:when=2+"},
+      {"-P", tiny_ / "run/checkpoints/step-00000001", "-e", "inject=rename:error=EPERM:when=1+"},
       tiny_.TrainWords("run", {"train.steps=4", "schedule.warmup_steps=1", "checkpoint.every=1",
                                "checkpoint.keep=2", "checkpoint.async=false"}));
   EXPECT_EQ(result.code, 0) << result.err;

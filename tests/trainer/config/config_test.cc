@@ -295,7 +295,7 @@ TEST_F(ConfigFiles, TheLastLayerThatNamesAnAlternativeWins) {
   EXPECT_EQ(LayoutPattern(Load("back.yaml")->model), "a mE");
   EXPECT_EQ(Load("tokens.yaml")->train.steps, 4096);
   EXPECT_EQ(Load("tokens.yaml", {"train.steps=3000"})->train.steps, 3000);
-  EXPECT_EQ(LayoutPattern(Load("back.yaml", {"model.mixer.ratio=1:1"})->model), "m a");
+  EXPECT_EQ(LayoutPattern(Load("back.yaml", {"model.mixer.ratio=1:1"})->model), "m aE");
 }
 
 TEST_F(ConfigFiles, BothAlternativesInOneLayerAreAnError) {

@@ -132,6 +132,7 @@ TEST_F(InteropTest, ProbeOfTheExportIsProbeOfTheOriginal) {
     options.hf = i == 0 ? kGolden : folder_ / "out";
     options.batches = kGolden + "/trajectory.safetensors";
     options.out = folder_ / "probe.safetensors";
+    options.force = true;
     options.steps = 2;
     ASSERT_TRUE(RunProbe(options).ok());
     outputs[i] = *ReadFile(options.out, 1 << 30, ExitCode::kData);

@@ -124,7 +124,7 @@ TEST_F(ProbeTest, RefusesWhatDoesNotFit) {
   options.batches = kGolden + "/model.safetensors";
   EXPECT_EQ(ExitCodeOf(RunProbe(options)), ExitCode::kData);
   options.batches = folder_.Write("broken.safetensors", "not safetensors");
-  EXPECT_EQ(ExitCodeOf(RunProbe(options)), ExitCode::kNoCheckpoint);
+  EXPECT_EQ(ExitCodeOf(RunProbe(options)), ExitCode::kData);
 
   auto writer =
       SafetensorsWriter::Create(folder_ / "ids", {{"input_ids", DType::kI32, {1, 3}}}, {});

@@ -7,10 +7,12 @@ namespace {
 
 std::string Shown(const std::string& bytes) {
   TerminalText whole, single;
-  const std::string at_once = whole.Take(bytes) + whole.Rest();
+  std::string at_once = whole.Take(bytes);
+  at_once += whole.Rest();
   std::string by_byte;
   for (const char c : bytes) by_byte += single.Take(std::string(1, c));
-  EXPECT_EQ(by_byte + single.Rest(), at_once);
+  by_byte += single.Rest();
+  EXPECT_EQ(by_byte, at_once);
   return at_once;
 }
 

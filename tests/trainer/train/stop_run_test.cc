@@ -57,6 +57,7 @@ std::string LongFile(const TinyRun& tiny, const std::string& name, int64_t bytes
   BuildOptions options;
   options.out = tiny / (name + ".h5");
   options.paths = {tiny / name};
+  options.force = true;
   KRAIT_CHECK(BuildTokenFile(options).ok());
   return options.out;
 }
