@@ -34,7 +34,12 @@ using testing::RelativeError;
 using testing::RenameTensors;
 
 const std::string kGolden = KRAIT_TEST_GOLDEN "/hf-folders/";
-constexpr double kForward = 2e-6, kGradient = 2e-5;
+#ifdef __SANITIZE_ADDRESS__
+constexpr double kForward = 1e-5;  // -O1 sums in another order: 7e-6 where the head is large
+#else
+constexpr double kForward = 2e-6;
+#endif
+constexpr double kGradient = 2e-5;
 
 SafetensorsReader File(const std::string& path) {
   auto reader = SafetensorsReader::OpenFile(path);
