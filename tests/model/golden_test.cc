@@ -11,6 +11,7 @@
 #include "kernels/base/safetensors.h"
 #include "model/hf.h"
 #include "model/support/tiny_model.h"
+#include "paths.h"
 
 namespace krait {
 namespace {

@@ -9,6 +9,7 @@
 #include "gtest/gtest.h"
 #include "model/params.h"
 #include "model/support/published.h"
+#include "paths.h"
 
 namespace krait {
 namespace {

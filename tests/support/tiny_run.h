@@ -2,16 +2,37 @@
 #ifndef KRAIT_TESTS_SUPPORT_TINY_RUN_H_
 #define KRAIT_TESTS_SUPPORT_TINY_RUN_H_
 
+#include <chrono>
+#include <fstream>
+#include <iterator>
 #include <map>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "data/token_file.h"
 #include "kernels/base/random.h"
+#include "paths.h"
 #include "support/process.h"
 #include "support/temp_folder.h"
 
 namespace krait {
+
+// A file's content; "" where there is none.
+inline std::string ReadText(const std::string& path) {
+  std::ifstream in(path, std::ios::binary);
+  return {std::istreambuf_iterator<char>(in), {}};
+}
+
+// Whether the process prints `text`, waiting for up to a minute.
+inline bool WaitFor(Process* process, const std::string& text) {
+  for (int i = 0; i < 12000; ++i) {
+    if (process->out().find(text) != std::string::npos) return true;
+    if (!process->running()) return process->out().find(text) != std::string::npos;
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  }
+  return false;
+}
 
 // Words of a small vocabulary in random order, cut into `documents` texts.
 inline std::string WriteText(const TempFolder& folder, const std::string& name, int documents,

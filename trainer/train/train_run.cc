@@ -2,6 +2,7 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <memory>
@@ -50,6 +51,7 @@ class Run {
   absl::Status CheckFolder() const;
   Progress ShowProgress(const std::string& what);
   absl::Status WriteRunFolder();
+  std::string DataLine() const;
   absl::Status Describe();
   absl::Status Steps();
   absl::Status Report(StepReport report, double seconds);
@@ -253,6 +255,29 @@ absl::Status Run::WriteRunFolder() {
   return absl::OkStatus();
 }
 
+// How much data there is, and how often the run goes through it.
+std::string Run::DataLine() const {
+  const auto& files = train_data_->files();
+  const int64_t left = trainer_->last_step() - state().step;
+  const double tokens = static_cast<double>(state().tokens) +
+                        static_cast<double>(left) * static_cast<double>(config_.train.batch_tokens);
+  double there_are = 0, weights = 0;
+  for (const SourceSpec& source : config_.data.train) weights += source.weight;
+  std::vector<double> epochs;  // of each file, by its share of the mix
+  for (size_t i = 0; i < files.size(); ++i) {
+    const auto size = static_cast<double>(files[i]->tokens());
+    there_are += size;
+    epochs.push_back(tokens * config_.data.train[i].weight / weights / size);
+  }
+  const auto [least, most] = std::minmax_element(epochs.begin(), epochs.end());
+  const std::string times = files.size() == 1
+                                ? absl::StrFormat("%.3g epochs", *least)
+                                : absl::StrFormat("%.3g to %.3g epochs of a file", *least, *most);
+  return absl::StrFormat("data: %s tokens in %d file%s; the run takes %s, %s",
+                         PrintShort(there_are), files.size(), files.size() == 1 ? "" : "s",
+                         PrintShort(tokens), times);
+}
+
 absl::Status Run::Describe() {
   const ParamTable& table = trainer_->weights().table();
   KRAIT_RETURN_IF_ERROR(Say(absl::StrFormat(
@@ -261,15 +286,7 @@ absl::Status Run::Describe() {
       PrintShort(static_cast<double>(table.active(config_.model))), config_.model.n_layers,
       PrintShort(static_cast<double>(config_.train.batch_tokens)),
       PrintBytes(trainer_->memory().total()))));
-  double there_are = 0;
-  for (const auto& file : train_data_->files()) there_are += static_cast<double>(file->tokens());
-  const size_t files = train_data_->files().size();
-  const int64_t left = trainer_->last_step() - state().step;
-  const double tokens = static_cast<double>(state().tokens) +
-                        static_cast<double>(left) * static_cast<double>(config_.train.batch_tokens);
-  KRAIT_RETURN_IF_ERROR(Say(absl::StrFormat(
-      "data: %s tokens in %d file%s; the run takes %s, %.3g epochs", PrintShort(there_are), files,
-      files == 1 ? "" : "s", PrintShort(tokens), tokens / there_are)));
+  KRAIT_RETURN_IF_ERROR(Say(DataLine()));
   if (config_.log.tensorboard) {
     KRAIT_RETURN_IF_ERROR(Say("curves: tensorboard --logdir " + config_.run_dir + "/tensorboard"));
   }

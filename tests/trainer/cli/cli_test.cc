@@ -8,6 +8,7 @@
 #include "kernels/base/file.h"
 #include "kernels/cuda/runtime.h"
 #include "nlohmann/json.hpp"
+#include "paths.h"
 #include "support/tiny_run.h"
 #include "support/tokens.h"
 

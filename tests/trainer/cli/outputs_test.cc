@@ -8,6 +8,7 @@
 
 #include "kernels/base/file.h"
 #include "nlohmann/json.hpp"
+#include "paths.h"
 #include "support/tiny_run.h"
 
 namespace krait {

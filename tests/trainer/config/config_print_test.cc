@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "paths.h"
 #include "trainer/config/config.h"
 #include "trainer/config/config_testing.h"
 

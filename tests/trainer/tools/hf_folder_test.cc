@@ -9,6 +9,7 @@
 #include <filesystem>
 
 #include "model/names.h"
+#include "paths.h"
 #include "support/golden.h"
 #include "support/gradcheck.h"
 #include "support/hf_folder.h"
@@ -34,11 +35,10 @@ using testing::RelativeError;
 using testing::RenameTensors;
 
 const std::string kGolden = KRAIT_TEST_GOLDEN "/hf-folders/";
-#ifdef __SANITIZE_ADDRESS__
-constexpr double kForward = 1e-5;  // -O1 sums in another order: 7e-6 where the head is large
-#else
 constexpr double kForward = 2e-6;
-#endif
+// One of the small models is worse conditioned: transformers' own fp32 logits are 1.06e-6 from
+// those in double. Ten times that, as for other golden values.
+constexpr double kForwardOfOtherHead = 1.06e-5;
 constexpr double kGradient = 2e-5;
 
 SafetensorsReader File(const std::string& path) {
@@ -74,7 +74,7 @@ class HfFolderTest : public ::testing::Test {
   void ExpectLogits(const std::string& golden) const {
     EXPECT_LE(RelativeError(ReadTensor(File(folder_ / "probe.safetensors"), "logits"),
                             ReadTensor(File(kGolden + golden + "/expect.safetensors"), "logits")),
-              kForward)
+              golden == "tied_head_other" ? kForwardOfOtherHead : kForward)
         << golden;
   }
   // Imports a folder and exports it again; the path of the new folder.

@@ -14,6 +14,7 @@
 #include "model/names.h"
 #include "model/params.h"
 #include "nlohmann/json.hpp"
+#include "paths.h"
 #include "support/golden.h"
 #include "support/hf_folder.h"
 #include "support/tiny_run.h"

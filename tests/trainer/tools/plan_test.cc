@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "paths.h"
 #include "trainer/report/environment.h"
 
 namespace krait {

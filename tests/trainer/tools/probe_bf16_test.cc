@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "paths.h"
 #include "support/temp_folder.h"
 #include "trainer/tools/probe_testing.h"
 

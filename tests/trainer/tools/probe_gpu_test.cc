@@ -7,6 +7,7 @@
 #include <cstdio>
 
 #include "kernels/cuda/runtime.h"
+#include "paths.h"
 #include "support/temp_folder.h"
 #include "trainer/tools/probe_testing.h"
 

@@ -8,6 +8,7 @@
 #include <gtest/gtest.h>
 #include <omp.h>
 
+#include "paths.h"
 #include "support/golden.h"
 #include "support/gradcheck.h"
 #include "support/temp_folder.h"

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "paths.h"
 #include "support/process.h"
 #include "support/temp_folder.h"
 #include "trainer/config/config.h"

@@ -25,11 +25,6 @@ using ::testing::AllOf;
 using ::testing::HasSubstr;
 using ::testing::Not;
 
-std::string ReadText(const std::string& path) {
-  std::ifstream in(path, std::ios::binary);
-  return {std::istreambuf_iterator<char>(in), {}};
-}
-
 // The value of `key` in the record of a step; NaN for null or none.
 double Recorded(const std::string& run, int64_t step, const std::string& key) {
   std::istringstream lines(ReadText(run + "/metrics.jsonl"));

@@ -4,11 +4,9 @@
 #include <sys/stat.h>
 
 #include <algorithm>
-#include <chrono>
 #include <filesystem>
 #include <fstream>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "nlohmann/json.hpp"
@@ -22,11 +20,6 @@ namespace {
 using ::testing::AllOf;
 using ::testing::HasSubstr;
 using ::testing::Not;
-
-std::string ReadText(const std::string& path) {
-  std::ifstream in(path, std::ios::binary);
-  return {std::istreambuf_iterator<char>(in), {}};
-}
 
 // The folders of checkpoints, whole or not, by name.
 std::vector<std::string> Steps(const std::string& dir) {
@@ -44,15 +37,6 @@ void Damage(const std::string& checkpoint) {
   file.seekp(static_cast<std::streamoff>(std::filesystem::file_size(path) / 2));
   file.put('\x5a');
   file.put('\xa5');
-}
-
-bool WaitFor(Process* process, const std::string& text) {
-  for (int i = 0; i < 12000; ++i) {
-    if (process->out().find(text) != std::string::npos) return true;
-    if (!process->running()) return process->out().find(text) != std::string::npos;
-    std::this_thread::sleep_for(std::chrono::milliseconds(5));
-  }
-  return false;
 }
 
 TEST(ResumeRun, MomentsAndPrecisionChangeOnTheWay) {

@@ -6,7 +6,6 @@
 #include <chrono>
 #include <csignal>
 #include <filesystem>
-#include <fstream>
 #include <sstream>
 #include <string>
 #include <thread>
@@ -21,20 +20,6 @@ namespace {
 using ::testing::AllOf;
 using ::testing::HasSubstr;
 using ::testing::Not;
-
-std::string ReadText(const std::string& path) {
-  std::ifstream in(path, std::ios::binary);
-  return {std::istreambuf_iterator<char>(in), {}};
-}
-
-bool WaitFor(Process* process, const std::string& text) {
-  for (int i = 0; i < 12000; ++i) {
-    if (process->out().find(text) != std::string::npos) return true;
-    if (!process->running()) return process->out().find(text) != std::string::npos;
-    std::this_thread::sleep_for(std::chrono::milliseconds(5));
-  }
-  return false;
-}
 
 // Steps and names of the validation records.
 std::vector<int64_t> Evaluated(const std::string& run) {
@@ -191,14 +176,14 @@ TEST(StopRun, AFolderThatWasRemovedEndsTheRun) {
   EXPECT_EQ(TinyRun::Krait({"checkpoint", "verify", tiny / "saves_again"}).code, 0);
 }
 
+#ifndef KRAIT_SANITIZE  // it reserves terabytes of address space
+
 // krait WORDS... under `ulimit -v KIB`.
 ProcessResult Limited(int64_t kib, const std::vector<std::string>& words) {
   std::string command = "ulimit -v " + std::to_string(kib) + "; exec timeout -s KILL 60";
   for (const std::string& word : TinyRun::Argv(words)) command += " '" + word + "'";
   return RunProcess({"/bin/bash", "-c", command}, TinyRun::Variables());
 }
-
-#ifndef KRAIT_SANITIZE  // it reserves terabytes of address space
 
 TEST(StopRun, ALimitOfTheAddressSpaceIsNamed) {
   const TinyRun tiny;

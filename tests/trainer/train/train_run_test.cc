@@ -2,11 +2,9 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include <chrono>
 #include <filesystem>
 #include <fstream>
 #include <sstream>
-#include <thread>
 
 #include "absl/strings/str_format.h"
 #include "data/token_file.h"
@@ -21,11 +19,6 @@ using ::testing::AllOf;
 using ::testing::HasSubstr;
 using ::testing::Not;
 
-std::string ReadText(const std::string& path) {
-  std::ifstream in(path, std::ios::binary);
-  return {std::istreambuf_iterator<char>(in), {}};
-}
-
 // The records of metrics.jsonl without what is exempt from bit equality.
 std::vector<std::string> Metrics(const std::string& run) {
   std::vector<std::string> records;
@@ -39,16 +32,6 @@ std::vector<std::string> Metrics(const std::string& run) {
     records.push_back(kept.dump());
   }
   return records;
-}
-
-// Waits until the process has printed `text`; false when it ended or 60 s went by before.
-bool WaitFor(Process* process, const std::string& text) {
-  for (int i = 0; i < 12000; ++i) {
-    if (process->out().find(text) != std::string::npos) return true;
-    if (!process->running()) return process->out().find(text) != std::string::npos;
-    std::this_thread::sleep_for(std::chrono::milliseconds(5));
-  }
-  return false;
 }
 
 void ExpectSameRun(const TinyRun& tiny, const std::string& a, const std::string& b) {
@@ -141,6 +124,18 @@ TEST(TrainRun, TheStartSaysWhatIsToCome) {
                         PrintShort(tokens), 1280 / tokens)),
                     HasSubstr("curves: tensorboard --logdir " + (tiny / "run") + "/tensorboard\n"),
                     HasSubstr("note: train.hang_timeout: no effect in this version\n")));
+
+  // Of several files each has its share of the mix: here 3 and 1 of 4.
+  const std::string mix = "data.train=[{path: " + (tiny / "more.h5") +
+                          ", weight: 3}, {path: " + (tiny / "train.h5") + ", weight: 1}]";
+  const ProcessResult mixed = tiny.Train("mix", {"train.steps=10", mix});
+  ASSERT_EQ(mixed.code, 0) << mixed.err;
+  const auto other = TokenFile::Open(tiny / "train.h5");
+  const double a = 0.75 * 1280 / tokens;
+  const double b = 0.25 * 1280 / static_cast<double>((*other)->tokens());
+  EXPECT_THAT(mixed.out, HasSubstr(absl::StrFormat("in 2 files; the run takes 1.28k, %.3g to %.3g "
+                                                   "epochs of a file\n",
+                                                   std::min(a, b), std::max(a, b))));
 }
 
 TEST(TrainRun, EveryValidationSourceIsEvaluated) {
