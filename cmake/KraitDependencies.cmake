@@ -140,6 +140,15 @@ else()
   krait_require(OpenBLAS "" "libopenblas-openmp-dev")
 endif()
 
+# The C library: in C++ code, MPI::MPI_CXX would bring MPI's abandoned C++ bindings along.
+set(MPI_CXX_SKIP_MPICXX TRUE)
+find_package(MPI QUIET COMPONENTS C)
+if(MPI_C_FOUND)
+  krait_require(MPI "${MPI_C_VERSION} (${MPI_C_LIBRARIES})" "libopenmpi-dev openmpi-bin")
+else()
+  krait_require(MPI "" "libopenmpi-dev openmpi-bin")
+endif()
+
 find_package(nlohmann_json CONFIG QUIET)
 krait_require(nlohmann-json "${nlohmann_json_VERSION}" "nlohmann-json3-dev")
 find_package(CLI11 CONFIG QUIET)

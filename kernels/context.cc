@@ -29,6 +29,8 @@ const char* Name(OpFamily family) {
       return "loss";
     case OpFamily::kOptimizer:
       return "optimizer";
+    case OpFamily::kCommunication:
+      return "communication";
     case OpFamily::kOther:
       return "other";
   }

@@ -26,9 +26,10 @@ enum class OpFamily : uint8_t {
   kEmbedding,
   kLoss,
   kOptimizer,
+  kCommunication,
   kOther
 };
-inline constexpr int kOpFamilies = 11;
+inline constexpr int kOpFamilies = 12;
 const char* Name(OpFamily family);  // "gemm", "attention", ...
 
 // What was spent on each op, summed while attached to a Context. On CUDA the seconds are times on

@@ -1,41 +1,55 @@
-// Collective operations over the ranks of one mesh axis. They take tensor views, never raw counts.
+// Collective operations over a set of ranks. They take tensor views, never raw counts.
 //
-// One thread per rank issues all collectives, in the same program order on every rank. Operations
-// are in place or out of place as named, complete on return for CPU tensors and are enqueued on
-// ctx.stream for CUDA tensors. Failures end all ranks through Fatal(kCollective).
+// One thread per rank issues all collectives, in the same program order on every rank, over
+// whatever sets. Each has a name, `what`, for reports about a job that hangs. CPU tensors only:
+// complete on return. Scratch memory holds what is received to be summed. Failures end all ranks
+// through Fatal(kCollective). Sums are added in rank order, in Wide, and rounded once: the same
+// layout gives the same bits.
 #ifndef KRAIT_PARALLEL_COLLECTIVES_H_
 #define KRAIT_PARALLEL_COLLECTIVES_H_
 
 #include <cstdint>
-#include <memory>
+#include <vector>
 
 #include "kernels/context.h"
 #include "kernels/tensor.h"
+#include "parallel/world.h"
 
 namespace krait {
 
-class Communicator {
- public:
-  virtual ~Communicator() = default;
-  virtual int rank() const = 0;
-  virtual int size() const = 0;
-
-  virtual void AllReduceSum(Tensor x, const Context& ctx) = 0;
-  virtual void AllReduceMax(Tensor x, const Context& ctx) = 0;
-  // out [size * n] = concatenation of every rank's in [n] along dimension 0.
-  virtual void AllGather(Tensor out, Tensor in, const Context& ctx) = 0;
-  // out [n] = this rank's part of the sum of every rank's in [size * n].
-  virtual void ReduceScatterSum(Tensor out, Tensor in, const Context& ctx) = 0;
-  // Rows of `in` [rows,D] travel to ranks by send_rows[size]; out holds recv_rows[size] rows in
-  // rank order. Host memory counts.
-  virtual void AllToAllRows(Tensor out, const int64_t* recv_rows, Tensor in,
-                            const int64_t* send_rows, const Context& ctx) = 0;
-  virtual void Broadcast(Tensor x, int root, const Context& ctx) = 0;
-  virtual void Barrier() = 0;
+// Rows [row, row + rows) for, or from, a rank of the set.
+struct RowMessage {
+  int rank = 0;
+  int64_t row = 0, rows = 0;
 };
 
-// The communicator of a single rank: reductions leave the data as it is, gathers copy.
-std::unique_ptr<Communicator> MakeOneRankCommunicator();
+class Communicator {
+ public:
+  // `ranks` of `world`, ascending, `self` among them. world null: for planning runs alone.
+  Communicator(World* world, std::vector<int> ranks, int self);
+
+  int rank() const { return rank_; }  // place in the set
+  int size() const { return static_cast<int>(ranks_.size()); }
+  const std::vector<int>& ranks() const { return ranks_; }
+
+  // x of any dtype but i32; a bf16 sum is rounded from f32.
+  void AllReduceSum(const char* what, Tensor x, const Context& ctx) const;
+  // x f32 or f64.
+  void AllReduceMax(const char* what, Tensor x, const Context& ctx) const;
+  // out = the concatenation of every rank's `in` along dimension 0; `in` may be its part of out.
+  void AllGather(const char* what, Tensor out, Tensor in, const Context& ctx) const;
+  // out = this rank's part along dimension 0 of the sum of every rank's `in`.
+  void ReduceScatterSum(const char* what, Tensor out, Tensor in, const Context& ctx) const;
+  // Rows of `in` [R,...] travel to rows of `out` [S,...]: the n-th send of a to b arrives at b's
+  // n-th receive from a, of as many rows; those of a rank to itself are copied.
+  void ExchangeRows(const char* what, Tensor out, const std::vector<RowMessage>& receives,
+                    Tensor in, const std::vector<RowMessage>& sends, const Context& ctx) const;
+
+ private:
+  World* world_;
+  std::vector<int> ranks_;
+  int rank_ = 0;
+};
 
 }  // namespace krait
 

@@ -3,20 +3,33 @@
 #define KRAIT_PARALLEL_GROUPS_H_
 
 #include <memory>
+#include <vector>
 
 #include "parallel/collectives.h"
 #include "parallel/mesh.h"
+#include "parallel/world.h"
 
 namespace krait {
 
-struct Groups {
-  Mesh mesh;
-  std::unique_ptr<Communicator> tensor;  // the ranks that share a pass
-  std::unique_ptr<Communicator> stage;   // all ranks of the pipeline stage
-};
+class Groups {
+ public:
+  // world null: for planning runs, as the rank of `mesh`. Otherwise mesh.world() is the world's
+  // size and mesh.rank its rank. `world` outlives the groups.
+  Groups(World* world, const Mesh& mesh);
 
-// Those of a single rank.
-Groups MakeOneRankGroups();
+  const Mesh& mesh() const { return mesh_; }
+  World* world() const { return world_; }
+  const Communicator& tensor() const { return tensor_; }  // the ranks that share a pass
+  const Communicator& expert() const { return expert_; }  // the expert group
+  const Communicator& stage() const { return stage_; }    // all ranks of the pipeline stage
+  // One of any ranks of the stage, this rank among them (the sets of a Layout).
+  Communicator Of(std::vector<int> ranks) const { return {world_, std::move(ranks), mesh_.rank}; }
+
+ private:
+  World* world_;
+  Mesh mesh_;
+  Communicator tensor_, expert_, stage_;
+};
 
 }  // namespace krait
 

@@ -26,6 +26,15 @@ std::vector<int> Mesh::TensorReplicas(int sharers) const {
   });
 }
 
+std::vector<int> Mesh::TensorGroup() const {
+  return StageRanks(*this, [&](const Mesh& other) { return other.rank / tensor == rank / tensor; });
+}
+
+std::vector<int> Mesh::ExpertGroup() const {
+  KRAIT_CHECK(stage() % expert == 0);
+  return StageRanks(*this, [&](const Mesh& other) { return other.rank / expert == rank / expert; });
+}
+
 std::vector<int> Mesh::ExpertReplicas() const {
   KRAIT_CHECK(stage() % expert == 0);
   return StageRanks(*this,

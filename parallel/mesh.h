@@ -25,6 +25,9 @@ struct Mesh {
   // `sharers` consecutive ones as this rank's: 1 gives the data and context ranks of one tensor
   // index, `tensor` the whole stage. `sharers` divides `tensor`.
   std::vector<int> TensorReplicas(int sharers) const;
+  // The ranks that share this rank's passes, and those of its expert group, ascending.
+  std::vector<int> TensorGroup() const;
+  std::vector<int> ExpertGroup() const;
   // The ranks of this rank's stage, ascending, at its place in their expert groups.
   std::vector<int> ExpertReplicas() const;
 };

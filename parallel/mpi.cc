@@ -1,0 +1,100 @@
+#include "parallel/mpi.h"
+
+#include <mpi.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <string>
+
+#include "kernels/base/check.h"
+
+namespace krait {
+namespace {
+
+void Check(int result, const char* call) {
+  if (result == MPI_SUCCESS) return;
+  char text[MPI_MAX_ERROR_STRING] = "";
+  int length = 0;
+  MPI_Error_string(result, text, &length);
+  Fatal(ExitCode::kCollective, __FILE__, __LINE__, std::string(call) + ": " + text);
+}
+
+// Ends all ranks. MPI_Abort is the one call that may come from any thread at any time.
+void AbortAll(ExitCode code) {
+  MPI_Abort(MPI_COMM_WORLD, static_cast<int>(code));
+  _exit(static_cast<int>(code));
+}
+
+class MpiWorld : public World {
+ public:
+  MpiWorld(int rank, int size, int local_rank, int local_size)
+      : World(rank, size, local_rank, local_size) {}
+  ~MpiWorld() override {
+    SetFatalHook(nullptr);
+    MPI_Finalize();
+  }
+
+  void Exchange(const std::vector<Message>& sends, const std::vector<Message>& receives) override {
+    // Counts are int: large messages travel in parts.
+    constexpr int64_t kPart = int64_t{1} << 30;
+    std::vector<MPI_Request> requests;
+    const auto parts = [&](const Message& message, const auto& start) {
+      KRAIT_CHECK(message.rank != rank() && message.rank >= 0 && message.rank < size());
+      for (int64_t begin = 0; begin < message.bytes; begin += kPart) {
+        const auto bytes = static_cast<int>(std::min(kPart, message.bytes - begin));
+        start(static_cast<char*>(message.data) + begin, bytes, message.rank,
+              &requests.emplace_back(MPI_REQUEST_NULL));
+      }
+    };
+    for (const Message& message : receives) {
+      parts(message, [](char* data, int bytes, int from, MPI_Request* request) {
+        Check(MPI_Irecv(data, bytes, MPI_BYTE, from, /*tag=*/0, MPI_COMM_WORLD, request),
+              "MPI_Irecv");
+      });
+    }
+    for (const Message& message : sends) {
+      parts(message, [](char* data, int bytes, int to, MPI_Request* request) {
+        Check(MPI_Isend(data, bytes, MPI_BYTE, to, /*tag=*/0, MPI_COMM_WORLD, request),
+              "MPI_Isend");
+      });
+    }
+    Check(MPI_Waitall(static_cast<int>(requests.size()), requests.data(), MPI_STATUSES_IGNORE),
+          "MPI_Waitall");
+  }
+
+  [[noreturn]] void Abort(ExitCode code) override {
+    AbortAll(code);
+    std::abort();
+  }
+};
+
+}  // namespace
+
+bool StartedByMpi() {
+  // SLURM_STEP_NUM_TASKS is set for the tasks of srun only; a batch script has SLURM_NTASKS too.
+  for (const char* name : {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"}) {
+    const char* value = std::getenv(name);
+    if (value != nullptr && std::atoi(value) > 1) return true;
+  }
+  return false;
+}
+
+std::unique_ptr<World> StartMpiWorld(int* argc, char*** argv) {
+  int provided = 0;
+  Check(MPI_Init_thread(argc, argv, MPI_THREAD_MULTIPLE, &provided), "MPI_Init_thread");
+  Check(MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN), "MPI_Comm_set_errhandler");
+  int rank = 0, size = 1, local_rank = 0, local_size = 1;
+  Check(MPI_Comm_rank(MPI_COMM_WORLD, &rank), "MPI_Comm_rank");
+  Check(MPI_Comm_size(MPI_COMM_WORLD, &size), "MPI_Comm_size");
+  MPI_Comm machine = MPI_COMM_NULL;
+  Check(MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, rank, MPI_INFO_NULL, &machine),
+        "MPI_Comm_split_type");
+  Check(MPI_Comm_rank(machine, &local_rank), "MPI_Comm_rank");
+  Check(MPI_Comm_size(machine, &local_size), "MPI_Comm_size");
+  Check(MPI_Comm_free(&machine), "MPI_Comm_free");
+  SetFatalHook(AbortAll);
+  return std::make_unique<MpiWorld>(rank, size, local_rank, local_size);
+}
+
+}  // namespace krait

@@ -1,0 +1,108 @@
+#include "parallel/world.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <utility>
+
+#include "kernels/base/check.h"
+#include "parallel/mpi.h"
+
+namespace krait {
+namespace {
+
+class SingleWorld : public World {
+ public:
+  SingleWorld() : World(0, 1, 0, 1) {}
+  void Exchange(const std::vector<Message>& sends, const std::vector<Message>& receives) override {
+    KRAIT_CHECK(sends.empty() && receives.empty());
+  }
+};
+
+constexpr char kAgreed[] = "krait/agreed";
+
+// An error as bytes for the other ranks: its exit code, and its message behind a space.
+std::string Packed(const absl::Status& status) {
+  if (status.ok()) return "";
+  return std::to_string(static_cast<int>(ExitCodeOf(status))) + " " + MessageOf(status);
+}
+
+}  // namespace
+
+void World::Abort(ExitCode code) { _exit(static_cast<int>(code)); }
+
+std::vector<int64_t> World::AllGather(int64_t mine) {
+  std::vector<int64_t> all(static_cast<size_t>(size_));
+  all[static_cast<size_t>(rank_)] = mine;
+  std::vector<Message> sends, receives;
+  for (int r = 0; r < size_; ++r) {
+    if (r == rank_) continue;
+    sends.push_back({r, &mine, sizeof mine});
+    receives.push_back({r, &all[static_cast<size_t>(r)], sizeof mine});
+  }
+  Exchange(sends, receives);
+  return all;
+}
+
+std::vector<std::string> World::AllGather(std::string_view mine) {
+  const std::vector<int64_t> bytes = AllGather(static_cast<int64_t>(mine.size()));
+  std::vector<std::string> all(static_cast<size_t>(size_));
+  std::vector<Message> sends, receives;
+  for (int r = 0; r < size_; ++r) {
+    std::string& part = all[static_cast<size_t>(r)];
+    if (r == rank_) {
+      part = mine;
+      continue;
+    }
+    part.resize(static_cast<size_t>(bytes[static_cast<size_t>(r)]));
+    if (!mine.empty()) {
+      sends.push_back({r, const_cast<char*>(mine.data()), static_cast<int64_t>(mine.size())});
+    }
+    if (!part.empty()) receives.push_back({r, part.data(), static_cast<int64_t>(part.size())});
+  }
+  Exchange(sends, receives);
+  return all;
+}
+
+std::string World::Broadcast(std::string_view bytes) {
+  return AllGather(first() ? bytes : std::string_view())[0];
+}
+
+std::unique_ptr<World> OneRankWorld() { return std::make_unique<SingleWorld>(); }
+
+std::unique_ptr<World> StartWorld(int* argc, char*** argv) {
+  return StartedByMpi() ? StartMpiWorld(argc, argv) : OneRankWorld();
+}
+
+absl::Status Agree(World* world, const absl::Status& status) {
+  if (world->size() == 1) return status;
+  const std::vector<int64_t> failed = world->AllGather(int64_t{!status.ok()});
+  if (std::find(failed.begin(), failed.end(), 1) == failed.end()) return absl::OkStatus();
+  const std::vector<std::string> all = world->AllGather(Packed(status));
+  ExitCode code = ExitCode::kOk;
+  std::vector<std::pair<std::string, std::vector<int>>> messages;  // and the ranks that say so
+  for (size_t r = 0; r < all.size(); ++r) {
+    if (all[r].empty()) continue;
+    const size_t space = all[r].find(' ');
+    if (code == ExitCode::kOk) code = static_cast<ExitCode>(std::stoi(all[r].substr(0, space)));
+    const std::string message = all[r].substr(space + 1);
+    auto same = std::find_if(messages.begin(), messages.end(),
+                             [&](const auto& other) { return other.first == message; });
+    if (same == messages.end()) same = messages.insert(same, {message, {}});
+    same->second.push_back(static_cast<int>(r));
+  }
+  std::string text;
+  for (const auto& [message, ranks] : messages) {
+    if (message.empty() || !world->first()) continue;
+    text += text.empty() ? "" : "\n";
+    if (ranks.size() < all.size()) text += "rank " + std::to_string(ranks.front()) + ": ";
+    text += message;
+  }
+  absl::Status agreed = Error(code, text);
+  agreed.SetPayload(kAgreed, absl::Cord());
+  return agreed;
+}
+
+bool IsAgreed(const absl::Status& status) { return status.GetPayload(kAgreed).has_value(); }
+
+}  // namespace krait

@@ -1,0 +1,81 @@
+// The processes of one run on the host: who they are, messages between them, agreement, and the end
+// of all when one ends. MPI under a launcher, otherwise a single rank.
+//
+// One thread per rank issues everything here, in the same program order on every rank: a message
+// has no other name than its place in that order. Failures end all ranks through
+// Fatal(kCollective).
+#ifndef KRAIT_PARALLEL_WORLD_H_
+#define KRAIT_PARALLEL_WORLD_H_
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "kernels/base/status.h"
+
+namespace krait {
+
+// Bytes for, or from, another rank of the world.
+struct Message {
+  int rank = 0;
+  void* data = nullptr;
+  int64_t bytes = 0;
+};
+
+class World {
+ public:
+  virtual ~World() = default;
+  World(const World&) = delete;
+  World& operator=(const World&) = delete;
+
+  int rank() const { return rank_; }
+  int size() const { return size_; }
+  // Among the ranks of this machine.
+  int local_rank() const { return local_rank_; }
+  int local_size() const { return local_size_; }
+  bool first() const { return rank_ == 0; }
+
+  // All messages travel at once; complete on return. The n-th message of a to b is received by b's
+  // n-th receive from a, which has as many bytes. None goes to the rank itself.
+  virtual void Exchange(const std::vector<Message>& sends,
+                        const std::vector<Message>& receives) = 0;
+
+  // Ends all ranks with `code`, at once and from any thread.
+  [[noreturn]] virtual void Abort(ExitCode code);
+
+  // Every rank's bytes, in rank order, on every rank.
+  std::vector<std::string> AllGather(std::string_view mine);
+  // Every rank's number, likewise.
+  std::vector<int64_t> AllGather(int64_t mine);
+  // The first rank's bytes on every rank; what the others pass is ignored.
+  std::string Broadcast(std::string_view bytes);
+  void Barrier() { AllGather(int64_t{0}); }
+
+ protected:
+  World(int rank, int size, int local_rank, int local_size)
+      : rank_(rank), size_(size), local_rank_(local_rank), local_size_(local_size) {}
+
+ private:
+  int rank_, size_, local_rank_, local_size_;
+};
+
+// A single process.
+std::unique_ptr<World> OneRankWorld();
+
+// The world that this process was started into: MPI's where mpirun, mpiexec or srun started several
+// ranks, else a single rank. Fatal paths end all ranks from here on. Call once; the world ends with
+// the object (which waits for the other ranks). `argv` as main has it.
+std::unique_ptr<World> StartWorld(int* argc, char*** argv);
+
+// OK when all ranks pass OK. Otherwise an error on every rank, with the exit code of the first rank
+// that has one; its message holds every rank's sentences once, each with the rank where not all say
+// it, on the first rank, and is empty on the others: so the job prints it once.
+absl::Status Agree(World* world, const absl::Status& status);
+// Whether an error is Agree's: then all ranks end with it by themselves.
+bool IsAgreed(const absl::Status& status);
+
+}  // namespace krait
+
+#endif  // KRAIT_PARALLEL_WORLD_H_
