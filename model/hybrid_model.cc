@@ -33,7 +33,7 @@ HybridModel::HybridModel(const ModelSpec& spec, const Weights* weights, Recomput
       norms_(spec.sublayers.size()),
       moe_count_(0) {
   const ParamTable& table = weights->table();
-  const Mesh mesh = groups != nullptr ? groups->mesh : Mesh();
+  const Mesh mesh = groups != nullptr ? groups->mesh() : Mesh();
   const LocalSizes sizes = LocalSizesOf(spec, mesh);
   vocabulary_ = {sizes.first_vocab_row, sizes.vocab_rows, spec.vocab_size};
   embedding_ = table.FindStorage(kEmbeddingName);
@@ -234,7 +234,7 @@ void HybridModel::AddRouterLosses(const RouterStats& stats, int64_t tokens, Tens
   if (moe_count_ == 0) return;
   if (groups_ != nullptr && spec_.moe.aux_sequences == 0) {
     for (const Tensor& sum : {stats.prob_sum, stats.choice_count, stats.z_sum}) {
-      groups_->stage->AllReduceSum(sum, ctx);
+      groups_->stage().AllReduceSum("router statistics", sum, ctx);
     }
   }
   MoeLossesForward(sums.Slice(0, kSumAuxLoss, 1), sums.Slice(0, kSumZLoss, 1),
