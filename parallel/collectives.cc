@@ -19,8 +19,20 @@ char* RowAddress(Tensor t, int64_t row) {
   return static_cast<char*>(t.raw()) + row * t.stride(0) * SizeOf(t.dtype());
 }
 
-// out [n] = the parts [size*n] of all ranks, added in rank order.
-void AddParts(Tensor out, Tensor parts, const Context& ctx) {
+template <typename T>
+void MaxParts(Tensor out, Tensor parts) {
+  const int64_t n = out.numel();
+  for (int64_t i = 0; i < parts.numel(); ++i) {
+    T& most = out.data<T>()[i % n];
+    const T value = parts.data<T>()[i];
+    // A NaN stays, whoever has it.
+    if (i < n || value > most || value != value) most = i >= n && most != most ? most : value;
+  }
+}
+
+}  // namespace
+
+void AddInRankOrder(Tensor out, Tensor parts, const Context& ctx) {
   const int64_t n = out.numel(), size = parts.numel() / n;
   if (out.dtype() == DType::kI64) {
     if (ctx.planning) return;
@@ -38,19 +50,6 @@ void AddParts(Tensor out, Tensor parts, const Context& ctx) {
   for (int64_t r = 1; r < size; ++r) AddInPlace(sum, Elements(parts, r * n, r * n + n), ctx);
   if (sum.raw() != out.raw()) Copy(out, sum, ctx);
 }
-
-template <typename T>
-void MaxParts(Tensor out, Tensor parts) {
-  const int64_t n = out.numel();
-  for (int64_t i = 0; i < parts.numel(); ++i) {
-    T& most = out.data<T>()[i % n];
-    const T value = parts.data<T>()[i];
-    // A NaN stays, whoever has it.
-    if (i < n || value > most || value != value) most = i >= n && most != most ? most : value;
-  }
-}
-
-}  // namespace
 
 Communicator::Communicator(World* world, std::vector<int> ranks, int self)
     : world_(world), ranks_(std::move(ranks)) {
@@ -82,7 +81,7 @@ void Communicator::AllReduceSum(const char* what, Tensor x, const Context& ctx) 
   const ArenaScope scope(ctx.scratch);
   const Tensor parts = ctx.scratch->Alloc(x.dtype(), {size() * x.numel()});
   AllGather(what, parts, x, ctx);
-  AddParts(x.View({x.numel()}), parts, ctx);
+  AddInRankOrder(x.View({x.numel()}), parts, ctx);
 }
 
 void Communicator::AllReduceMax(const char* what, Tensor x, const Context& ctx) const {
@@ -114,7 +113,7 @@ void Communicator::ReduceScatterSum(const char* what, Tensor out, Tensor in,
     }
     world_->Exchange(sends, receives);
   }
-  AddParts(out.View({n}), parts, ctx);
+  AddInRankOrder(out.View({n}), parts, ctx);
 }
 
 void Communicator::ExchangeRows(const char* what, Tensor out,

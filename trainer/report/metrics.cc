@@ -162,8 +162,7 @@ std::vector<Metric> StepMetrics(const StepReport& r) {
   for (const auto& [layer, imbalance] : r.imbalance) {
     metrics.push_back({absl::StrFormat("moe/layer_%02d/imbalance", layer), imbalance});
   }
-  // One rank holds all experts: every row fits its pool, so no further round ever runs.
-  if (r.has_moe) metrics.push_back({"moe/overflow_rounds", int64_t{0}});
+  if (r.has_moe) metrics.push_back({"moe/overflow_rounds", r.overflow_rounds});
   return metrics;
 }
 
