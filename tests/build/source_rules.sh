@@ -25,7 +25,7 @@ arrows() {
     parallel/*) echo '^(parallel|kernels)/' ;;
     model/*) echo '^(model|parallel|kernels)/' ;;
     trainer/config/*) echo '^(trainer/config|model|parallel|data|kernels)/' ;;
-    trainer/checkpoint/*) echo '^(trainer/checkpoint|data|kernels)/' ;;
+    trainer/checkpoint/*) echo '^(trainer/checkpoint|parallel|data|kernels)/' ;;
     trainer/report/*) echo '^(trainer/report|kernels/base)/' ;;
     trainer/train/*) echo '^(trainer/(train|config|checkpoint|report)|model|data|parallel|kernels)/' ;;
     trainer/tools/*) echo '^(trainer/(tools|train|config|checkpoint|report)|model|data|parallel|kernels)/' ;;

@@ -186,7 +186,7 @@ absl::Status SetNewerAside(const std::string& dir, int64_t step, const Notice& n
   std::vector<std::string> folders;
   KRAIT_ASSIGN_OR_RETURN(folders, ListCheckpoints(dir));
   for (const std::string& folder : folders) {
-    const auto checkpoint = OpenCheckpoint(folder);
+    const auto checkpoint = ReadManifest(folder);
     if (!checkpoint.ok() || checkpoint->meta.step <= step) continue;
     const std::string aside =
         dir + "/discarded-" + folder.substr(folder.rfind('/') + 1) + "." + checkpoint->save_id;

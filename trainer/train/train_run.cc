@@ -523,7 +523,7 @@ absl::Status Run::SaveEnded(const absl::Status& result, const std::vector<std::s
   }
   for (const std::string& warning : warnings) KRAIT_RETURN_IF_ERROR(Say(warning));
   const std::string path = CheckpointPath(saving_step_);
-  const auto saved = OpenCheckpoint(path);
+  const auto saved = ReadManifest(path);
   if (!saved.ok()) return Error(ExitCode::kCannotSave, MessageOf(saved.status()));
   saved_step_ = saving_step_;
   KRAIT_RETURN_IF_ERROR(CheckFolder());
