@@ -56,12 +56,6 @@ std::vector<GroupRows> GroupsOfRows(const PassContext& pass, int64_t rows) {
   return parts;
 }
 
-// A tensor of this dtype and shape as an experts' round takes it: the given memory for the first
-// round, scratch memory for others.
-Tensor RoundMemory(int64_t round, Tensor first, const Context& ctx) {
-  return round == 0 ? first : ctx.scratch->Alloc(first.dtype(), {first.dim(0), first.dim(1)});
-}
-
 // The rows of a round in use, 0, 1, ..., and -1 behind them: as if each were a token.
 Tensor RowNumbers(int64_t used, int64_t capacity, const Context& ctx) {
   const Tensor numbers = ctx.scratch->Alloc(DType::kI32, {capacity});
@@ -213,24 +207,20 @@ void MoeSublayer::SharedExpertsForward(Tensor y, Tensor x, const Weights& weight
   MoePermute(rows, x, s->source, top_k_, ctx);
   const Tensor w_gate_up = weights.Get(gate_up_);
   const Tensor w_down = y.defined() ? weights.Get(down_) : Tensor();
-  // Without an output the first round is all that backward finds.
-  const int64_t rounds = y.defined() ? s->routes->rounds() : 1;
-  for (int64_t k = 0; k < rounds; ++k) {
+  // All rounds use the memory of the first, which comes last: its activations are what backward
+  // finds. Without an output it is all that is needed.
+  for (int64_t k = y.defined() ? s->routes->rounds() : 1; k-- > 0;) {
     const ArenaScope scope(ctx.scratch);
     const ExpertRoutes::Round round = s->routes->round(k);
-    const Tensor inputs = RoundMemory(k, s->inputs, ctx);
-    const Tensor gate_up = RoundMemory(k, s->gate_up, ctx);
-    const Tensor own_offsets =
-        k == 0 ? s->expert_offsets : ctx.scratch->Alloc(DType::kI64, {own_experts_ + 1});
-    Upload(own_offsets, round.offsets.data(), ctx);
-    group.ExchangeRows("moe: rows to their experts", inputs, round.receives, rows, round.sends,
+    Upload(s->expert_offsets, round.offsets.data(), ctx);
+    group.ExchangeRows("moe: rows to their experts", s->inputs, round.receives, rows, round.sends,
                        ctx);
     const Tensor product =
         y.defined() ? ctx.scratch->Alloc(x.dtype(), {capacity, width / 2}) : Tensor();
-    GroupedLinearSwiGluForward(product, gate_up, inputs, w_gate_up, own_offsets, ctx);
+    GroupedLinearSwiGluForward(product, s->gate_up, s->inputs, w_gate_up, s->expert_offsets, ctx);
     if (!y.defined()) continue;
     const Tensor outputs = ctx.scratch->Alloc(x.dtype(), {capacity, x.dim(1)});
-    GroupedLinearForward(outputs, product, w_down, own_offsets, ctx);
+    GroupedLinearForward(outputs, product, w_down, s->expert_offsets, ctx);
     // Each row back to where it came from.
     group.ExchangeRows("moe: rows from their experts", rows, round.sends, outputs, round.receives,
                        ctx);
@@ -254,20 +244,15 @@ void MoeSublayer::SharedExpertsBackward(Tensor d_rows, Tensor d_weight, Tensor d
   MoePermute(row_weights, column(s.weight), s.source, /*top_k=*/1, ctx);
   const Tensor d_row_weights = ctx.scratch->Alloc(wide, {rows, 1});
   Fill(d_row_weights, 0, ctx);
-  Tensor x_rows;
-  if (s.routes->rounds() > 1) {
-    x_rows = ctx.scratch->Alloc(x.dtype(), {rows, d});
-    MoePermute(x_rows, x, s.source, top_k_, ctx);
-  }
+  const Tensor x_rows = ctx.scratch->Alloc(x.dtype(), {rows, d});
+  if (s.routes->rounds() > 1) MoePermute(x_rows, x, s.source, top_k_, ctx);
 
   const Tensor w_gate_up = weights.Get(gate_up_), w_down = weights.Get(down_);
   for (int64_t k = 0; k < s.routes->rounds(); ++k) {
     const ArenaScope scope(ctx.scratch);
     const ExpertRoutes::Round round = s.routes->round(k);
-    const Tensor inputs = RoundMemory(k, s.inputs, ctx), gate_up = RoundMemory(k, s.gate_up, ctx);
-    Tensor own_offsets = s.expert_offsets;
-    if (k > 0) {
-      own_offsets = ctx.scratch->Alloc(DType::kI64, {own_experts_ + 1});
+    const Tensor inputs = s.inputs, gate_up = s.gate_up, own_offsets = s.expert_offsets;
+    if (k > 0) {  // in the memory of the first round, which is done
       Upload(own_offsets, round.offsets.data(), ctx);
       group.ExchangeRows("moe: rows to their experts again", inputs, round.receives, x_rows,
                          round.sends, ctx);

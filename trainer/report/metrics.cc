@@ -77,9 +77,9 @@ std::string FormatLiveLine(const StepReport& r) {
                          PrintShort(r.tokens_per_s), FormatDuration(r.eta_seconds));
 }
 
-absl::StatusOr<Console> Console::Open(const std::string& log_path) {
+absl::StatusOr<Console> Console::Open(const std::string& log_path, bool live) {
   Console console;
-  console.terminal_ = isatty(STDOUT_FILENO) == 1;
+  console.terminal_ = live && isatty(STDOUT_FILENO) == 1;
   if (!log_path.empty()) {
     KRAIT_ASSIGN_OR_RETURN(console.log_, OpenAppend(log_path, &console.offset_));
   }

@@ -81,11 +81,10 @@ double Trainer::learning_rate() const {
   return LearningRate(config_.schedule, config_.optimizer.lr, state_.step + 1, train.steps);
 }
 
-StepReport Trainer::Step(const TokenBatch& batch) {
+StepReport Trainer::Step(const TokenBatch& batch, int64_t targets) {
   const double lr = learning_rate();
   const auto applied = static_cast<double>(state_.adam_steps);
   Upload(scalars_.control.Slice(0, kAdamWSteps, 1), &applied, ctx_);
-  const int64_t targets = TargetsOf(batch);
   RunPasses(batch, targets, nullptr);
   optimizer_.SumOfSquares(scalars_.sum_of_squares, ctx_);
   ShareScalars();

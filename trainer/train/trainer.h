@@ -57,7 +57,9 @@ class Trainer {
   // step, sequences and tokens. When loss or gradient is not finite, weights, moments and the Adam
   // count stay as they are and the skip counts grow. The report's time and memory fields are the
   // caller's to fill.
-  StepReport Step(const TokenBatch& batch);
+  StepReport Step(const TokenBatch& batch) { return Step(batch, TargetsOf(batch)); }
+  // With the targets of all ranks' rows, where they are known.
+  StepReport Step(const TokenBatch& batch, int64_t targets);
 
   // Forward and backward of the whole batch: leaves the gradient of the mean loss in the weights'
   // gradients, as far as this rank owns them, and the losses in the report. Changes no weight.
@@ -93,7 +95,7 @@ class Trainer {
   Context& ctx() { return ctx_; }
 
  private:
-  // The targets of all ranks' rows.
+  // The targets of all ranks' rows: asks the ranks.
   int64_t TargetsOf(const TokenBatch& batch) const;
   // Forward and backward of the whole batch, enqueued: gradients, and on the way their sums over
   // the ranks, and the sums of its passes.
