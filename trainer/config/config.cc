@@ -291,11 +291,6 @@ absl::StatusOr<RunConfig> Read(const ConfigNode& root, bool complete, const std:
   if (train.precision == Precision::kAuto) {
     train.precision = train.device == DevicePreference::kCuda ? Precision::kBf16 : Precision::kFp32;
   }
-  if (use == ConfigUse::kTrain && ranks > 1 && train.device == DevicePreference::kCuda) {
-    reader.Fail("train.device",
-                "several ranks on GPUs are not supported yet: use train.device: cpu");
-    return errors->ToStatus();
-  }
   return config;
 }
 
@@ -326,7 +321,11 @@ Placement PlacementOf(const RunConfig& config) {
           .compute = bf16 ? DType::kBF16 : DType::kF32};
 }
 
-absl::Status CheckDevice(const RunConfig& config) {
+absl::Status CheckDevice(const RunConfig& config, int ranks) {
+  if (ranks > 1 && config.train.device == DevicePreference::kCuda) {
+    return Error(ExitCode::kConfig,
+                 "train.device: several ranks on GPUs are not supported yet: use train.device=cpu");
+  }
   std::string reason;
   if (config.train.device != DevicePreference::kCuda || cuda::Available(&reason)) {
     return PrepareDevice(PlacementOf(config).device);

@@ -126,8 +126,8 @@ absl::StatusOr<RunConfig> ParseConfig(const std::string& text, const std::string
 // has resolved `auto`: CUDA in a build with it where a GPU can be used).
 Placement PlacementOf(const RunConfig& config);
 // Readies the device (kernels/hardware.h). kConfig when the run asks for CUDA and this build or
-// machine has none. `plan` needs none.
-absl::Status CheckDevice(const RunConfig& config);
+// machine has none, or for several ranks on it. `plan` needs none.
+absl::Status CheckDevice(const RunConfig& config, int ranks = 1);
 
 // The mesh of a run on `ranks` ranks, as `rank` sees it. The config was read for that many.
 Mesh MeshOf(const ParallelConfig& parallel, int ranks, int rank);
