@@ -157,5 +157,44 @@ run --help
 code_is 0 --help
 says out "launch/run -n N"
 
+# launch/slurm.sbatch, with commands that stand in for Slurm's.
+ln -s "$root/launch" launch
+mkdir -p build/cpu bin
+cp 'the build/krait' build/cpu/krait
+printf '#!/bin/sh\necho "$@" >> "%s/requeued"\n' "$folder" > bin/scontrol
+chmod +x bin/scontrol
+slurm() {  # WORDS...; in the background
+  rm -f pids requeued
+  env PATH="$folder/bin:$PATH" SLURM_JOB_ID=77 SLURM_SUBMIT_DIR="$folder" SLURM_JOB_NUM_NODES=1 \
+    SLURM_NTASKS_PER_NODE=2 OMPI_MCA_ras=^slurm OMPI_MCA_plm=^slurm SECONDS="$seconds" \
+    OMPI_MCA_rmaps_base_oversubscribe=1 bash launch/slurm.sbatch config.yaml "$@" > out 2> err &
+}
+ends() {  # CODE REQUEUED
+  wait $!
+  code=$?
+  code_is "$1" "launch/slurm.sbatch"
+  [ "$(cat requeued 2> /dev/null)" = "$2" ] || fail "requeued: '$(cat requeued 2> /dev/null)'"
+}
+seconds=0
+slurm wait
+await_ranks 2
+kill -USR1 $!
+ends 10 "requeue 77"
+slurm wait
+await_ranks 2
+kill -USR1 "$(sed -n 1p pids)"  # the run ends by itself
+ends 10 ""
+slurm code=20
+ends 20 ""
+slurm code=50
+ends 50 ""
+seconds=700
+slurm code=50
+ends 50 "requeue 77"
+slurm wait
+await_ranks 2
+kill -KILL "$(sed -n 1p pids)"
+ends 137 "requeue 77"
+
 [ $failures -eq 0 ] && echo "launch/run does what it says"
 exit $((failures > 0))
