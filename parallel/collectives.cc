@@ -77,7 +77,7 @@ void Communicator::AllGather(const char* what, Tensor out, Tensor in, const Cont
     sends.push_back({ranks_[static_cast<size_t>(r)], in.raw(), in.bytes()});
     receives.push_back({ranks_[static_cast<size_t>(r)], part.raw(), part.bytes()});
   }
-  world_->Exchange(sends, receives);
+  world_->Exchange(sends, receives, what);
 }
 
 void Communicator::AllReduceSum(const char* what, Tensor x, const Context& ctx) const {
@@ -115,7 +115,7 @@ void Communicator::ReduceScatterSum(const char* what, Tensor out, Tensor in,
       sends.push_back({ranks_[static_cast<size_t>(r)], from.raw(), from.bytes()});
       receives.push_back({ranks_[static_cast<size_t>(r)], to.raw(), to.bytes()});
     }
-    world_->Exchange(sends, receives);
+    world_->Exchange(sends, receives, what);
   }
   AddInRankOrder(out.View({n}), parts, ctx);
 }
@@ -154,7 +154,7 @@ void Communicator::ExchangeRows(const char* what, Tensor out,
     }
   }
   KRAIT_CHECK(next == own.size());
-  world_->Exchange(to, from);
+  world_->Exchange(to, from, what);
 }
 
 }  // namespace krait

@@ -348,27 +348,26 @@ DType ReduceDType(const RunConfig& config) {
                                                      : Wide(PlacementOf(config).compute);
 }
 
-std::string WithoutEffect(const RunConfig& config) {
+std::string WithoutEffect(const RunConfig& config, int64_t ranks) {
   const RunConfig defaults;
-  std::vector<std::string> keys;
-  if (config.train.hang_timeout != defaults.train.hang_timeout) {
-    keys.push_back("train.hang_timeout");
+  std::vector<std::string> sentences;
+  if (config.train.hang_timeout != defaults.train.hang_timeout && ranks == 1) {
+    sentences.push_back("train.hang_timeout: no effect on a run of one process");
   }
   if (config.parallel.expert == 1 &&
       config.parallel.expert_slack != defaults.parallel.expert_slack) {
-    keys.push_back("parallel.expert_slack");
+    sentences.push_back("parallel.expert_slack: no effect where no experts are shared");
   }
-  std::string text;
-  if (!keys.empty()) text = absl::StrJoin(keys, " and ") + ": no effect in this version";
   // Elsewhere there is nothing that is faster in another order.
   const bool choice =
       config.train.device == DevicePreference::kCuda && config.model.Has(SublayerKind::kAttention);
   if (!config.train.deterministic && !choice) {
-    absl::StrAppend(
-        &text, text.empty() ? "" : "; ", "train.deterministic: false changes nothing ",
-        config.train.device == DevicePreference::kCuda ? "without attention layers" : "on the CPU");
+    sentences.push_back(absl::StrCat("train.deterministic: false changes nothing ",
+                                     config.train.device == DevicePreference::kCuda
+                                         ? "without attention layers"
+                                         : "on the CPU"));
   }
-  return text;
+  return absl::StrJoin(sentences, "; ");
 }
 
 absl::StatusOr<std::string> ExplainConfig(const std::string& path,

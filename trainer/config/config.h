@@ -134,9 +134,9 @@ Mesh MeshOf(const ParallelConfig& parallel, int ranks, int rank);
 // The dtype in which gradients travel.
 DType ReduceDType(const RunConfig& config);
 
-// One sentence on the settings that the user gave and that change nothing in this version or on
-// this device; "" when there are none.
-std::string WithoutEffect(const RunConfig& config);
+// What the user set and what changes nothing in this version, on this device or with so many ranks,
+// in one line; "" when there is nothing.
+std::string WithoutEffect(const RunConfig& config, int64_t ranks = 1);
 
 // The resolved config as YAML, each line with where its value came from as a comment:
 // file:line:column, a word of the command line, a key that it is derived from, or the default. Its

@@ -9,6 +9,7 @@
 #include "kernels/base/file.h"
 #include "kernels/base/number.h"
 #include "kernels/hardware.h"
+#include "parallel/watchdog.h"
 #include "trainer/report/environment.h"
 #include "trainer/report/progress_line.h"
 #include "trainer/train/run.h"
@@ -101,8 +102,10 @@ absl::Status Run::OpenFolder() {
 }
 
 absl::Status Run::Open() {
+  const LongPhase phase;
   KRAIT_RETURN_IF_ERROR(Agree(world_, OpenData()));
   KRAIT_RETURN_IF_ERROR(OnFirst([&] { return OpenFolder(); }));
+  world_->SetHangTimeout(config_.train.hang_timeout, config_.run_dir);
   trainer_ = std::make_unique<Trainer>(config_, world_);
   absl::Status said;
   const Notice notice = [&](const std::string& line) { said.Update(Say(line)); };
@@ -237,7 +240,7 @@ absl::Status Run::Describe() {
   if (config_.log.tensorboard) {
     KRAIT_RETURN_IF_ERROR(Say("curves: tensorboard --logdir " + config_.run_dir + "/tensorboard"));
   }
-  if (const std::string idle = WithoutEffect(config_); !idle.empty()) {
+  if (const std::string idle = WithoutEffect(config_, world_->size()); !idle.empty()) {
     KRAIT_RETURN_IF_ERROR(Say("note: " + idle));
   }
   if (config_.model.pad_token >= 0) {
