@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <filesystem>
+#include <numeric>
 #include <optional>
 #include <utility>
 
@@ -341,6 +342,11 @@ Mesh MeshOf(const ParallelConfig& parallel, int ranks, int rank) {
   mesh.expert = static_cast<int>(parallel.expert);
   mesh.rank = rank;
   return mesh;
+}
+
+int64_t LeastRanks(const ParallelConfig& parallel) {
+  const int64_t ranks = parallel.tensor * std::max<int64_t>(1, parallel.data);
+  return parallel.data > 0 ? ranks : std::lcm(ranks, parallel.expert);
 }
 
 DType ReduceDType(const RunConfig& config) {

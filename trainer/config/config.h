@@ -111,8 +111,8 @@ enum class ConfigUse : uint8_t { kTrain, kPlan, kStored };
 
 // Reads base files, the file, then "key.path=value" words. All errors at once, each with
 // file:line:column (or the word), what was found and what would be right; exit code kConfig.
-// `ranks` is the world size that the batch and the mesh are checked against (1 without mpirun).
-// Touches no GPU and opens no data file.
+// `ranks` is the world size that the batch and the mesh are checked against (1 without mpirun; 0:
+// it is not known). Touches no GPU and opens no data file.
 absl::StatusOr<RunConfig> LoadConfig(const std::string& path,
                                      const std::vector<std::string>& overrides, ConfigUse use,
                                      int64_t ranks);
@@ -131,6 +131,8 @@ absl::Status CheckDevice(const RunConfig& config, int ranks = 1);
 
 // The mesh of a run on `ranks` ranks, as `rank` sees it. The config was read for that many.
 Mesh MeshOf(const ParallelConfig& parallel, int ranks, int rank);
+// The fewest ranks that a mesh of these sizes has.
+int64_t LeastRanks(const ParallelConfig& parallel);
 // The dtype in which gradients travel.
 DType ReduceDType(const RunConfig& config);
 

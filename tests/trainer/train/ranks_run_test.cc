@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 #include <signal.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <filesystem>
@@ -48,10 +49,16 @@ class RanksRun : public ::testing::Test {
   }
   std::vector<std::string> TrainArgv(const std::string& run, const RankLayout& layout,
                                      std::vector<std::string> words) const {
-    for (const char* word : {"train.device=cpu", "model.moe.experts=4", "train.batch_tokens=256",
-                             "optimizer.lr=1e-3", "log.every=1", "schedule.warmup_steps=1",
-                             "evaluation.every=5", "evaluation.tokens=224"}) {
-      words.insert(words.begin(), word);
+    const std::vector<std::string> defaults = {"train.device=cpu",        "model.moe.experts=4",
+                                               "train.batch_tokens=256",  "optimizer.lr=1e-3",
+                                               "schedule.warmup_steps=1", "log.every=1",
+                                               "evaluation.every=5",      "evaluation.tokens=224"};
+    for (const std::string& word : defaults) {
+      const std::string key = word.substr(0, word.find('=') + 1);
+      const bool given = std::any_of(words.begin(), words.end(), [&](const std::string& other) {
+        return other.starts_with(key);
+      });
+      if (!given) words.push_back(word);
     }
     for (const std::string& word : layout.Words()) words.push_back(word);
     return Argv(layout.ranks, tiny_.TrainWords(run, words));
@@ -213,8 +220,9 @@ TEST_F(RanksRun, MistakesAreToldOnceAndEndAllRanks) {
 
   result = Train("bad", {2, 1, 1}, {"train.steps=2", "data.train=[{path: /nowhere.h5}]"});
   EXPECT_EQ(result.code, 21) << result.err;
-  EXPECT_THAT(result.err, AllOf(HasSubstr("/nowhere.h5"), Not(HasSubstr("rank 0"))));
-  EXPECT_EQ(result.err.find("/nowhere.h5"), result.err.rfind("/nowhere.h5")) << result.err;
+  const std::string missing = "cannot open /nowhere.h5";
+  EXPECT_THAT(result.err, AllOf(HasSubstr(missing), Not(HasSubstr("rank 0"))));
+  EXPECT_EQ(result.err.find(missing), result.err.rfind(missing)) << result.err;
   EXPECT_FALSE(std::filesystem::exists(tiny_ / "bad"));
 
   // A second job on the same run folder.
