@@ -32,7 +32,7 @@ void AddTrainCommand(CLI::App* app, CommandLine* line) {
   train->add_flag("--force", arguments->options.force,
                   "try it even where the planned memory is more than there is");
   train->callback([line, arguments] {
-    line->on_several_ranks = false;
+    line->on_several_ranks = true;
     line->run = [line, arguments]() -> absl::StatusOr<ExitCode> {
       RunConfig config;
       KRAIT_ASSIGN_OR_RETURN(config,

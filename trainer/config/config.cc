@@ -281,11 +281,9 @@ absl::StatusOr<RunConfig> Read(const ConfigNode& root, bool complete, const std:
   ResolveModel(draft, &config.model, &reader);
   ResolveTrain(draft, use, &config, &reader);
   reader.Finish();
-  CheckLater(draft, &reader);
   if (complete) CheckRun(config, use, ranks, &reader);
   if (!errors->empty()) return errors->ToStatus();
   config.notes = errors->notes();
-
   TrainConfig& train = config.train;
   if (train.device == DevicePreference::kAuto) {
     train.device = cuda::Available() ? DevicePreference::kCuda : DevicePreference::kCpu;
@@ -323,7 +321,11 @@ Placement PlacementOf(const RunConfig& config) {
           .compute = bf16 ? DType::kBF16 : DType::kF32};
 }
 
-absl::Status CheckDevice(const RunConfig& config) {
+absl::Status CheckDevice(const RunConfig& config, int ranks) {
+  if (ranks > 1 && config.train.device == DevicePreference::kCuda) {
+    return Error(ExitCode::kConfig,
+                 "train.device: several ranks on GPUs are not supported yet: use train.device=cpu");
+  }
   std::string reason;
   if (config.train.device != DevicePreference::kCuda || cuda::Available(&reason)) {
     return PrepareDevice(PlacementOf(config).device);
@@ -332,14 +334,29 @@ absl::Status CheckDevice(const RunConfig& config) {
                "train.device: cuda cannot be used: " + reason + "; cpu and auto work here");
 }
 
+Mesh MeshOf(const ParallelConfig& parallel, int ranks, int rank) {
+  Mesh mesh;
+  mesh.tensor = static_cast<int>(parallel.tensor);
+  mesh.data = ranks / mesh.tensor;
+  mesh.expert = static_cast<int>(parallel.expert);
+  mesh.rank = rank;
+  return mesh;
+}
+
+DType ReduceDType(const RunConfig& config) {
+  return config.parallel.reduce == GradReduce::kBf16 ? DType::kBF16
+                                                     : Wide(PlacementOf(config).compute);
+}
+
 std::string WithoutEffect(const RunConfig& config, int64_t ranks) {
   const RunConfig defaults;
   std::vector<std::string> sentences;
   if (config.train.hang_timeout != defaults.train.hang_timeout && ranks == 1) {
     sentences.push_back("train.hang_timeout: no effect on a run of one process");
   }
-  if (config.parallel.expert_slack != defaults.parallel.expert_slack) {
-    sentences.push_back("parallel.expert_slack: no effect in this version");
+  if (config.parallel.expert == 1 &&
+      config.parallel.expert_slack != defaults.parallel.expert_slack) {
+    sentences.push_back("parallel.expert_slack: no effect while parallel.expert is 1");
   }
   // Elsewhere there is nothing that is faster in another order.
   const bool choice =

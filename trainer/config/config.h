@@ -12,16 +12,20 @@
 #include "kernels/placement.h"
 #include "model/hybrid_model.h"
 #include "model/spec.h"
+#include "parallel/mesh.h"
 
 namespace krait {
 
 enum class DevicePreference : uint8_t { kAuto, kCpu, kCuda };
 enum class Precision : uint8_t { kAuto, kFp32, kBf16 };
 
+enum class GradReduce : uint8_t { kFp32, kBf16 };  // in which gradients travel
+
 struct ParallelConfig {
   int64_t tensor = 1, expert = 1;
   int64_t data = 0;  // 0: auto
   double expert_slack = 1.5;
+  GradReduce reduce = GradReduce::kFp32;
 };
 
 struct DataConfig {
@@ -122,8 +126,13 @@ absl::StatusOr<RunConfig> ParseConfig(const std::string& text, const std::string
 // has resolved `auto`: CUDA in a build with it where a GPU can be used).
 Placement PlacementOf(const RunConfig& config);
 // Readies the device (kernels/hardware.h). kConfig when the run asks for CUDA and this build or
-// machine has none. `plan` needs none.
-absl::Status CheckDevice(const RunConfig& config);
+// machine has none, or for several ranks on it. `plan` needs none.
+absl::Status CheckDevice(const RunConfig& config, int ranks = 1);
+
+// The mesh of a run on `ranks` ranks, as `rank` sees it. The config was read for that many.
+Mesh MeshOf(const ParallelConfig& parallel, int ranks, int rank);
+// The dtype in which gradients travel.
+DType ReduceDType(const RunConfig& config);
 
 // What the user set and what changes nothing in this version, on this device or with so many ranks,
 // in one line; "" when there is nothing.

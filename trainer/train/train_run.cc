@@ -3,106 +3,40 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
-#include <memory>
-#include <optional>
+#include <utility>
 
-#include "absl/strings/str_format.h"
-#include "kernels/base/clock.h"
 #include "kernels/base/file.h"
 #include "kernels/base/number.h"
-#include "kernels/base/shell.h"
-#include "kernels/base/stop_signals.h"
 #include "kernels/hardware.h"
-#include "trainer/checkpoint/checkpoint.h"
-#include "trainer/checkpoint/checkpoint_async.h"
-#include "trainer/checkpoint/run_record.h"
 #include "trainer/report/environment.h"
-#include "trainer/report/metrics.h"
 #include "trainer/report/progress_line.h"
-#include "trainer/train/evaluate.h"
-#include "trainer/train/trainer.h"
+#include "trainer/train/run.h"
 
 namespace krait {
 namespace {
 
-constexpr int64_t kMaxSkippedInRow = 10;
-constexpr double kRedrawSeconds = 0.1;  // of the live line, at most this often
 // From so many on, a line of the log says that they are being initialised.
 constexpr int64_t kManyParameters = 1'000'000'000;
 constexpr int64_t kMaxRecordBytes = int64_t{64} << 20;  // of command.txt and environment.json
 
-bool Due(int64_t every, int64_t step) { return every > 0 && step % every == 0; }
-
-class Run {
- public:
-  Run(const RunConfig& config, const TrainOptions& options) : config_(config), options_(options) {}
-
-  absl::Status Open();
-  // After an Open that failed: a run folder that it made goes again.
-  void RemoveEmptyFolder();
-  absl::StatusOr<ExitCode> Loop();
-
- private:
-  absl::Status CheckMemory();
-  absl::Status TakeStaging();
-  absl::Status LockCheckpoints();
-  absl::Status CheckFolder() const;
-  Progress ShowProgress(const std::string& what);
-  absl::Status WriteRunFolder();
-  std::string DataLine() const;
-  absl::Status Describe();
-  absl::Status Steps();
-  absl::Status Report(StepReport report, double seconds);
-  bool EvaluationDue() const;
-  absl::Status Evaluate();
-  absl::Status Save(bool wait);
-  absl::Status SaveState(bool wait);
-  absl::Status SaveEnded(const absl::Status& result, const std::vector<std::string>& warnings);
-  absl::Status SaveBeforeEnding(const absl::Status& error);
-  absl::Status Diverged(const std::string& what);
-  absl::Status PrintSummary();
-  absl::Status Say(const std::string& line) { return console_.Line(line); }
-  CheckpointMeta& state() const { return trainer_->state(); }
-  std::string CheckpointPath(int64_t step) const {
-    return absl::StrFormat("%s/step-%08d", config_.checkpoint.dir, step);
-  }
-
-  const RunConfig& config_;
-  const TrainOptions& options_;
-  const Mesh mesh_;  // a single rank
-  bool made_run_folder_ = false;
-  RunLock lock_, checkpoint_lock_;  // rank 0's
-  StopSignals signals_{"stopping after this step; once more to end at once"};
-  Console console_;
-  std::optional<MetricsLog> metrics_;
-  std::unique_ptr<Dataset> train_data_, validation_;
-  std::unique_ptr<Trainer> trainer_;
-  std::optional<Arena> staging_;  // the copy that saver_ writes from
-  AsyncSaver saver_;
-
-  int64_t first_step_ = 0, first_tokens_ = 0;  // of this process
-  int64_t saving_step_ = 0;                    // of the save under way, or the last one
-  int64_t saved_step_ = -1;                    // the last one that is in place
-  bool sound_ = true;                          // the last step was not skipped
-  bool evaluation_missed_ = false;             // of the last step: a stop request came first
-  double start_ = MonotonicSeconds();
-  double drawn_ = 0;           // the live line
-  double window_seconds_ = 0;  // since the last log line
-  int64_t window_steps_ = 0;
-};
+}  // namespace
 
 // Before anything is allocated: a plan that does not fit is refused.
 absl::Status Run::CheckMemory() {
-  const MemoryPlan plan = PlanTraining(config_);
-  const int64_t there = MemoryOf(plan.device).total;
-  const bool staging_fits = plan.device == Device::kCpu || plan.staging <= MachineMemory();
+  const MemoryPlan plan = PlanTraining(config_, mesh_);
+  const bool on_cpu = plan.device == Device::kCpu;
+  // Ranks of one machine share its memory.
+  const int sharers = world_->local_size();
+  const int64_t there = MemoryOf(plan.device).total / (on_cpu ? sharers : 1);
+  const bool staging_fits = on_cpu || plan.staging <= MachineMemory() / sharers;
   if (options_.force || (plan.total() <= there && staging_fits)) return absl::OkStatus();
+  const std::string owner = !on_cpu        ? "the GPU"
+                            : sharers == 1 ? "this process"
+                                           : absl::StrFormat("each of %d ranks", sharers);
   const std::string what =
       staging_fits ? absl::StrFormat("this run takes %s, and %s has %s", PrintBytes(plan.total()),
-                                     plan.device == Device::kCpu ? "this process" : "the GPU",
-                                     PrintBytes(there))
+                                     owner, PrintBytes(there))
                    : absl::StrFormat("saving this run takes %s of the host's memory, which has %s",
                                      PrintBytes(plan.staging), PrintBytes(MachineMemory()));
   return Error(ExitCode::kOutOfMemory,
@@ -124,11 +58,10 @@ absl::Status Run::TakeStaging() {
 
 // Draws on the terminal, and ends the work when a stop is requested.
 Progress Run::ShowProgress(const std::string& what) {
-  auto line = std::make_shared<ProgressLine>(
-      what, [this](const std::string& text) { console_.Status(text); });
+  auto line = std::make_shared<ProgressLine>(what, [this](const std::string& text) { Show(text); });
   return [this, line, what](int64_t done, int64_t total) -> absl::Status {
     if (StopRequested()) {
-      console_.ClearStatus();
+      if (first()) console_.ClearStatus();
       return Error(ExitCode::kStopped, "stopped on request while " + what);
     }
     if (done == 0) line->Begin();
@@ -137,8 +70,8 @@ Progress Run::ShowProgress(const std::string& what) {
   };
 }
 
-absl::Status Run::Open() {
-  KRAIT_RETURN_IF_ERROR(CheckDevice(config_));
+absl::Status Run::OpenData() {
+  KRAIT_RETURN_IF_ERROR(CheckDevice(config_, world_->size()));
   KRAIT_RETURN_IF_ERROR(CheckMemory());
   ErrorList errors;
   const auto open = [&](const std::vector<SourceSpec>& sources, std::unique_ptr<Dataset>* data) {
@@ -154,17 +87,23 @@ absl::Status Run::Open() {
                     &held_out = *validation_->files().front();
     errors.Add(CheckSameTokenizer(held_out, train.path(), train.tokenizer()));
   }
-  KRAIT_RETURN_IF_ERROR(errors.ToStatus());
+  return errors.ToStatus();
+}
 
+absl::Status Run::OpenFolder() {
   made_run_folder_ = !Exists(config_.run_dir);
   KRAIT_RETURN_IF_ERROR(MakeDirectories(config_.run_dir, ExitCode::kCannotSave));
-  if (mesh_.rank == 0) {
-    KRAIT_ASSIGN_OR_RETURN(lock_, RunLock::Acquire(config_.run_dir));
-  }
+  KRAIT_ASSIGN_OR_RETURN(lock_, RunLock::Acquire(config_.run_dir));
   if (IsDirectory(config_.checkpoint.dir)) KRAIT_RETURN_IF_ERROR(LockCheckpoints());
-  KRAIT_ASSIGN_OR_RETURN(console_, Console::Open(config_.run_dir + "/train.log"));
-  if (!lock_.warning().empty()) KRAIT_RETURN_IF_ERROR(Say("warning: " + lock_.warning()));
-  trainer_ = std::make_unique<Trainer>(config_);
+  KRAIT_ASSIGN_OR_RETURN(
+      console_, Console::Open(config_.run_dir + "/train.log", /*live=*/world_->size() == 1));
+  return lock_.warning().empty() ? absl::OkStatus() : Say("warning: " + lock_.warning());
+}
+
+absl::Status Run::Open() {
+  KRAIT_RETURN_IF_ERROR(Agree(world_, OpenData()));
+  KRAIT_RETURN_IF_ERROR(OnFirst([&] { return OpenFolder(); }));
+  trainer_ = std::make_unique<Trainer>(config_, world_);
   absl::Status said;
   const Notice notice = [&](const std::string& line) { said.Update(Say(line)); };
   const Progress initialising = ShowProgress("initialising");
@@ -179,20 +118,24 @@ absl::Status Run::Open() {
       }};
   RunData data{train_data_.get(), {}};
   if (validation_ != nullptr) data.validation = validation_->Contents();
-  KRAIT_RETURN_IF_ERROR(StartRun(options_.resume, data, trainer_.get(), notice, progress));
-  console_.ClearStatus();
+  KRAIT_RETURN_IF_ERROR(StartRun(options_.resume, data, trainer_.get(), notice, progress, world_));
+  if (first()) console_.ClearStatus();
   for (const Dataset* sources : {train_data_.get(), validation_.get()}) {
     if (sources == nullptr) continue;
     for (const std::string& line : sources->Repeated()) notice("warning: " + line);
   }
-  KRAIT_RETURN_IF_ERROR(said);
+  KRAIT_RETURN_IF_ERROR(StatusOfFirst(world_, said));
 
-  int64_t bytes = 0;
-  for (const CheckpointBox& box : trainer_->Boxes()) bytes += box.bytes();
+  int64_t own_bytes = 0, bytes = 0;
+  for (const CheckpointBox& box : trainer_->Boxes()) own_bytes += box.bytes();
+  for (const int64_t of_rank : world_->AllGather(own_bytes)) bytes += of_rank;
   if (state().step < trainer_->last_step()) {
-    KRAIT_RETURN_IF_ERROR(CheckCanSave(config_.checkpoint.dir, bytes));
-    // Once more: the folder may be there only by now, or have been moved away with its lock.
-    KRAIT_RETURN_IF_ERROR(LockCheckpoints());
+    const auto lock = [&]() -> absl::Status {
+      KRAIT_RETURN_IF_ERROR(CheckCanSave(config_.checkpoint.dir, bytes));
+      // Once more: the folder may be there only by now, or have been moved away with its lock.
+      return LockCheckpoints();
+    };
+    KRAIT_RETURN_IF_ERROR(OnFirst(lock));
     KRAIT_RETURN_IF_ERROR(TakeStaging());
   }
   state().hardware = HardwareName(trainer_->ctx().device);
@@ -216,7 +159,6 @@ void Run::RemoveEmptyFolder() {
 }
 
 absl::Status Run::LockCheckpoints() {
-  if (mesh_.rank != 0) return absl::OkStatus();
   checkpoint_lock_ = RunLock();
   // Not the name of a run folder's lock: the two may be one folder.
   KRAIT_ASSIGN_OR_RETURN(checkpoint_lock_,
@@ -227,7 +169,7 @@ absl::Status Run::LockCheckpoints() {
 // A folder that was removed or moved while the run uses it: nothing can be written there any more,
 // and a folder of that name may by now be another run's.
 absl::Status Run::CheckFolder() const {
-  if (mesh_.rank != 0 || lock_.Holds()) return absl::OkStatus();
+  if (!first() || lock_.Holds()) return absl::OkStatus();
   return Error(ExitCode::kCannotSave,
                config_.run_dir +
                    " was removed, moved or replaced while this run used it: the run "
@@ -281,16 +223,21 @@ std::string Run::DataLine() const {
 absl::Status Run::Describe() {
   const ParamTable& table = trainer_->weights().table();
   KRAIT_RETURN_IF_ERROR(Say(absl::StrFormat(
-      "%s: %s parameters (%s active), %d layers, batch %s tokens, memory %s planned",
+      "%s: %s parameters (%s active), %d layers, batch %s tokens, memory %s planned%s",
       config_.run_dir, PrintShort(static_cast<double>(table.total())),
       PrintShort(static_cast<double>(table.active(config_.model))), config_.model.n_layers,
       PrintShort(static_cast<double>(config_.train.batch_tokens)),
-      PrintBytes(trainer_->memory().total()))));
+      PrintBytes(trainer_->memory().total()), world_->size() > 1 ? " per rank" : "")));
+  if (world_->size() > 1) {
+    KRAIT_RETURN_IF_ERROR(
+        Say(absl::StrFormat("ranks: %d = data %d x tensor %d, experts over %d", world_->size(),
+                            mesh_.data, mesh_.tensor, mesh_.expert)));
+  }
   KRAIT_RETURN_IF_ERROR(Say(DataLine()));
   if (config_.log.tensorboard) {
     KRAIT_RETURN_IF_ERROR(Say("curves: tensorboard --logdir " + config_.run_dir + "/tensorboard"));
   }
-  if (const std::string idle = WithoutEffect(config_); !idle.empty()) {
+  if (const std::string idle = WithoutEffect(config_, world_->size()); !idle.empty()) {
     KRAIT_RETURN_IF_ERROR(Say("note: " + idle));
   }
   if (config_.model.pad_token >= 0) {
@@ -304,274 +251,11 @@ absl::Status Run::Describe() {
       absl::StrFormat("warning: that is more than the %s of this machine", PrintBytes(there)));
 }
 
-absl::StatusOr<ExitCode> Run::Loop() {
-  const int64_t steps = trainer_->last_step();
-  // An evaluation that a stop request cut short is made up, so that the metrics are those of a run
-  // without it.
-  const bool make_up = state().step > 0 && state().step <= steps && EvaluationDue() &&
-                       !IsRecorded(config_.run_dir, state().step, "val/loss");
-  if (state().step >= steps && !make_up) {
-    KRAIT_RETURN_IF_ERROR(
-        Say(absl::StrFormat("this run is finished: step %d of %d; to train on, raise train.%s",
-                            state().step, steps, config_.train.tokens > 0 ? "tokens" : "steps")));
-    KRAIT_RETURN_IF_ERROR(PrintSummary());
-    return ExitCode::kOk;
-  }
-  KRAIT_RETURN_IF_ERROR(WriteRunFolder());
-  KRAIT_RETURN_IF_ERROR(Describe());
-  start_ = MonotonicSeconds();
-  absl::Status status = make_up ? Evaluate() : absl::OkStatus();
-  if (status.ok()) status = Steps();
-  if (!status.ok()) return SaveBeforeEnding(status);
-  KRAIT_RETURN_IF_ERROR(PrintSummary());
-  return state().step < steps || evaluation_missed_ ? ExitCode::kStopped : ExitCode::kOk;
-}
-
-// To the last step, or to that of a stop request.
-absl::Status Run::Steps() {
-  const int64_t steps = trainer_->last_step();
-  // This rank's rows of each pass.
-  const int64_t rows = config_.train.micro_batch, pass_rows = rows * mesh_.data;
-  TokenBatch batch;
-  bool stop = StopRequested(), save = false;
-  while (state().step < steps && !(stop && !save)) {
-    const double begin = MonotonicSeconds();
-    KRAIT_RETURN_IF_ERROR(train_data_->ReadTraining(state().sequences + mesh_.data_index() * rows,
-                                                    config_.accumulation(mesh_.data), pass_rows,
-                                                    rows, &batch));
-    const StepReport report = trainer_->Step(batch);
-    sound_ = !report.was_skipped;
-    KRAIT_RETURN_IF_ERROR(Report(report, MonotonicSeconds() - begin));
-    if (report.skipped_in_row >= kMaxSkippedInRow) {
-      return Diverged(
-          absl::StrFormat("%d steps in a row without a finite loss and gradient (the "
-                          "last is %d)",
-                          report.skipped_in_row, report.step));
-    }
-    const bool last = state().step == steps;
-    if (EvaluationDue()) KRAIT_RETURN_IF_ERROR(Evaluate());
-    if (!stop && StopRequested()) {
-      stop = true;
-      if (report.was_skipped && !last) {
-        KRAIT_RETURN_IF_ERROR(Say("the last step was skipped: stopping after one that is not"));
-      }
-    }
-    if (const auto ended = saver_.Poll(); ended.has_value()) {
-      KRAIT_RETURN_IF_ERROR(SaveEnded(*ended, saver_.warnings()));
-    }
-    // Skipped steps may be the end of good weights: until one is not skipped, no checkpoint of them
-    // takes the place of an older one.
-    save = save || Due(config_.checkpoint.every, state().step) || last || stop;
-    if (save && (!report.was_skipped || last)) {
-      KRAIT_RETURN_IF_ERROR(Save(/*wait=*/last || stop));
-      save = false;
-    }
-  }
-  return absl::OkStatus();
-}
-
-absl::Status Run::Report(StepReport report, double seconds) {
-  window_seconds_ += seconds;
-  ++window_steps_;
-  const double step_seconds = window_seconds_ / static_cast<double>(window_steps_);
-  report.tokens_per_s = static_cast<double>(config_.train.batch_tokens) / step_seconds;
-  report.step_ms = step_seconds * 1000;
-  report.eta_seconds = step_seconds * static_cast<double>(report.steps - report.step);
-  const bool log = report.step == 1 || report.step == report.steps || report.was_skipped ||
-                   Due(config_.log.every, report.step);
-  const bool draw = MonotonicSeconds() - drawn_ >= kRedrawSeconds;
-  if (!log && !draw) return absl::OkStatus();
-  // Asked for lines only: it reads files, or asks the driver.
-  const MemoryUse memory = MemoryOf(trainer_->ctx().device);
-  report.peak_memory = memory.used;
-  report.total_memory = memory.total;
-  if (trainer_->peak_flops() > 0) {
-    report.mfu = FlopsPerToken(config_.model, config_.data.seq_len) * report.tokens_per_s /
-                 trainer_->peak_flops();
-  }
-  if (draw) {
-    drawn_ = MonotonicSeconds();
-    console_.Status(FormatLiveLine(report));
-  }
-  if (!log) return absl::OkStatus();
-  KRAIT_RETURN_IF_ERROR(CheckFolder());
-  window_seconds_ = 0;
-  window_steps_ = 0;
-  KRAIT_RETURN_IF_ERROR(Say(FormatLogLine(report)));
-  return metrics_->Write(report.step, StepMetrics(report));
-}
-
-bool Run::EvaluationDue() const {
-  return validation_ != nullptr &&
-         (Due(config_.evaluation.every, state().step) || state().step == trainer_->last_step());
-}
-
-// Every validation source, and all of them by tokens. Ends without a result on a stop request.
-absl::Status Run::Evaluate() {
-  KRAIT_RETURN_IF_ERROR(CheckFolder());
-  const std::vector<EvalShare> shares =
-      EvalShares(*validation_, config_.data.validation, config_.evaluation.tokens);
-  int64_t before = 0, total = 0;
-  for (const EvalShare& share : shares) total += share.count;
-  const Progress show = ShowProgress("evaluating");
-  std::vector<Metric> metrics;
-  std::vector<std::string> lines;
-  // NaN, and nothing in the line, where the tokenizer says nothing about bytes.
-  const auto add = [&](const std::string& name, const std::string& said, double loss) {
-    const std::optional<double> bpb = BitsPerByte(loss, state().tokenizer);
-    metrics.push_back({name + "/loss", loss});
-    metrics.push_back({name + "/bpb", bpb.value_or(std::nan(""))});
-    lines.push_back(absl::StrFormat("step %5d/%d | %s loss %.4f", state().step,
-                                    trainer_->last_step(), said, loss));
-    if (bpb.has_value()) lines.back() += absl::StrFormat(" | %s bpb %.4f", said, *bpb);
-  };
-  double sum = 0;
-  int64_t targets = 0;
-  for (const EvalShare& share : shares) {
-    const auto result = EvaluateStored(
-        trainer_->evaluator(), *validation_, share.first, share.count, config_.train.micro_batch,
-        [&](int64_t done, int64_t /*total*/) { return show(before + done, total); });
-    if (ExitCodeOf(result.status()) == ExitCode::kStopped) {
-      evaluation_missed_ = true;
-      return absl::OkStatus();
-    }
-    KRAIT_RETURN_IF_ERROR(result.status());
-    before += share.count;
-    if (shares.size() > 1) add("val/" + share.name, "val " + share.name, result->loss);
-    if (result->targets == 0) continue;
-    sum += result->loss * static_cast<double>(result->targets);
-    targets += result->targets;
-  }
-  add("val", "val", sum / static_cast<double>(targets));
-  metrics.push_back({"tokens", state().tokens});
-  for (const std::string& line : lines) KRAIT_RETURN_IF_ERROR(Say(line));
-  return metrics_->Write(state().step, metrics);
-}
-
-// The end of a run whose numbers are of no use any more.
-absl::Status Run::Diverged(const std::string& what) {
-  if (saver_.busy()) KRAIT_RETURN_IF_ERROR(SaveEnded(saver_.Wait(), saver_.warnings()));
-  std::optional<RunRecord> record;
-  KRAIT_ASSIGN_OR_RETURN(record, ReadRunRecord(config_.run_dir));
-  std::string message = what + ": lower optimizer.lr, or look at the data. ";
-  message += record.has_value()
-                 ? absl::StrFormat("The last good step is %d, in %s; to resume there: %s",
-                                   record->step, record->path, options_.continue_line)
-                 : "No step was saved before";
-  return Error(ExitCode::kNumerics, message);
-}
-
-// Saves the state at this step boundary, and what was reported up to it; in the background unless
-// `wait`.
-absl::Status Run::Save(bool wait) {
-  if (saver_.busy()) KRAIT_RETURN_IF_ERROR(SaveEnded(saver_.Wait(), saver_.warnings()));
-  KRAIT_RETURN_IF_ERROR(CheckFolder());
-  // A folder that somebody removed is made again.
-  if (mesh_.rank == 0 && !checkpoint_lock_.Holds()) KRAIT_RETURN_IF_ERROR(LockCheckpoints());
-  KRAIT_RETURN_IF_ERROR(metrics_->Sync());
-  return SaveState(wait);
-}
-
-// The last step that is worth it, before the run ends with an error that has nothing to do with it:
-// a disk that fails under data, evaluation or logs. Gives the error back, with what became of it.
-absl::Status Run::SaveBeforeEnding(const absl::Status& error) {
-  console_.ClearStatus();
-  if (saver_.busy()) SaveEnded(saver_.Wait(), saver_.warnings()).IgnoreError();
-  const int64_t step = state().step;
-  const bool tried = saving_step_ == step || ExitCodeOf(error) == ExitCode::kNumerics;
-  if (tried || !sound_ || !checkpoint_lock_.Holds()) return error;
-  const absl::Status saved = SaveState(/*wait=*/true);
-  const std::string what =
-      saved_step_ == step
-          ? absl::StrFormat("step %d was saved before the end: %s", step, CheckpointPath(step))
-          : absl::StrFormat("step %d could not be saved: %s", step, MessageOf(saved));
-  return Error(ExitCodeOf(error), MessageOf(error) + "\n" + what);
-}
-
-absl::Status Run::SaveState(bool wait) {
-  if (!trainer_->WeightsFinite()) {
-    return Diverged(
-        absl::StrFormat("after step %d there are weights that are not finite", state().step));
-  }
-  SaveOptions options;
-  options.dir = config_.checkpoint.dir;
-  options.keep = config_.checkpoint.keep;
-  options.keep_every = config_.checkpoint.keep_every;
-  saving_step_ = state().step;
-  DataPosition position = train_data_->PositionAt(state().sequences);
-  state().mix_start = position.mix_start;
-  state().sources = std::move(position.sources);
-  const std::vector<CheckpointBox> boxes = trainer_->Boxes();
-  const bool now = wait || !config_.checkpoint.async;
-  if (now) console_.Status("saving ...");
-  if (now && trainer_->ctx().device == Device::kCpu) {
-    std::vector<std::string> warnings;
-    const absl::Status saved = SaveCheckpoint(options, state(), boxes, &warnings);
-    return SaveEnded(saved, warnings);
-  }
-  const Tensor copy = staging_->Alloc(DType::kU8, {staging_->capacity()});
-  staging_->Release(0);
-  KRAIT_RETURN_IF_ERROR(
-      saver_.Start(options, state(), boxes, copy.raw(), copy.bytes(), trainer_->ctx()));
-  return now ? SaveEnded(saver_.Wait(), saver_.warnings()) : absl::OkStatus();
-}
-
-absl::Status Run::SaveEnded(const absl::Status& result, const std::vector<std::string>& warnings) {
-  if (!result.ok()) {
-    KRAIT_RETURN_IF_ERROR(CheckFolder());  // the cause, where it is one
-    return result;
-  }
-  for (const std::string& warning : warnings) KRAIT_RETURN_IF_ERROR(Say(warning));
-  const std::string path = CheckpointPath(saving_step_);
-  const auto saved = OpenCheckpoint(path);
-  if (!saved.ok()) return Error(ExitCode::kCannotSave, MessageOf(saved.status()));
-  saved_step_ = saving_step_;
-  KRAIT_RETURN_IF_ERROR(CheckFolder());
-  std::optional<RunRecord> record;
-  KRAIT_ASSIGN_OR_RETURN(record, ReadRunRecord(config_.run_dir));
-  if (!record.has_value()) record.emplace();
-  record->path = path;
-  record->save_id = saved->save_id;
-  record->step = saving_step_;
-  KRAIT_RETURN_IF_ERROR(WriteRunRecord(config_.run_dir, *record));
-  return Say("saved " + path);
-}
-
-absl::Status Run::PrintSummary() {
-  console_.ClearStatus();
-  const std::string checkpoint = CheckpointPath(state().step);
-  Summary summary;
-  summary.finished = state().step >= trainer_->last_step();
-  summary.step = state().step;
-  summary.steps = trainer_->last_step();
-  summary.tokens = state().tokens;
-  summary.skipped = state().skipped;
-  summary.session_tokens = state().tokens - first_tokens_;
-  summary.session_seconds = state().step > first_step_ ? MonotonicSeconds() - start_ : 0;
-  summary.val_loss = LastRecorded(config_.run_dir, "val/loss");
-  summary.val_bpb = LastRecorded(config_.run_dir, "val/bpb");
-  if (Exists(checkpoint)) summary.checkpoint = checkpoint;
-  if (!summary.finished || evaluation_missed_) {
-    summary.next_commands = {options_.continue_line};
-  } else if (!summary.checkpoint.empty()) {
-    const std::string quoted = ShellQuoted(checkpoint);
-    summary.next_commands = {options_.program + " generate " + quoted + " --prompt \"...\""};
-    if (validation_ != nullptr) {
-      summary.next_commands.push_back(options_.program + " eval " + quoted + " --data " +
-                                      ShellQuoted(config_.data.validation.front().path));
-    }
-  }
-  for (const std::string& line : FormatSummary(summary)) KRAIT_RETURN_IF_ERROR(Say(line));
-  return absl::OkStatus();
-}
-
-}  // namespace
-
 absl::StatusOr<ExitCode> RunTraining(const RunConfig& config, const TrainOptions& options) {
   Run run(config, options);
   const absl::Status opened = run.Open();
   if (!opened.ok()) run.RemoveEmptyFolder();
-  if (ExitCodeOf(opened) == ExitCode::kStopped) {
+  if (ExitCodeOf(opened) == ExitCode::kStopped && !IsAgreed(opened)) {
     return Error(ExitCode::kStopped,
                  MessageOf(opened) + ": no step was made; to go on: " + options.continue_line);
   }
