@@ -77,6 +77,7 @@ class Process {
             Content(err_), int64_t{usage_.ru_maxrss} * 1024};
   }
   std::string out() const { return Content(out_); }  // so far
+  pid_t pid() const { return pid_; }                 // -1: it has ended
 
  private:
   static int TemporaryFile() {

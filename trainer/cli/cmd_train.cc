@@ -37,7 +37,6 @@ void AddTrainCommand(CLI::App* app, CommandLine* line) {
       RunConfig config;
       KRAIT_ASSIGN_OR_RETURN(config,
                              LoadNamedConfig(arguments->config, ConfigUse::kTrain, line->world));
-      line->world->SetHangTimeout(config.train.hang_timeout, config.run_dir);
       arguments->options.world = line->world;
       arguments->options.program = line->program;
       arguments->options.command_line = line->text;

@@ -356,7 +356,7 @@ std::string WithoutEffect(const RunConfig& config, int64_t ranks) {
   }
   if (config.parallel.expert == 1 &&
       config.parallel.expert_slack != defaults.parallel.expert_slack) {
-    sentences.push_back("parallel.expert_slack: no effect while parallel.expert is 1");
+    sentences.push_back("parallel.expert_slack: no effect where no experts are shared");
   }
   // Elsewhere there is nothing that is faster in another order.
   const bool choice =

@@ -1,6 +1,7 @@
 // What a run saves, and how it ends when it cannot go on.
 #include <utility>
 
+#include "parallel/watchdog.h"
 #include "trainer/checkpoint/run_record.h"
 #include "trainer/train/run.h"
 
@@ -53,6 +54,7 @@ absl::Status Run::SaveBeforeEnding(const absl::Status& error) {
 }
 
 absl::Status Run::SaveState(bool wait) {
+  const LongPhase phase;
   if (!trainer_->WeightsFinite()) {
     return Diverged(
         absl::StrFormat("after step %d there are weights that are not finite", state().step));

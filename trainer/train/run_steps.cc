@@ -4,6 +4,7 @@
 #include "kernels/base/file.h"
 #include "kernels/base/number.h"
 #include "kernels/base/shell.h"
+#include "parallel/watchdog.h"
 #include "trainer/report/environment.h"
 #include "trainer/train/evaluate.h"
 #include "trainer/train/run.h"
@@ -156,6 +157,7 @@ bool Run::EvaluationDue() const {
 
 // Every validation source, and all of them by tokens. Ends without a result on a stop request.
 absl::Status Run::Evaluate() {
+  const LongPhase phase;
   KRAIT_RETURN_IF_ERROR(OnFirst([&] { return CheckFolder(); }));
   const std::vector<EvalShare> shares =
       EvalShares(*validation_, config_.data.validation, config_.evaluation.tokens);

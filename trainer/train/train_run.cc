@@ -9,6 +9,7 @@
 #include "kernels/base/file.h"
 #include "kernels/base/number.h"
 #include "kernels/hardware.h"
+#include "parallel/watchdog.h"
 #include "trainer/report/environment.h"
 #include "trainer/report/progress_line.h"
 #include "trainer/train/run.h"
@@ -101,8 +102,10 @@ absl::Status Run::OpenFolder() {
 }
 
 absl::Status Run::Open() {
+  const LongPhase phase;
   KRAIT_RETURN_IF_ERROR(Agree(world_, OpenData()));
   KRAIT_RETURN_IF_ERROR(OnFirst([&] { return OpenFolder(); }));
+  world_->SetHangTimeout(config_.train.hang_timeout, config_.run_dir);
   trainer_ = std::make_unique<Trainer>(config_, world_);
   absl::Status said;
   const Notice notice = [&](const std::string& line) { said.Update(Say(line)); };

@@ -426,7 +426,7 @@ TEST(Config, SettingsWithoutEffectAreNamed) {
   EXPECT_EQ(WithoutEffect(MustParse(kSmall, {"train.hang_timeout=600"})), "");
   EXPECT_EQ(WithoutEffect(MustParse(kSmall, {"train.hang_timeout=60", "parallel.expert_slack=2"})),
             "train.hang_timeout: no effect on a run of one process; "
-            "parallel.expert_slack: no effect while parallel.expert is 1");
+            "parallel.expert_slack: no effect where no experts are shared");
   EXPECT_EQ(WithoutEffect(MustParse(kSmall, {"train.hang_timeout=60"}), /*ranks=*/2), "");
   EXPECT_EQ(WithoutEffect(MustParse(kSmall, {"train.deterministic=false"})),
             "train.deterministic: false changes nothing on the CPU");
