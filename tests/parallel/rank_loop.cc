@@ -3,9 +3,9 @@
 //   rank_loop FOLDER TIMEOUT CASE     FOLDER: rank-N.pid of each rank, and reports
 //
 // Cases, of the last rank after some rounds: loop (nothing), fatal, throw, memory, exit, segfault,
-// stuck (it computes for ever), late (it does not come to the end). With signals: loop until SIGUSR1,
-// then 10. long: a phase of several timeouts without progress, then 0. idle: the same without a
-// phase.
+// stuck (it computes for ever), late (it does not come to the end). With signals: loop until
+// SIGUSR1, then 10. long: a phase of several timeouts without progress, then 0. idle: the same
+// without a phase.
 #include <unistd.h>
 
 #include <chrono>
