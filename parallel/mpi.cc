@@ -47,8 +47,10 @@ class MpiWorld : public World {
   MpiWorld(int rank, int size, int local_rank, int local_size, std::unique_ptr<Watchdog> watchdog)
       : World(rank, size, local_rank, local_size), watchdog_(std::move(watchdog)) {}
   ~MpiWorld() override {
-    // It waits for ranks that may still be at work on their own.
+    // Other ranks may still be at work on their own. They are waited for by messages, which say who
+    // is missing, and not in MPI_Finalize: mpirun can crash when ranks fail while others are there.
     const LongPhase phase;
+    Barrier();
     const CollectiveScope scope("MPI_Finalize", {.last_rank = size() - 1, .ranks = size()});
     SetFatalHook(nullptr);
     MPI_Finalize();

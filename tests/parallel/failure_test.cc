@@ -168,10 +168,11 @@ TEST(FailureTest, ARankThatComputesForEverIsInItsReport) {
 }
 
 TEST(FailureTest, TheEndOfAJobIsWatchedToo) {
-  Job job("stays", 1);
-  const ProcessResult result = job.End(3 + 1 + kEndSeconds);
+  Job job("late", 0.3);  // whose limit at the end is ten times as long
+  const ProcessResult result = job.End(3 + 3 + kEndSeconds);
   EXPECT_EQ(result.code, 50) << result.err;
-  EXPECT_THAT(result.err, HasSubstr("waiting for rank 3"));
+  EXPECT_THAT(result.err, HasSubstr("krait: rank 0: no progress for 3 s, in gather of numbers (4 "
+                                    "ranks, 0 to 3), waiting for rank 3"));
 }
 
 TEST(FailureTest, PhasesThatTakeLongAreNoHangs) {

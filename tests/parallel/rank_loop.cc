@@ -3,9 +3,9 @@
 //   rank_loop FOLDER TIMEOUT CASE     FOLDER: rank-N.pid of each rank, and reports
 //
 // Cases, of the last rank after some rounds: loop (nothing), fatal, throw, memory, exit, segfault,
-// stuck (it computes for ever), missing (it stays away from a collective), stays (it leaves the
-// loop for the end of the job). With signals: loop until SIGUSR1, then 10. long: a phase of several
-// timeouts without progress, then 0. idle: the same without a phase.
+// stuck (it computes for ever), late (it does not come to the end). With signals: loop until
+// SIGUSR1, then 10. long: a phase of several timeouts without progress, then 0. idle: the same
+// without a phase.
 #include <unistd.h>
 
 #include <chrono>
@@ -41,7 +41,6 @@ void Happen(const std::string& what) {
   if (what == "exit") _exit(21);
   if (what == "segfault") std::raise(SIGSEGV);
   if (what == "stuck") ComputeForEver();
-  if (what == "missing") Sleep(1000);
 }
 
 int Run(World* world, const std::string& folder, double timeout, const std::string& what) {
@@ -57,10 +56,12 @@ int Run(World* world, const std::string& folder, double timeout, const std::stri
   }
   for (int64_t round = 0;; ++round) {
     ReportProgress();
-    if (last && round == kRounds) {
-      if (what == "stays") return 0;
-      Happen(what);
+    if (round == kRounds && what == "late") {
+      const LongPhase phase;
+      if (last) Sleep(1000);
+      return 0;
     }
+    if (round == kRounds && last) Happen(what);
     int64_t stop = 0;
     for (const int64_t asked : world->AllGather(int64_t{StopRequested()})) stop += asked;
     if (stop > 0) return static_cast<int>(ExitCode::kStopped);
