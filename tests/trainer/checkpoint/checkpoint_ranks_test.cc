@@ -164,15 +164,17 @@ class CheckpointRanksTest : public ::testing::Test {
 };
 
 TEST_F(CheckpointRanksTest, AnyLayoutLoadsWhatAnyOtherSaved) {
-  int pairs = 0;
+  int pairs = 0, number = 0;
   for (const ModelSpec& spec : MeshModels()) {
     std::vector<Mesh> meshes = MeshGrid(spec);
     std::erase_if(meshes, [&](const Mesh& mesh) { return mesh.world() > size(); });
     for (size_t i = 0; i < meshes.size(); ++i) {
       for (size_t j = i; j < meshes.size(); ++j) {
         Mesh a = meshes[i], b = meshes[j];
-        // The others are those of fewer ranks.
+        // The others are those of fewer ranks. Of the 242 of four ranks every third: it takes a
+        // while.
         if (std::max(a.world(), b.world()) < size()) continue;
+        if (size() == 4 && number++ % 3 != 0) continue;
         SCOPED_TRACE(MeshName(a) + " to " + MeshName(b));
         ++pairs;
         a.rank = b.rank = rank();
