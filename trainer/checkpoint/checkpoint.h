@@ -70,8 +70,9 @@ struct SaveOptions {
   // Then `latest` is not written and nothing is pruned, and only a checkpoint is replaced.
   std::string name;
   int64_t keep_every = 0;  // those of every so many steps stay for good; 0: none
-  // Larger boxes are cut, so that a reader of a part reads, for the CRC, little else.
-  int64_t box_bytes = int64_t{64} << 20;
+  // Larger boxes are cut, into parts of at most so many bytes: a reader of another layout reads,
+  // for the CRC, all of a box that it needs a row of. 64 MiB is the most that the format allows.
+  int64_t box_bytes = int64_t{16} << 20;
 };
 
 // Writes step-N.SAVEID.tmp/ (each rank a file with its boxes, if it has any, and fsync; then the

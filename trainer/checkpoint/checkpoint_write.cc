@@ -386,7 +386,7 @@ absl::StatusOr<BegunSave> BeginSave(const SaveOptions& options, const Checkpoint
                                     const std::vector<CheckpointBox>& boxes,
                                     std::vector<std::string>* warnings, World* given) {
   KRAIT_CHECK(options.keep >= 2 || !options.name.empty());
-  KRAIT_CHECK(options.box_bytes > 0);
+  KRAIT_CHECK(options.box_bytes > 0 && options.box_bytes <= kMaxBoxBytes);
   IgnoreFileSizeSignal();
   World* const world = OrAlone(given);
   BegunSave save{options, meta, "", 0};
