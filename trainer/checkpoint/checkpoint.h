@@ -143,12 +143,11 @@ absl::Status VerifyCheckpoint(const Checkpoint& checkpoint);
 
 // Fills the wanted boxes from those stored (any tiling), checking the CRC of every stored box that
 // is touched while reading it, and the bytes outside boxes of the files touched; opens no others. A
-// box is read
-// once, in pieces below 1 MiB; pieces for device memory are uploaded one by one on ctx.stream,
-// behind earlier work, and have arrived when the call returns. f32 and bf16 are converted into each
-// other, rounded to nearest even. kNoCheckpoint for damage; kConfig for what does not fit: tensors
-// that the checkpoint lacks, has in another shape, or in a dtype that cannot be converted. After an
-// error the targets hold garbage. `progress` counts bytes.
+// box is read once, in pieces below 1 MiB; pieces for device memory are uploaded one by one on
+// ctx.stream, behind earlier work, and have arrived when the call returns. f32 and bf16 are
+// converted into each other, rounded to nearest even. kNoCheckpoint for damage; kConfig for what
+// does not fit: tensors that the checkpoint lacks, has in another shape, or in a dtype that cannot
+// be converted. After an error the targets hold garbage. `progress` counts bytes.
 absl::Status LoadBoxes(const Checkpoint& checkpoint, const std::vector<CheckpointBox>& wanted,
                        const Context& ctx = Context(), const Progress& progress = nullptr);
 
