@@ -96,14 +96,18 @@ absl::Status OptimizerState::Init(const ModelSpec& spec, uint64_t seed, const Co
     if (owned.master.raw() == owned.weight.raw()) continue;
     KRAIT_RETURN_IF_ERROR(init(owned.master, layout.Own(part.bucket).begin, part.box));
   }
-  MastersToWeights(ctx);
+  RoundMasters(ctx);  // what other ranks own has the same bits here
   return absl::OkStatus();
 }
 
-void OptimizerState::MastersToWeights(const Context& ctx) {
+void OptimizerState::RoundMasters(const Context& ctx) {
   for (const Owned& owned : buckets_) {
     if (owned.master.raw() != owned.weight.raw()) Copy(owned.weight, owned.master, ctx);
   }
+}
+
+void OptimizerState::MastersToWeights(const Context& ctx) {
+  RoundMasters(ctx);
   for (size_t b = buckets_.size(); b-- > 0;) GatherWeights(static_cast<int>(b), ctx);
 }
 

@@ -56,6 +56,7 @@ class OptimizerState {
   Tensor Master(int param) const;
 
  private:
+  void RoundMasters(const Context& ctx);
   void GatherWeights(int bucket, const Context& ctx) const;
 
   const Weights* weights_;

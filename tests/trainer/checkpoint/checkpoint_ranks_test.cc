@@ -40,11 +40,12 @@ using testing_checkpoint::State;
 class PartOfWorld : public World {
  public:
   PartOfWorld(World* world, int size) : World(world->rank(), size, 0, 1), world_(world) {}
-  void Exchange(const std::vector<Message>& sends, const std::vector<Message>& receives) override {
-    world_->Exchange(sends, receives);
-  }
 
  private:
+  void Transfer(const std::vector<Message>& sends, const std::vector<Message>& receives,
+                const std::function<void(int)>& /*waits_for*/) override {
+    world_->Exchange(sends, receives);
+  }
   World* world_;
 };
 

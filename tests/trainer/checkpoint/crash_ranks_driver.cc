@@ -92,6 +92,7 @@ int Run(World* world, const std::string& dir, int64_t steps) {
 
 int main(int argc, char** argv) {
   if (argc != 3) return 97;
-  const std::unique_ptr<krait::World> world = krait::StartWorld(&argc, &argv);
-  return krait::Run(world.get(), argv[1], std::atol(argv[2]));
+  const auto world = krait::StartWorld(&argc, &argv);
+  if (!world.ok()) return 96;
+  return krait::Run(world->get(), argv[1], std::atol(argv[2]));
 }
