@@ -117,8 +117,9 @@ TEST_F(RanksRun, EveryLayoutTrainsAlike) {
 }
 
 TEST_F(RanksRun, FreshWeightsAreTheSameOnEveryLayout) {
-  // Too small a rate to change a bit.
-  const std::vector<std::string> words = {"train.steps=1", "optimizer.lr=1e-300"};
+  // Steps too small to change a bit, of a zero either.
+  const std::vector<std::string> words = {"train.steps=1", "optimizer.lr=1e-30",
+                                          "optimizer.eps=1e30"};
   ASSERT_EQ(Train("one", {}, words).code, 0);
   ASSERT_EQ(Train("two", {2, 2, 1}, words).code, 0);
   ASSERT_EQ(Train("four", {4, 2, 4}, words).code, 0);
