@@ -58,7 +58,7 @@ class TokenWriter {
 };
 
 // Writes the whole token file at `path`, which must not exist.
-absl::Status WriteTokens(const std::string& path, const Tokenizer& tokenizer, uint64_t seed,
+absl::Status WriteTokens(const std::string& path, Tokenizer& tokenizer, uint64_t seed,
                          DocumentList* documents, BuildReport* report) {
   KRAIT_ASSIGN_OR_RETURN(H5File file, H5File::Create(path, ExitCode::kCannotSave));
   // Held to the end: RemoveLeftovers of another build leaves the file alone.
@@ -77,7 +77,8 @@ absl::Status WriteTokens(const std::string& path, const Tokenizer& tokenizer, ui
     KRAIT_RETURN_IF_ERROR(documents->Read(static_cast<int64_t>(order(static_cast<uint64_t>(i))),
                                           tokenizer.splits_anywhere(),
                                           [&](const std::string& text) {
-                                            tokenizer.Encode(text, &ids);
+                                            if (write_status.ok())
+                                              write_status = tokenizer.Encode(text, &ids);
                                             if (ids.size() < kTokenBuffer || !write_status.ok())
                                               return;
                                             write_status = writer.Write(ids);

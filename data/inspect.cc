@@ -43,7 +43,7 @@ absl::StatusOr<TokenFileSummary> InspectTokenFile(const std::string& path, bool 
   summary.damage = file->Read(0, static_cast<int64_t>(ids.size()), ids.data());
   const auto tokenizer = MakeTokenizer(file->tokenizer());
   if (summary.damage.ok() && tokenizer.ok()) {
-    for (const int32_t id : ids) summary.preview += (*tokenizer)->Decode(id);
+    summary.preview = DecodeAll(**tokenizer, ids);
   }
   if (verify) {
     summary.verified = true;
