@@ -5,12 +5,14 @@
 #include <limits>
 
 #include "absl/strings/str_format.h"
+#include "absl/strings/str_split.h"
 #include "data/content_hash.h"
 #include "kernels/base/check.h"
 
 namespace krait {
 namespace {
 
+constexpr int64_t kMaxTokenizerFile = 100'000'000;  // bytes
 constexpr int64_t kVerifyPiece = int64_t{1} << 20;
 
 // Index of the first of `count` values at `raw` that is not below `limit`; `count` when all are.
@@ -72,6 +74,20 @@ absl::Status TokenFile::CheckAttributes() {
       content_hash_.find_first_not_of("0123456789abcdef") != std::string::npos) {
     return Error(ExitCode::kData, path_ + ": content_hash is not 16 hexadecimal digits");
   }
+  const auto optional = [&](const char* name, std::optional<int64_t>* value) -> absl::Status {
+    if (!file_.HasAttribute(name)) return absl::OkStatus();
+    KRAIT_ASSIGN_OR_RETURN(const uint64_t found, file_.ReadIntAttribute(name));
+    if (found > static_cast<uint64_t>(std::numeric_limits<int64_t>::max())) {
+      return Error(ExitCode::kData, absl::StrFormat("%s: %s is %u", path_, name, found));
+    }
+    *value = static_cast<int64_t>(found);
+    return absl::OkStatus();
+  };
+  KRAIT_RETURN_IF_ERROR(optional("end_token", &end_token_));
+  KRAIT_RETURN_IF_ERROR(optional("text_bytes", &text_bytes_));
+  if (file_.HasAttribute("tokenizer_files")) {
+    KRAIT_ASSIGN_OR_RETURN(tokenizer_files_, file_.ReadStringAttribute("tokenizer_files"));
+  }
   H5File::Info info;
   KRAIT_ASSIGN_OR_RETURN(info, file_.Stat("tokens"));
   if (info.dtype != DType::kU8 && info.dtype != DType::kU16 && info.dtype != DType::kU32) {
@@ -86,6 +102,36 @@ absl::Status TokenFile::CheckAttributes() {
                                                   path_, vocab_size_, Name(dtype_)));
   }
   return absl::OkStatus();
+}
+
+std::optional<double> TokenFile::tokens_per_byte() const {
+  if (tokenizer_ == "bytes") return 1.0;
+  if (!text_bytes_.has_value() || *text_bytes_ == 0) return std::nullopt;
+  return static_cast<double>(tokens_) / static_cast<double>(*text_bytes_);
+}
+
+absl::StatusOr<TokenizerFiles> TokenFile::ReadTokenizerFiles() const {
+  TokenizerFiles files;
+  for (const std::string& name :
+       std::vector<std::string>(absl::StrSplit(tokenizer_files_, '\n', absl::SkipEmpty()))) {
+    if (!IsTokenizerFile(name)) {
+      return Error(ExitCode::kData,
+                   path_ + ": tokenizer_files names " + name + ", which is no file of a tokenizer");
+    }
+    const std::string dataset = "tokenizer_file:" + name;
+    H5File::Info info;
+    KRAIT_ASSIGN_OR_RETURN(info, file_.Stat(dataset));
+    if (info.dtype != DType::kU8 || info.elements > kMaxTokenizerFile) {
+      return Error(
+          ExitCode::kData,
+          absl::StrFormat("%s: /%s is %d elements of %s; at most %d of u8 are possible", path_,
+                          dataset, info.elements, Name(info.dtype), kMaxTokenizerFile));
+    }
+    std::string& content = files[name];
+    content.resize(static_cast<size_t>(info.elements));
+    KRAIT_RETURN_IF_ERROR(file_.Read(dataset, 0, info.elements, content.data()));
+  }
+  return files;
 }
 
 absl::Status TokenFile::ReadDocuments() {
