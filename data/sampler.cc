@@ -174,6 +174,14 @@ void Dataset::Prepare(int64_t count, TokenBatch* batch) const {
   batch->target_count = 0;
 }
 
+void TokenBatch::FillUp(int64_t rows) {
+  const auto size = static_cast<size_t>(std::max(rows, sequences) * seq_len);
+  sequences = std::max(rows, sequences);
+  tokens.resize(size, 0);
+  targets.resize(size, -1);
+  doc_start.resize(size, 0);
+}
+
 absl::Status Dataset::ReadRow(int source, int64_t sequence, int64_t row, TokenBatch* batch) const {
   const TokenFile& file = *files_[static_cast<size_t>(source)];
   const int64_t begin = sequence * seq_len_;

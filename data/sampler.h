@@ -45,6 +45,9 @@ struct TokenBatch {
   std::vector<int32_t> targets;    // [sequences, seq_len], -1 = none
   std::vector<int32_t> doc_start;  // [sequences, seq_len]
   int64_t target_count = 0;        // targets that are not -1
+
+  // Adds rows without targets until there are `rows`.
+  void FillUp(int64_t rows);
 };
 
 // kData unless the file's tokens are of `tokenizer`, which is that of `other`.

@@ -17,7 +17,7 @@ int64_t LogitRows(Device device, DType compute, int64_t rows, int64_t vocabulary
 
 void LinearCrossEntropy(Tensor losses, Tensor x, Tensor dw, bool accumulate, Tensor w,
                         Tensor targets, VocabularySlice slice, Tensor scale, const LogitsSink* sink,
-                        const Context& ctx) {
+                        const Context& ctx, const VocabularyReductions* ranks) {
   const ArenaScope scope(ctx.scratch);
   const DType compute = x.dtype(), wide = Wide(compute);
   // Products on the CPU leave the padding out: nothing is gained there by even sizes.
@@ -42,7 +42,12 @@ void LinearCrossEntropy(Tensor losses, Tensor x, Tensor dw, bool accumulate, Ten
     }
     if (sink == nullptr || compute != wide) LinearForward(logits, x_rows, w_used, Tensor(), ctx);
     CrossEntropyMax(part(max), logits, slice, ctx);
+    if (ranks != nullptr) ranks->max(part(max));
     CrossEntropySum(part(sum), part(picked), part(max), logits, target, slice, ctx);
+    if (ranks != nullptr) {
+      ranks->sum(part(sum));
+      ranks->sum(part(picked));
+    }
     const Tensor d_logits = dw.defined() ? logits : Tensor();
     CrossEntropyFinish(slice_of(losses), d_logits, part(max), part(sum), part(picked), logits,
                        target, slice, scale, ctx);

@@ -16,6 +16,13 @@ namespace krait {
 // during the call.
 using LogitsSink = std::function<void(Tensor logits)>;
 
+// What ranks that hold slices of the vocabulary do between the steps of a chunk: in place, the
+// maximum and the sum over the ranks. x is then the same on all of them, and its gradient the part
+// of this slice.
+struct VocabularyReductions {
+  std::function<void(Tensor)> max, sum;
+};
+
 // losses [M] Wide = cross-entropy of the logits x[M,D] w[V,D]^T (kernels/cross_entropy.h).
 //
 // With `dw` [V,D] (Wide) defined: dw (+)= the gradient of scale * sum of losses, overwritten first
@@ -28,7 +35,7 @@ using LogitsSink = std::function<void(Tensor logits)>;
 // the rows in use. Scratch: LogitRows() rows of logits.
 void LinearCrossEntropy(Tensor losses, Tensor x, Tensor dw, bool accumulate, Tensor w,
                         Tensor targets, VocabularySlice slice, Tensor scale, const LogitsSink* sink,
-                        const Context& ctx);
+                        const Context& ctx, const VocabularyReductions* ranks = nullptr);
 
 // Rows of one chunk. CPU: 32 MiB of logits, which the caches and the rounding of dw's partial sums
 // like; CUDA: 4096 rows, enough for products at full speed and for few passes over dw.

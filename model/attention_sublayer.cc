@@ -6,6 +6,7 @@
 #include "kernels/attention.h"
 #include "kernels/gemm.h"
 #include "model/names.h"
+#include "model/sequence_parallel.h"
 
 namespace krait {
 namespace {
@@ -95,9 +96,11 @@ void AttentionSublayer::Forward(Tensor y, Tensor x, const Weights& weights, Aren
     s.lse = output->Alloc(Wide(x.dtype()), {shape.batch, heads_, shape.seq_len});
   }
 
+  const ArenaScope scope(ctx.scratch);
+  const Tensor rows = GatherRows("attention: input", x, pass);
   for (const Part& part : parts_) {
-    LinearForward(s.qkv.Slice(1, part.begin, part.columns), x, weights.Get(part.storage), Tensor(),
-                  ctx);
+    LinearForward(s.qkv.Slice(1, part.begin, part.columns), rows, weights.Get(part.storage),
+                  Tensor(), ctx);
     weights.Release(part.storage);
   }
   Heads heads = Split(s.qkv, shape);
@@ -115,8 +118,10 @@ void AttentionSublayer::Forward(Tensor y, Tensor x, const Weights& weights, Aren
     AttentionForward(s.y, s.lse, heads.q, heads.k, heads.v, pass.documents, ctx);
   }
   if (!y.defined()) return;
-  LinearForward(y, s.y.View({m, heads_ * head_dim_}), weights.Get(o_proj_), Tensor(), ctx);
+  const Tensor partial = PartialRows(y, pass);
+  LinearForward(partial, s.y.View({m, heads_ * head_dim_}), weights.Get(o_proj_), Tensor(), ctx);
   weights.Release(o_proj_);
+  SumRows("attention: output", y, partial, pass);
 }
 
 void AttentionSublayer::Backward(Tensor dx, Tensor dy, Tensor x, const Weights& weights,
@@ -128,10 +133,11 @@ void AttentionSublayer::Backward(Tensor dx, Tensor dy, Tensor x, const Weights& 
   const AttentionSaved& s = *static_cast<AttentionSaved*>(saved);
 
   const Tensor d_y = ctx.scratch->Alloc(x.dtype(), {shape.batch, shape.seq_len, heads_, head_dim_});
-  LinearBackwardInput(d_y.View({m, heads_ * head_dim_}), dy, weights.Get(o_proj_),
+  const Tensor dy_rows = GatherRows("attention: gradient of the output", dy, pass);
+  LinearBackwardInput(d_y.View({m, heads_ * head_dim_}), dy_rows, weights.Get(o_proj_),
                       /*accumulate=*/false, ctx);
   weights.Release(o_proj_);
-  Wgrad(weights, o_proj_, dy, s.y.View({m, heads_ * head_dim_}), ctx);
+  Wgrad(weights, o_proj_, dy_rows, s.y.View({m, heads_ * head_dim_}), ctx);
   weights.GradReady(o_proj_);
 
   const Tensor d_qkv = ctx.scratch->Alloc(x.dtype(), {m, width()});
@@ -158,13 +164,17 @@ void AttentionSublayer::Backward(Tensor dx, Tensor dy, Tensor x, const Weights& 
     Copy(d_heads.v, own(cache.dv), ctx);
   }
   Rotate(d_heads, /*inverse=*/true, pass);
+  const Tensor partial = PartialRows(dx, pass);
+  const Tensor rows = GatherRows("attention: input again", x, pass);
   for (const Part& part : parts_) {
     const Tensor d_part = d_qkv.Slice(1, part.begin, part.columns);
-    LinearBackwardInput(dx, d_part, weights.Get(part.storage), /*accumulate=*/part.begin > 0, ctx);
+    LinearBackwardInput(partial, d_part, weights.Get(part.storage),
+                        /*accumulate=*/part.begin > 0, ctx);
     weights.Release(part.storage);
-    Wgrad(weights, part.storage, d_part, x, ctx);
+    Wgrad(weights, part.storage, d_part, rows, ctx);
     weights.GradReady(part.storage);
   }
+  SumRows("attention: gradient of the input", dx, partial, pass);
 }
 
 }  // namespace krait

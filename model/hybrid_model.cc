@@ -12,6 +12,7 @@
 #include "kernels/optimizer.h"
 #include "kernels/rms_norm.h"
 #include "model/names.h"
+#include "model/sequence_parallel.h"
 
 namespace krait {
 
@@ -82,6 +83,10 @@ HybridModel::Keep HybridModel::KeepOf(size_t s) const {
 
 PassContext HybridModel::MakePass(const Batch& batch, const SequenceState* sequence,
                                   const Context& ctx) const {
+  // Pieces of sequences are one rank's: their states hold whole sequences.
+  const int ranks = groups_ != nullptr ? groups_->tensor().size() : 1;
+  KRAIT_CHECK(batch.shape.ranks == ranks && batch.shape.tokens() % ranks == 0);
+  KRAIT_CHECK(ranks == 1 || sequence == nullptr);
   PassContext pass;
   pass.shape = batch.shape;
   pass.documents.doc_start = batch.documents.doc_start;
@@ -159,9 +164,12 @@ void HybridModel::RunSublayers(Tensor final_x, const Batch& batch, ActivationSet
     const bool start = s == range_.begin;
     if (start) {
       if (first()) {
-        EmbeddingForward(h, batch.tokens.View({batch.tokens.numel()}), weights_->Get(embedding_),
-                         vocabulary_, ctx);
+        const ArenaScope partial_scope(ctx.scratch);
+        const Tensor partial = PartialRows(h, pass);
+        EmbeddingForward(partial, batch.tokens.View({batch.tokens.numel()}),
+                         weights_->Get(embedding_), vocabulary_, ctx);
         weights_->Release(embedding_);
+        SumRows("embedding", h, partial, pass);
       } else {
         Copy(h, batch.h_in, ctx);
       }
@@ -216,34 +224,57 @@ void HybridModel::RunSublayers(Tensor final_x, const Batch& batch, ActivationSet
 }
 
 void HybridModel::RunHead(Tensor x, Tensor targets, Tensor loss_scale, Tensor sums, bool with_grad,
-                          const Context& ctx, const ProbeSink* probe) const {
+                          const PassContext& pass, const ProbeSink* probe) const {
+  const Context& ctx = *pass.ctx;
   const ArenaScope scope(ctx.scratch);
-  const int64_t m = targets.numel();
+  const int64_t m = targets.numel(), own = pass.shape.own_tokens();
   const Tensor losses = ctx.scratch->Alloc(Wide(x.dtype()), {m});
   const LogitsSink sink = [&](Tensor logits) { probe->on_tensor("logits", logits); };
-  LinearCrossEntropy(losses, x, with_grad ? weights_->Grad(head_) : Tensor(),
+  const VocabularyReductions reductions = {
+      [&](Tensor max) { pass.groups->tensor().AllReduceMax("head: maximum", max, ctx); },
+      [&](Tensor sum) { pass.groups->tensor().AllReduceSum("head: sum", sum, ctx); }};
+  const Tensor rows = GatherRows("head: input", x, pass);
+  LinearCrossEntropy(losses, rows, with_grad ? weights_->Grad(head_) : Tensor(),
                      with_grad && weights_->Accumulate(head_), weights_->Get(head_),
                      targets.View({m}), vocabulary_, loss_scale, probe != nullptr ? &sink : nullptr,
-                     ctx);
+                     ctx, pass.shape.ranks > 1 ? &reductions : nullptr);
   weights_->Release(head_);
-  AddSum(sums.Slice(0, kSumCrossEntropy, 1), losses, ctx);
+  if (with_grad) SumRows("head: gradient of the input", x, rows, pass);
+  // Every rank has the losses of all rows, and counts its own.
+  const int64_t first = pass.shape.ranks > 1 ? own * pass.groups->tensor().rank() : 0;
+  AddSum(sums.Slice(0, kSumCrossEntropy, 1), losses.Slice(0, first, own), ctx);
+}
+
+const Communicator* HybridModel::RouterRanks() const {
+  if (groups_ == nullptr) return nullptr;
+  return spec_.moe.aux_sequences == 0 ? &groups_->stage() : &groups_->tensor();
+}
+
+int64_t HybridModel::RouterTokens(int64_t tokens) const {
+  return tokens * (RouterRanks() == nullptr ? 1 : RouterRanks()->size() / groups_->mesh().tensor);
 }
 
 void HybridModel::AddRouterLosses(const RouterStats& stats, int64_t tokens, Tensor sums,
                                   const Context& ctx) const {
   if (moe_count_ == 0) return;
-  if (groups_ != nullptr && spec_.moe.aux_sequences == 0) {
+  if (const Communicator* ranks = RouterRanks(); ranks != nullptr && ranks->size() > 1) {
     for (const Tensor& sum : {stats.prob_sum, stats.choice_count, stats.z_sum}) {
-      groups_->stage().AllReduceSum("router statistics", sum, ctx);
+      ranks->AllReduceSum("router statistics", sum, ctx);
     }
   }
   MoeLossesForward(sums.Slice(0, kSumAuxLoss, 1), sums.Slice(0, kSumZLoss, 1),
                    sums.Slice(0, kSumImbalance, moe_count_), stats.prob_sum, stats.choice_count,
-                   stats.z_sum, LossShape(stats, tokens), ctx);
+                   stats.z_sum, LossShape(stats, RouterTokens(tokens)), ctx);
 }
 
 void HybridModel::SetRouterGradients(RouterStats* stats, int64_t tokens, double aux_scale,
                                      const Context& ctx) const {
+  tokens = RouterTokens(tokens);
+  // Statistics that are a data rank's own give losses of which the mean over data ranks is taken.
+  if (groups_ != nullptr && spec_.moe.aux_sequences > 0) {
+    const Mesh& mesh = groups_->mesh();
+    aux_scale /= static_cast<double>(mesh.stage() / mesh.tensor);
+  }
   stats->z_scale =
       aux_scale * spec_.moe.z_loss / static_cast<double>(tokens * std::max<int64_t>(1, moe_count_));
   if (!stats->d_prob.defined()) return;
@@ -276,13 +307,14 @@ void HybridModel::Forward(const Batch& batch, Tensor loss_scale, Tensor sums,
              : Tensor();
   RunSublayers(set.d_final_, batch, &set, sequence, pass, probe);
   if (last())
-    RunHead(set.d_final_, batch.targets, loss_scale, sums, /*with_grad=*/true, ctx, probe);
+    RunHead(set.d_final_, batch.targets, loss_scale, sums, /*with_grad=*/true, pass, probe);
   bool whole = true;
   if (sequence != nullptr) {
     seen = sequence->position_ += seen;
     whole = seen == sequence->max_tokens_;
   }
   if (whole) AddRouterLosses(*pass.router, batch.shape.batch * seen, sums, ctx);
+  overflow_rounds_ += std::exchange(pass.router->overflow_rounds, 0);
   weights_->EndForward();
 }
 
@@ -295,7 +327,7 @@ void HybridModel::Evaluate(const Batch& batch, Tensor sums, const Context& ctx) 
   const Tensor final_x =
       ctx.scratch->Alloc(weights_->dtype(), {batch.shape.own_tokens(), spec_.d_model});
   RunSublayers(final_x, batch, nullptr, nullptr, pass, nullptr);
-  RunHead(final_x, batch.targets, Tensor(), sums, /*with_grad=*/false, ctx, nullptr);
+  RunHead(final_x, batch.targets, Tensor(), sums, /*with_grad=*/false, pass, nullptr);
   AddRouterLosses(router, batch.shape.tokens(), sums, ctx);
   weights_->EndForward();
 }
@@ -386,8 +418,8 @@ void HybridModel::Backward(const Batch& batch, double aux_scale, ActivationSet* 
     end = begin;
   }
   if (first()) {
-    EmbeddingBackward(weights_->Grad(embedding_), dh, batch.tokens.View({batch.tokens.numel()}),
-                      vocabulary_, spec_.pad_token, ctx);
+    EmbeddingBackward(weights_->Grad(embedding_), GatherRows("embedding: gradient", dh, pass),
+                      batch.tokens.View({batch.tokens.numel()}), vocabulary_, spec_.pad_token, ctx);
     weights_->GradReady(embedding_);
   } else {
     Copy(batch.d_h_in, dh, ctx);

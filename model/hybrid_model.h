@@ -14,6 +14,7 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels/context.h"
@@ -57,7 +58,9 @@ struct Batch {
   Tensor h_in, h_out, d_h_out, d_h_in;
 };
 
-// What the passes of a step add up, f64 on the device: SumsSize() entries.
+// What the passes of a step add up, f64 on the device: SumsSize() entries. On several ranks the
+// token losses are those of a rank's own rows, to be summed over the ranks; the others are the same
+// on all ranks, or with moe.aux_sequences a data rank's own, to be averaged.
 enum PassSum : int64_t {
   kSumCrossEntropy,  // sum of token losses
   kSumAuxLoss,       // unscaled, of each pass (already a mean)
@@ -74,6 +77,8 @@ PassSums PassSumsOf(const std::vector<double>& sums);
 // Intermediate values for `krait probe`, in order of computation. A tensor is valid during the call
 // only. Names: "hidden_states.i" [M,D], input of layer i, the last one the output of the final
 // norm; "router_logits.j" [M,E] of MoE sublayer j; "logits" [rows,V], consecutive chunks of rows.
+// Of several tensor ranks each has its own rows of the first two, and of the logits all rows of the
+// ids that it holds.
 struct ProbeSink {
   std::function<void(const std::string& name, Tensor value)> on_tensor;
 };
@@ -125,6 +130,10 @@ class HybridModel {
   // call with the whole prompt, then one per token.
   void Decode(Tensor logits, Tensor tokens, SequenceState* sequence, const Context& ctx);
 
+  // Rounds of expert exchanges beyond the first of each (model/expert_routes.h), in training passes
+  // since the last call.
+  int64_t TakeOverflowRounds() { return std::exchange(overflow_rounds_, 0); }
+
   const ModelSpec& spec() const { return spec_; }
   const Weights& weights() const { return *weights_; }
 
@@ -152,9 +161,14 @@ class HybridModel {
   // LM head and cross-entropy of x [M,D], added to `sums`. With `with_grad` the head's weight
   // gradient is computed and x is overwritten with its gradient.
   void RunHead(Tensor x, Tensor targets, Tensor loss_scale, Tensor sums, bool with_grad,
-               const Context& ctx, const ProbeSink* probe) const;
+               const PassContext& pass, const ProbeSink* probe) const;
+  // The ranks whose router statistics are added up: those of the stage, or with moe.aux_sequences
+  // those that run the pass together, whose sequences are no other rank's. Null: this one alone.
+  const Communicator* RouterRanks() const;
+  // The tokens of their passes, of which this rank's pass has `tokens`.
+  int64_t RouterTokens(int64_t tokens) const;
   // The auxiliary losses of a pass of `tokens` tokens, added to `sums`, once the ranks have added
-  // up their statistics (not with moe.aux_sequences, whose groups are this rank's own).
+  // up their statistics.
   void AddRouterLosses(const RouterStats& stats, int64_t tokens, Tensor sums,
                        const Context& ctx) const;
   // Sets what MoE backwards need of them.
@@ -177,6 +191,7 @@ class HybridModel {
   std::vector<int> storages_;  // whose gradients the range's backward finishes
   int embedding_, final_norm_, head_;
   int64_t moe_count_;
+  int64_t overflow_rounds_ = 0;
 };
 
 }  // namespace krait

@@ -7,6 +7,7 @@
 #include "kernels/causal_conv1d.h"
 #include "kernels/gemm.h"
 #include "model/names.h"
+#include "model/sequence_parallel.h"
 
 namespace krait {
 
@@ -14,8 +15,8 @@ namespace krait {
 struct MambaSublayer::MambaSaved : Saved {
   Tensor xz;           // [M,2I]
   Tensor u;            // [M,I] output of conv and SiLU
-  Tensor projected;    // [M,R+2N] dt | B | C before their norms, Wide
-  Tensor rstd;         // [3,M] of the norms of dt, B, C
+  Tensor projected;    // [own rows,R+2N] dt | B | C before their norms, Wide
+  Tensor rstd;         // [3,own rows] of the norms of dt, B, C
   Tensor normed;       // [M,R+2N]; undefined: recomputed from `projected`
   Tensor dt_raw;       // [M,I] dt_proj's output without bias
   Tensor kept_states;  // [B,ScanStates,I,N]
@@ -91,29 +92,49 @@ InnerNormWeights MambaSublayer::NormWeights(const Weights& weights) const {
   return {GetIf(weights, dt_norm_), GetIf(weights, b_norm_), GetIf(weights, c_norm_)};
 }
 
-Tensor MambaSublayer::NormForward(const MambaSaved& saved, DType compute, Arena* arena,
-                                  const Weights& weights, const Context& ctx) const {
-  const Tensor projected = saved.projected;
-  if (!Norms(compute)) return projected;
-  const Tensor normed = arena->Alloc(compute, {projected.dim(0), projected.dim(1)});
-  InnerNormsForward(normed, saved.rstd, projected, NormWeights(weights), norm_eps_, ctx);
-  for (const int norm : {dt_norm_, b_norm_, c_norm_}) ReleaseIf(weights, norm);
-  return normed;
+Tensor MambaSublayer::NormMemory(const MambaSaved& saved, DType compute, Arena* arena,
+                                 const PassShape& shape) const {
+  if (shape.ranks == 1 && !Norms(compute)) return saved.projected;
+  return arena->Alloc(compute, {shape.tokens(), saved.projected.dim(1)});
+}
+
+void MambaSublayer::NormForward(Tensor normed, const MambaSaved& saved, const Weights& weights,
+                                const PassContext& pass) const {
+  const Context& ctx = *pass.ctx;
+  const ArenaScope scope(ctx.scratch);
+  Tensor own = saved.projected;
+  if (Norms(normed.dtype())) {
+    own = pass.shape.ranks == 1 ? normed
+                                : ctx.scratch->Alloc(normed.dtype(), {own.dim(0), own.dim(1)});
+    InnerNormsForward(own, saved.rstd, saved.projected, NormWeights(weights), norm_eps_, ctx);
+    for (const int norm : {dt_norm_, b_norm_, c_norm_}) ReleaseIf(weights, norm);
+  }
+  GatherRows("mamba: dt, B, C", normed, own, pass);
 }
 
 Tensor MambaSublayer::NormBackward(Tensor d_normed, const MambaSaved& saved, DType compute,
-                                   const Weights& weights, const Context& ctx) const {
-  if (!Norms(compute)) return d_normed;
-  const Tensor d_projected = ctx.scratch->Alloc(compute, {d_normed.dim(0), d_normed.dim(1)});
-  const InnerNormWeights gradients = {GradIf(weights, dt_norm_), GradIf(weights, b_norm_),
-                                      GradIf(weights, c_norm_)};
-  InnerNormsBackward(d_projected, gradients, d_normed, saved.projected, saved.rstd,
-                     NormWeights(weights), ctx);
-  for (const int norm : {dt_norm_, b_norm_, c_norm_}) {
-    ReleaseIf(weights, norm);
-    ReadyIf(weights, norm);
+                                   const Weights& weights, const PassContext& pass) const {
+  const Context& ctx = *pass.ctx;
+  const int64_t columns = d_normed.dim(1);
+  // Each rank has the parts of its channels.
+  Tensor own = d_normed;
+  if (pass.shape.ranks > 1) {
+    own = ctx.scratch->Alloc(d_normed.dtype(), {saved.projected.dim(0), columns});
+    SumRows("mamba: gradient of dt, B, C", own, d_normed, pass);
   }
-  return d_projected;
+  if (Norms(compute)) {
+    const Tensor d_projected = ctx.scratch->Alloc(compute, {own.dim(0), columns});
+    const InnerNormWeights gradients = {GradIf(weights, dt_norm_), GradIf(weights, b_norm_),
+                                        GradIf(weights, c_norm_)};
+    InnerNormsBackward(d_projected, gradients, own, saved.projected, saved.rstd,
+                       NormWeights(weights), ctx);
+    own = d_projected;
+    for (const int norm : {dt_norm_, b_norm_, c_norm_}) {
+      ReleaseIf(weights, norm);
+      ReadyIf(weights, norm);
+    }
+  }
+  return GatherRows("mamba: gradient of x_proj", own, pass);
 }
 
 SelectiveScanInputs MambaSublayer::ScanInputs(const MambaSaved& saved, Tensor normed,
@@ -182,15 +203,18 @@ void MambaSublayer::Forward(Tensor y, Tensor x, const Weights& weights, Arena* k
   if (own != nullptr && saved == nullptr) s.conv = own->conv, s.scan = own->scan;
   s.xz = keep->Alloc(compute, {m, 2 * d_inner_});
   s.u = keep->Alloc(compute, {m, d_inner_});
-  s.projected = keep->Alloc(wide, {m, projected});
-  s.rstd = keep->Alloc(wide, {3, m});
+  s.projected = keep->Alloc(wide, {shape.own_tokens(), projected});
+  s.rstd = keep->Alloc(wide, {3, shape.own_tokens()});
+  s.normed = pass.keep_norms ? NormMemory(s, compute, keep, shape) : Tensor();
   s.dt_raw = keep->Alloc(compute, {m, d_inner_});
   if (saved != nullptr) {
     s.kept_states =
         keep->Alloc(wide, {shape.batch, ScanStates(ctx.device, shape.seq_len), d_inner_, d_state_});
   }
 
-  LinearForward(s.xz, x, weights.Get(in_proj_), GetIf(weights, in_proj_bias_), ctx);
+  const ArenaScope scope(ctx.scratch);
+  const Tensor rows = GatherRows("mamba: input", x, pass);
+  LinearForward(s.xz, rows, weights.Get(in_proj_), GetIf(weights, in_proj_bias_), ctx);
   weights.Release(in_proj_);
   ReleaseIf(weights, in_proj_bias_);
   CausalConv1dSiluForward(Columns(s.u, shape, 0, d_inner_),
@@ -199,12 +223,15 @@ void MambaSublayer::Forward(Tensor y, Tensor x, const Weights& weights, Arena* k
                           GetIf(weights, conv_bias_), s.conv, pass.documents, ctx);
   weights.Release(conv_);
   ReleaseIf(weights, conv_bias_);
-  LinearForward(s.projected, s.u, weights.Get(x_proj_), Tensor(), ctx);
-  weights.Release(x_proj_);
-  s.normed = pass.keep_norms ? NormForward(s, compute, keep, weights, ctx) : Tensor();
-  const ArenaScope scope(ctx.scratch);
-  const Tensor normed =
-      s.normed.defined() ? s.normed : NormForward(s, compute, ctx.scratch, weights, ctx);
+  {
+    const ArenaScope projected_scope(ctx.scratch);
+    const Tensor partial = PartialRows(s.projected, pass);
+    LinearForward(partial, s.u, weights.Get(x_proj_), Tensor(), ctx);
+    weights.Release(x_proj_);
+    SumRows("mamba: x_proj", s.projected, partial, pass);
+  }
+  const Tensor normed = s.normed.defined() ? s.normed : NormMemory(s, compute, ctx.scratch, shape);
+  NormForward(normed, s, weights, pass);
   LinearForward(s.dt_raw, normed.Slice(1, 0, dt_rank_), weights.Get(dt_proj_), Tensor(), ctx);
   weights.Release(dt_proj_);
 
@@ -218,8 +245,10 @@ void MambaSublayer::Forward(Tensor y, Tensor x, const Weights& weights, Arena* k
     std::swap(own->scan, own->scan_next);
   }
   if (!y.defined()) return;
-  LinearForward(y, scanned, weights.Get(out_proj_), Tensor(), ctx);
+  const Tensor partial = PartialRows(y, pass);
+  LinearForward(partial, scanned, weights.Get(out_proj_), Tensor(), ctx);
   weights.Release(out_proj_);
+  SumRows("mamba: output", y, partial, pass);
   if (out_proj_bias_ >= 0) {
     AddBias(y, weights.Get(out_proj_bias_), ctx);
     weights.Release(out_proj_bias_);
@@ -236,13 +265,17 @@ void MambaSublayer::Backward(Tensor dx, Tensor dy, Tensor x, const Weights& weig
   const DType compute = x.dtype();
   const MambaSaved& s = *static_cast<MambaSaved*>(saved);
   MambaState* const own = static_cast<MambaState*>(state);
-  const Tensor normed =
-      s.normed.defined() ? s.normed : NormForward(s, compute, scratch, weights, ctx);
+  Tensor normed = s.normed;
+  if (!normed.defined()) {
+    normed = NormMemory(s, compute, scratch, shape);
+    NormForward(normed, s, weights, pass);
+  }
+  const Tensor dy_rows = GatherRows("mamba: gradient of the output", dy, pass);
 
   // out_proj and the scan with its gate. dz goes straight to its half of d_xz, dB and dC to their
   // columns of d_normed.
   const Tensor d_scanned = scratch->Alloc(compute, {m, d_inner_});
-  LinearBackwardInput(d_scanned, dy, weights.Get(out_proj_), /*accumulate=*/false, ctx);
+  LinearBackwardInput(d_scanned, dy_rows, weights.Get(out_proj_), /*accumulate=*/false, ctx);
   weights.Release(out_proj_);
   const Tensor scanned = scratch->Alloc(compute, {m, d_inner_});
   const Tensor d_xz = scratch->Alloc(compute, {m, 2 * d_inner_});
@@ -265,7 +298,7 @@ void MambaSublayer::Backward(Tensor dx, Tensor dy, Tensor x, const Weights& weig
                         ScanInputs(s, normed, weights, pass), ctx);
   ReleaseScan(weights);
   for (const int storage : {d_, a_log_, dt_bias_}) weights.GradReady(storage);
-  Wgrad(weights, out_proj_, dy, scanned, ctx);
+  Wgrad(weights, out_proj_, dy_rows, scanned, ctx);
   weights.GradReady(out_proj_);
   if (out_proj_bias_ >= 0) {
     LinearBackwardBias(weights.Grad(out_proj_bias_), dy, ctx);
@@ -278,7 +311,7 @@ void MambaSublayer::Backward(Tensor dx, Tensor dy, Tensor x, const Weights& weig
   weights.Release(dt_proj_);
   Wgrad(weights, dt_proj_, d_dt_raw, normed.Slice(1, 0, dt_rank_), ctx);
   weights.GradReady(dt_proj_);
-  const Tensor d_projected = NormBackward(d_normed, s, compute, weights, ctx);
+  const Tensor d_projected = NormBackward(d_normed, s, compute, weights, pass);
   LinearBackwardInput(d_u, d_projected, weights.Get(x_proj_), /*accumulate=*/true, ctx);
   weights.Release(x_proj_);
   Wgrad(weights, x_proj_, d_projected, s.u, ctx);
@@ -295,9 +328,11 @@ void MambaSublayer::Backward(Tensor dx, Tensor dy, Tensor x, const Weights& weig
   ReleaseIf(weights, conv_bias_);
   weights.GradReady(conv_);
   ReadyIf(weights, conv_bias_);
-  LinearBackwardInput(dx, d_xz, weights.Get(in_proj_), /*accumulate=*/false, ctx);
+  const Tensor partial = PartialRows(dx, pass);
+  LinearBackwardInput(partial, d_xz, weights.Get(in_proj_), /*accumulate=*/false, ctx);
   weights.Release(in_proj_);
-  Wgrad(weights, in_proj_, d_xz, x, ctx);
+  SumRows("mamba: gradient of the input", dx, partial, pass);
+  Wgrad(weights, in_proj_, d_xz, GatherRows("mamba: input again", x, pass), ctx);
   weights.GradReady(in_proj_);
   if (in_proj_bias_ >= 0) {
     LinearBackwardBias(weights.Grad(in_proj_bias_), d_xz, ctx);

@@ -39,13 +39,16 @@ class MambaSublayer : public SublayerModule {
   struct MambaState;
   // Whether dt | B | C have norms, or where the two dtypes differ a rounding.
   bool Norms(DType compute) const { return inner_norms_ || compute != Wide(compute); }
-  // dt | B | C [M,R+2N] as dt_proj and the scan take them: through their norms and rounded, or the
-  // same tensor where neither is to be done.
-  Tensor NormForward(const MambaSaved& saved, DType compute, Arena* arena, const Weights& weights,
-                     const Context& ctx) const;
+  // dt | B | C [M,R+2N] as dt_proj and the scan take them: through their norms and rounded. The
+  // same tensor where neither is to be done and one rank runs the pass.
+  Tensor NormMemory(const MambaSaved& saved, DType compute, Arena* arena,
+                    const PassShape& shape) const;
+  // A rank norms its own rows.
+  void NormForward(Tensor normed, const MambaSaved& saved, const Weights& weights,
+                   const PassContext& pass) const;
   // From d_normed, Wide, the gradient of x_proj's output.
   Tensor NormBackward(Tensor d_normed, const MambaSaved& saved, DType compute,
-                      const Weights& weights, const Context& ctx) const;
+                      const Weights& weights, const PassContext& pass) const;
   InnerNormWeights NormWeights(const Weights& weights) const;
   SelectiveScanInputs ScanInputs(const MambaSaved& saved, Tensor normed, const Weights& weights,
                                  const PassContext& pass) const;

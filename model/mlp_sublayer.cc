@@ -5,6 +5,7 @@
 #include "kernels/gemm.h"
 #include "kernels/swiglu.h"
 #include "model/names.h"
+#include "model/sequence_parallel.h"
 
 namespace krait {
 namespace {
@@ -28,19 +29,22 @@ std::unique_ptr<Saved> MlpSublayer::NewSaved() const { return std::make_unique<M
 void MlpSublayer::Forward(Tensor y, Tensor x, const Weights& weights, Arena* keep, Saved* saved,
                           MixerState* /*state*/, const PassContext& pass) const {
   const Context& ctx = *pass.ctx;
-  const int64_t m = x.dim(0);
+  const int64_t m = pass.shape.tokens();
   const Tensor w_gate_up = weights.Get(gate_up_);
   Tensor gate_up = keep->Alloc(x.dtype(), {m, w_gate_up.dim(0)});
   if (saved != nullptr) static_cast<MlpSaved*>(saved)->gate_up = gate_up;
 
   const ArenaScope scope(ctx.scratch);
+  const Tensor rows = GatherRows("mlp: input", x, pass);
   const Tensor product =
       y.defined() ? ctx.scratch->Alloc(x.dtype(), {m, w_gate_up.dim(0) / 2}) : Tensor();
-  LinearSwiGluForward(product, gate_up, x, w_gate_up, ctx);
+  LinearSwiGluForward(product, gate_up, rows, w_gate_up, ctx);
   weights.Release(gate_up_);
   if (!y.defined()) return;
-  LinearForward(y, product, weights.Get(down_), Tensor(), ctx);
+  const Tensor partial = PartialRows(y, pass);
+  LinearForward(partial, product, weights.Get(down_), Tensor(), ctx);
   weights.Release(down_);
+  SumRows("mlp: output", y, partial, pass);
 }
 
 void MlpSublayer::Backward(Tensor dx, Tensor dy, Tensor x, const Weights& weights, Saved* saved,
@@ -49,15 +53,18 @@ void MlpSublayer::Backward(Tensor dx, Tensor dy, Tensor x, const Weights& weight
   const ArenaScope scope(ctx.scratch);
   const Tensor gate_up = static_cast<MlpSaved*>(saved)->gate_up;
   const Tensor d_gate_up = gate_up;  // in place
-  const Tensor product = ctx.scratch->Alloc(x.dtype(), {x.dim(0), gate_up.dim(1) / 2});
-  SwiGluLinearBackward(d_gate_up, product, dy, weights.Get(down_), gate_up, ctx);
+  const Tensor product = ctx.scratch->Alloc(x.dtype(), {gate_up.dim(0), gate_up.dim(1) / 2});
+  const Tensor dy_rows = GatherRows("mlp: gradient of the output", dy, pass);
+  SwiGluLinearBackward(d_gate_up, product, dy_rows, weights.Get(down_), gate_up, ctx);
   weights.Release(down_);
-  LinearBackwardInput(dx, d_gate_up, weights.Get(gate_up_), /*accumulate=*/false, ctx);
+  const Tensor partial = PartialRows(dx, pass);
+  LinearBackwardInput(partial, d_gate_up, weights.Get(gate_up_), /*accumulate=*/false, ctx);
   weights.Release(gate_up_);
+  SumRows("mlp: gradient of the input", dx, partial, pass);
 
-  Wgrad(weights, down_, dy, product, ctx);
+  Wgrad(weights, down_, dy_rows, product, ctx);
   weights.GradReady(down_);
-  Wgrad(weights, gate_up_, d_gate_up, x, ctx);
+  Wgrad(weights, gate_up_, d_gate_up, GatherRows("mlp: input again", x, pass), ctx);
   weights.GradReady(gate_up_);
 }
 

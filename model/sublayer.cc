@@ -30,7 +30,7 @@ std::unique_ptr<SublayerModule> MakeSublayer(const ModelSpec& spec, const LocalS
     case SublayerKind::kMlp:
       return std::make_unique<MlpSublayer>(table, sublayer.layer);
     case SublayerKind::kMoe:
-      return std::make_unique<MoeSublayer>(spec, table, sublayer.layer, moe_index);
+      return std::make_unique<MoeSublayer>(spec, sizes, table, sublayer.layer, moe_index);
   }
   KRAIT_FATAL("unknown kind of sublayer");
 }

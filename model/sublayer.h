@@ -52,6 +52,8 @@ struct RouterStats {
   // token's p_e, [moe_count*groups,E] (undefined: no aux loss), and the factor of the z-loss.
   Tensor d_prob;
   double z_scale = 0;
+  // Rounds of MoE sublayers beyond the first of each (model/expert_routes.h).
+  int64_t overflow_rounds = 0;
 };
 
 struct PassContext {

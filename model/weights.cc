@@ -5,6 +5,7 @@
 
 #include "kernels/activation.h"
 #include "kernels/base/check.h"
+#include "model/bucket_exchange.h"
 #include "model/init.h"
 
 namespace krait {
@@ -29,8 +30,8 @@ Tensor StorageView(Tensor flat, const LocalStorage& storage) {
 }  // namespace
 
 Weights::Weights(const ParamTable* table, Placement placement, bool with_grad, Arena* weight_arena,
-                 Arena* grad_arena, const Mesh& mesh)
-    : layout_(table, mesh),
+                 Arena* grad_arena, const Mesh& mesh, int64_t bucket_elements)
+    : layout_(table, mesh, bucket_elements),
       placement_(placement),
       has_grad_(with_grad),
       uses_(table->storages().size()) {
@@ -48,7 +49,15 @@ Weights::Weights(const ParamTable* table, Placement placement, bool with_grad, A
   }
 }
 
-void Weights::BeginPass(const Context& ctx, bool first, bool /*last*/) {
+void Weights::BeginPass(const Context& ctx, bool first, bool last, const BucketExchange* exchange) {
+  exchange_ = last ? exchange : nullptr;
+  exchange_ctx_ = &ctx;
+  if (exchange_ != nullptr) {
+    unready_.assign(layout_.buckets().size(), 0);
+    for (const LocalStorage& storage : layout_.storages()) {
+      for (const int b : storage.buckets) ++unready_[static_cast<size_t>(b)];
+    }
+  }
   if (!first) return;
   for (size_t s = 0; s < uses_.size(); ++s) {
     const krait::Param& piece =
@@ -74,7 +83,16 @@ bool Weights::Accumulate(int storage) const {
   return std::exchange(uses_[static_cast<size_t>(storage)].written, true);
 }
 
-void Weights::GradReady(int storage) const { ++uses_[static_cast<size_t>(storage)].ready; }
+void Weights::GradReady(int storage) const {
+  ++uses_[static_cast<size_t>(storage)].ready;
+  if (exchange_ == nullptr) return;
+  const LocalStorage& local = layout_.storages()[static_cast<size_t>(storage)];
+  for (const int b : local.buckets) {
+    if (--unready_[static_cast<size_t>(b)] == 0) {
+      exchange_->Reduce(b, FlatGrad(local.flat), *exchange_ctx_);
+    }
+  }
+}
 
 void Weights::EndForward() const {
   for (size_t s = 0; s < uses_.size(); ++s) {

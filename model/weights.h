@@ -15,6 +15,8 @@
 
 namespace krait {
 
+class BucketExchange;
+
 // How the weights are used in a pass. A sublayer takes a weight with Get ... Release, asks
 // Accumulate before it computes a gradient, and reports a finished one with GradReady, once per
 // backward pass. On one rank there is nothing behind these; with several, Get waits for an
@@ -28,12 +30,15 @@ class Weights {
   // the compute dtype. `table` outlives the weights and was built for mesh.tensor; mesh.rank says
   // whose part this is.
   Weights(const ParamTable* table, Placement placement, bool with_grad, Arena* weight_arena,
-          Arena* grad_arena, const Mesh& mesh = {});
+          Arena* grad_arena, const Mesh& mesh = {},
+          int64_t bucket_elements = Layout::kBucketElements);
 
   // Before a forward; before a backward as well where several forwards came before it. `first`: of
   // a step: gradients of GradWrite::kZeroed are zeroed, those of kOverwrite are overwritten by the
-  // first write. `last`: of a step: finished gradients may be sent off.
-  void BeginPass(const Context& ctx, bool first, bool last);
+  // first write. `last`: of a step: a bucket goes to `exchange` as soon as its gradients are ready.
+  // `ctx` outlives the pass.
+  void BeginPass(const Context& ctx, bool first, bool last,
+                 const BucketExchange* exchange = nullptr);
   // After a forward, and after a backward that has finished the gradients of `storages` and of no
   // others: fatal when the uses do not balance.
   void EndForward() const;
@@ -82,6 +87,10 @@ class Weights {
   std::vector<Tensor> grads_;
   bool has_grad_;
   mutable std::vector<Use> uses_;
+  // Of the last pass of a step on several ranks; null in others.
+  const BucketExchange* exchange_ = nullptr;
+  const Context* exchange_ctx_ = nullptr;
+  mutable std::vector<int> unready_;  // storages of each bucket whose gradients are to come
 };
 
 }  // namespace krait

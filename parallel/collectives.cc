@@ -1,11 +1,14 @@
 #include "parallel/collectives.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <functional>
 #include <utility>
 
 #include "kernels/activation.h"
 #include "kernels/base/check.h"
+#include "kernels/transfer.h"
 
 namespace krait {
 namespace {
@@ -19,16 +22,28 @@ char* RowAddress(Tensor t, int64_t row) {
   return static_cast<char*>(t.raw()) + row * t.stride(0) * SizeOf(t.dtype());
 }
 
-// out [n] = the parts [size*n] of all ranks, added in rank order.
-void AddParts(Tensor out, Tensor parts, const Context& ctx) {
+// out [n] = `join` of parts [size*n], one part after the other.
+template <typename T, typename Join>
+void JoinParts(Tensor out, Tensor parts, const Join& join, const Context& ctx) {
+  std::vector<T> values(static_cast<size_t>(parts.numel()));
+  Download(values.data(), parts, ctx);
+  const auto n = static_cast<size_t>(out.numel());
+  for (size_t i = n; i < values.size(); ++i) values[i % n] = join(values[i % n], values[i]);
+  Upload(out, values.data(), ctx);
+}
+
+// A NaN stays, whoever has it.
+template <typename T>
+T Maximum(T a, T b) {
+  return std::isnan(a) || a > b ? a : b;
+}
+
+}  // namespace
+
+void AddInRankOrder(Tensor out, Tensor parts, const Context& ctx) {
   const int64_t n = out.numel(), size = parts.numel() / n;
   if (out.dtype() == DType::kI64) {
-    if (ctx.planning) return;
-    for (int64_t i = 0; i < n; ++i) {
-      int64_t sum = 0;
-      for (int64_t r = 0; r < size; ++r) sum += parts.data<int64_t>()[r * n + i];
-      out.data<int64_t>()[i] = sum;
-    }
+    JoinParts<int64_t>(out, parts, std::plus<>(), ctx);
     return;
   }
   const ArenaScope scope(ctx.scratch);
@@ -38,19 +53,6 @@ void AddParts(Tensor out, Tensor parts, const Context& ctx) {
   for (int64_t r = 1; r < size; ++r) AddInPlace(sum, Elements(parts, r * n, r * n + n), ctx);
   if (sum.raw() != out.raw()) Copy(out, sum, ctx);
 }
-
-template <typename T>
-void MaxParts(Tensor out, Tensor parts) {
-  const int64_t n = out.numel();
-  for (int64_t i = 0; i < parts.numel(); ++i) {
-    T& most = out.data<T>()[i % n];
-    const T value = parts.data<T>()[i];
-    // A NaN stays, whoever has it.
-    if (i < n || value > most || value != value) most = i >= n && most != most ? most : value;
-  }
-}
-
-}  // namespace
 
 Communicator::Communicator(World* world, std::vector<int> ranks, int self)
     : world_(world), ranks_(std::move(ranks)) {
@@ -82,15 +84,16 @@ void Communicator::AllReduceSum(const char* what, Tensor x, const Context& ctx) 
   const ArenaScope scope(ctx.scratch);
   const Tensor parts = ctx.scratch->Alloc(x.dtype(), {size() * x.numel()});
   AllGather(what, parts, x, ctx);
-  AddParts(x.View({x.numel()}), parts, ctx);
+  AddInRankOrder(x.View({x.numel()}), parts, ctx);
 }
 
 void Communicator::AllReduceMax(const char* what, Tensor x, const Context& ctx) const {
   const ArenaScope scope(ctx.scratch);
   const Tensor parts = ctx.scratch->Alloc(x.dtype(), {size() * x.numel()});
   AllGather(what, parts, x, ctx);
-  if (ctx.planning) return;
-  x.dtype() == DType::kF64 ? MaxParts<double>(x, parts) : MaxParts<float>(x, parts);
+  const Tensor out = x.View({x.numel()});
+  x.dtype() == DType::kF64 ? JoinParts<double>(out, parts, Maximum<double>, ctx)
+                           : JoinParts<float>(out, parts, Maximum<float>, ctx);
 }
 
 void Communicator::ReduceScatterSum(const char* what, Tensor out, Tensor in,
@@ -114,7 +117,7 @@ void Communicator::ReduceScatterSum(const char* what, Tensor out, Tensor in,
     }
     world_->Exchange(sends, receives);
   }
-  AddParts(out.View({n}), parts, ctx);
+  AddInRankOrder(out.View({n}), parts, ctx);
 }
 
 void Communicator::ExchangeRows(const char* what, Tensor out,

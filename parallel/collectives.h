@@ -51,6 +51,10 @@ class Communicator {
   int rank_ = 0;
 };
 
+// out [n] = the sum of parts [size*n], one part after the other in Wide, rounded once. Parts of
+// another floating dtype are converted.
+void AddInRankOrder(Tensor out, Tensor parts, const Context& ctx);
+
 }  // namespace krait
 
 #endif  // KRAIT_PARALLEL_COLLECTIVES_H_

@@ -6,9 +6,10 @@
 
 namespace krait {
 
-Groups::Groups(World* world, const Mesh& mesh)
+Groups::Groups(World* world, const Mesh& mesh, double expert_slack)
     : world_(world),
       mesh_(mesh),
+      expert_slack_(expert_slack),
       tensor_(world, mesh.TensorGroup(), mesh.rank),
       expert_(world, mesh.ExpertGroup(), mesh.rank),
       stage_(world, mesh.TensorReplicas(mesh.tensor), mesh.rank) {

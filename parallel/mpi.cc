@@ -4,7 +4,9 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <string>
 
 #include "kernels/base/check.h"
@@ -20,8 +22,12 @@ void Check(int result, const char* call) {
   Fatal(ExitCode::kCollective, __FILE__, __LINE__, std::string(call) + ": " + text);
 }
 
+int g_rank = 0;  // for AbortAll
+
 // Ends all ranks. MPI_Abort is the one call that may come from any thread at any time.
 void AbortAll(ExitCode code) {
+  std::fprintf(stderr, "krait: rank %d ends all ranks (exit code %d)\n", g_rank,
+               static_cast<int>(code));
   MPI_Abort(MPI_COMM_WORLD, static_cast<int>(code));
   _exit(static_cast<int>(code));
 }
@@ -71,13 +77,12 @@ class MpiWorld : public World {
 
 }  // namespace
 
-bool StartedByMpi() {
-  // SLURM_STEP_NUM_TASKS is set for the tasks of srun only; a batch script has SLURM_NTASKS too.
-  for (const char* name : {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"}) {
-    const char* value = std::getenv(name);
-    if (value != nullptr && std::atoi(value) > 1) return true;
-  }
-  return false;
+std::string MpiLibrary() {
+  char text[MPI_MAX_LIBRARY_VERSION_STRING] = "";
+  int length = 0;
+  Check(MPI_Get_library_version(text, &length), "MPI_Get_library_version");
+  // Open MPI: "Open MPI v4.1.4, package: ...".
+  return std::string(text, std::strcspn(text, ",\n"));
 }
 
 std::unique_ptr<World> StartMpiWorld(int* argc, char*** argv) {
@@ -93,6 +98,7 @@ std::unique_ptr<World> StartMpiWorld(int* argc, char*** argv) {
   Check(MPI_Comm_rank(machine, &local_rank), "MPI_Comm_rank");
   Check(MPI_Comm_size(machine, &local_size), "MPI_Comm_size");
   Check(MPI_Comm_free(&machine), "MPI_Comm_free");
+  g_rank = rank;
   SetFatalHook(AbortAll);
   return std::make_unique<MpiWorld>(rank, size, local_rank, local_size);
 }

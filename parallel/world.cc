@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <utility>
 
 #include "kernels/base/check.h"
@@ -70,8 +71,34 @@ std::string World::Broadcast(std::string_view bytes) {
 
 std::unique_ptr<World> OneRankWorld() { return std::make_unique<SingleWorld>(); }
 
-std::unique_ptr<World> StartWorld(int* argc, char*** argv) {
-  return StartedByMpi() ? StartMpiWorld(argc, argv) : OneRankWorld();
+Launch LaunchOfThisProcess() {
+  struct Variables {
+    const char *launcher, *ranks, *rank;
+  };
+  for (const Variables& names :
+       {Variables{"mpirun", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"},
+        Variables{"mpiexec", "PMI_SIZE", "PMI_RANK"},
+        // Set for the tasks of srun only; a batch script has SLURM_NTASKS and SLURM_PROCID too.
+        Variables{"srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"}}) {
+    const char *ranks = std::getenv(names.ranks), *rank = std::getenv(names.rank);
+    if (ranks == nullptr || std::atoi(ranks) <= 1) continue;
+    return {names.launcher, rank == nullptr ? 0 : std::atoi(rank), std::atoi(ranks)};
+  }
+  return {};
+}
+
+absl::StatusOr<std::unique_ptr<World>> StartWorld(int* argc, char*** argv) {
+  const Launch launch = LaunchOfThisProcess();
+  if (launch.ranks == 1) return OneRankWorld();
+  std::unique_ptr<World> world = StartMpiWorld(argc, argv);
+  if (world->size() == launch.ranks) return world;
+  return Error(ExitCode::kConfig,
+               launch.rank > 0
+                   ? ""
+                   : launch.launcher + " started " + std::to_string(launch.ranks) + " ranks, but " +
+                         MpiLibrary() + ", which krait uses, knows of " +
+                         std::to_string(world->size()) +
+                         ": start it with the mpirun of that MPI (with srun: --mpi=pmix)");
 }
 
 absl::Status Agree(World* world, const absl::Status& status) {

@@ -64,10 +64,18 @@ class World {
 // A single process.
 std::unique_ptr<World> OneRankWorld();
 
-// The world that this process was started into: MPI's where mpirun, mpiexec or srun started several
-// ranks, else a single rank. Fatal paths end all ranks from here on. Call once; the world ends with
-// the object (which waits for the other ranks). `argv` as main has it.
-std::unique_ptr<World> StartWorld(int* argc, char*** argv);
+// How a launcher started this process as one of several ranks, by the variables that it sets.
+struct Launch {
+  std::string launcher;  // mpirun, mpiexec or srun; "": started alone, or as the only rank
+  int rank = 0, ranks = 1;
+};
+Launch LaunchOfThisProcess();
+
+// The world that this process was started into: MPI's where a launcher started several ranks, else
+// a single rank. Fatal paths end all ranks from here on. Call once; the world ends with the object
+// (which waits for the other ranks). `argv` as main has it. kConfig, with a message on the first
+// rank only, when the launcher is not that of this MPI: every process would be a rank 0 of its own.
+absl::StatusOr<std::unique_ptr<World>> StartWorld(int* argc, char*** argv);
 
 // OK when all ranks pass OK. Otherwise an error on every rank, with the exit code of the first rank
 // that has one; its message holds every rank's sentences once, each with the rank where not all say

@@ -35,7 +35,7 @@ void OnStop(int signal) {
 
 }  // namespace
 
-StopSignals::StopSignals(const char* acknowledgement) {
+StopSignals::StopSignals(const char* acknowledgement, bool of_a_rank) {
   g_received = 0;
   g_acknowledgement = acknowledgement;
   for (Handled& handled : g_handled) {
@@ -43,6 +43,7 @@ StopSignals::StopSignals(const char* acknowledgement) {
     // A shell's background job starts with SIGINT ignored and keeps it so; nohup's with SIGHUP.
     const bool may_be_ignored = handled.signal == SIGINT || handled.signal == SIGHUP;
     if (may_be_ignored && handled.before.sa_handler == SIG_IGN) continue;
+    if (of_a_rank && handled.stops && handled.signal != SIGUSR1) continue;
     struct sigaction action = {};
     action.sa_handler = handled.stops ? OnStop : SIG_IGN;
     sigemptyset(&action.sa_mask);

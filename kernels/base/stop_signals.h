@@ -1,5 +1,8 @@
 // Requests to stop: SIGUSR1, SIGTERM, SIGHUP and SIGINT only set a flag, which long work reads
 // where it can end cleanly. A second SIGINT ends the process at once.
+//
+// A rank that mpirun started: SIGUSR1 only. Mpirun passes it on to all ranks, and has about a
+// second between SIGTERM and SIGKILL, too little to save: SIGTERM ends a rank at once.
 #ifndef KRAIT_KERNELS_BASE_STOP_SIGNALS_H_
 #define KRAIT_KERNELS_BASE_STOP_SIGNALS_H_
 
@@ -12,7 +15,8 @@ class StopSignals {
  public:
   // `acknowledgement`, a string literal of one line, is written to standard error at the first
   // SIGINT: who pressed Ctrl-C learns what happens, and that a second one ends it at once.
-  explicit StopSignals(const char* acknowledgement);
+  // `of_a_rank`: this process is one of several ranks.
+  explicit StopSignals(const char* acknowledgement, bool of_a_rank = false);
   ~StopSignals();
   StopSignals(const StopSignals&) = delete;
   StopSignals& operator=(const StopSignals&) = delete;

@@ -24,8 +24,8 @@ arrows() {
     data/*) echo '^(data|kernels/base)/' ;;
     parallel/*) echo '^(parallel|kernels)/' ;;
     model/*) echo '^(model|parallel|kernels)/' ;;
-    trainer/config/*) echo '^(trainer/config|model|data|kernels)/' ;;
-    trainer/checkpoint/*) echo '^(trainer/checkpoint|data|kernels)/' ;;
+    trainer/config/*) echo '^(trainer/config|model|parallel|data|kernels)/' ;;
+    trainer/checkpoint/*) echo '^(trainer/checkpoint|parallel|data|kernels)/' ;;
     trainer/report/*) echo '^(trainer/report|kernels/base)/' ;;
     trainer/train/*) echo '^(trainer/(train|config|checkpoint|report)|model|data|parallel|kernels)/' ;;
     trainer/tools/*) echo '^(trainer/(tools|train|config|checkpoint|report)|model|data|parallel|kernels)/' ;;
@@ -41,7 +41,7 @@ edges=(
   '^(cblas|openblas)' '^kernels/cpu/'
   '^(cuda|cublas|cudnn|nccl|nvtx3|cub/|thrust/)' '^kernels/cuda/'
   '^cudnn' '^kernels/cuda/cudnn_attention\.cc$'
-  '^mpi\.h$' '^parallel/'
+  '^mpi\.h$' '^parallel/mpi\.cc$'
   '^nlohmann/' '^(kernels/base|data|trainer/(report|tools|cli))/'
   '^CLI/' '^trainer/cli/'
   '^(zlib|zstd)\.h$' '^data/'

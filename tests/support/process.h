@@ -105,6 +105,15 @@ inline ProcessResult RunProcess(const std::vector<std::string>& argv,
   return Process(argv, variables).Wait();
 }
 
+// What mpirun needs in tests: more ranks than cores, as root too, in a container too.
+inline std::map<std::string, std::string> MpiVariables() {
+  return {{"OMP_NUM_THREADS", "1"},
+          {"OMPI_ALLOW_RUN_AS_ROOT", "1"},
+          {"OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1"},
+          {"OMPI_MCA_rmaps_base_oversubscribe", "1"},
+          {"OMPI_MCA_btl_vader_single_copy_mechanism", "none"}};
+}
+
 }  // namespace krait
 
 #endif  // KRAIT_TESTS_SUPPORT_PROCESS_H_

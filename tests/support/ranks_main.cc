@@ -20,7 +20,7 @@ World* TestWorld() { return world.get(); }
 
 int main(int argc, char** argv) {
   ::testing::InitGoogleTest(&argc, argv);
-  krait::testing::world = krait::StartWorld(&argc, &argv);
+  krait::testing::world = krait::StartWorld(&argc, &argv).value();
   krait::World* const world = krait::testing::world.get();
   if (!world->first()) {
     auto& listeners = ::testing::UnitTest::GetInstance()->listeners();

@@ -2,8 +2,13 @@
 //
 // The contract is design section 5 ("Checkpoint"), restated in the README. A checkpoint is
 // described in global, published tensors: each slot (weight, exp_avg, exp_avg_sq) holds boxes
-// (offset, extent) that tile every tensor once. Loading reads only the manifest and the boxes,
-// never HDF5.
+// (offset, extent) that tile every tensor once, whichever ranks wrote them. Loading reads only the
+// manifest, the files' tables of boxes and the boxes, never HDF5.
+//
+// Where a function takes a World, all ranks call it with arguments that are alike, but for boxes
+// and files' contents, from their main threads; the results are alike too, and of errors the first
+// rank has the message (Agree). Null: this process alone. What does not take one communicates
+// nothing.
 #ifndef KRAIT_TRAINER_CHECKPOINT_CHECKPOINT_H_
 #define KRAIT_TRAINER_CHECKPOINT_CHECKPOINT_H_
 
@@ -20,6 +25,8 @@
 #include "kernels/tensor.h"
 
 namespace krait {
+
+class World;
 
 // A box of a published tensor in one slot, and its bytes on `device` (contiguous, row-major).
 struct CheckpointBox {
@@ -63,37 +70,38 @@ struct SaveOptions {
   // Then `latest` is not written and nothing is pruned, and only a checkpoint is replaced.
   std::string name;
   int64_t keep_every = 0;  // those of every so many steps stay for good; 0: none
+  // Larger boxes are cut, so that a reader of a part reads, for the CRC, little else.
+  int64_t box_bytes = int64_t{64} << 20;
 };
 
-// Writes step-N.SAVEID.tmp/ (shard, fsync, manifest, fsync, folder fsync), renames to step-N,
-// fsyncs the parent, points `latest` (a text file with the folder's name) at it by rename, then
-// removes old checkpoints: never the one just written, never below `keep` whole ones, never those
-// that `keep_every` names. An existing
-// step-N is moved aside as old-step-N.SAVEID first, which ListCheckpoints takes for it until the
-// new one is in place. What killed saves left behind goes at the start.
+// Writes step-N.SAVEID.tmp/ (each rank a file with its boxes, if it has any, and fsync; then the
+// first rank alone: manifest, fsync, folder fsync), renames to step-N, fsyncs the parent, points
+// `latest` (a text file with the folder's name) at it by rename, then removes old checkpoints:
+// never the one just written, never below `keep` whole ones, never those that `keep_every` names.
+// An existing step-N is moved aside as old-step-N.SAVEID first, which ListCheckpoints takes for it
+// until the new one is in place. What killed saves left behind goes at the start.
 //
-// On failure nothing new is under the final name, the temporary folder is gone and older
-// checkpoints are untouched; only where the failure came after the rename (parent fsync, `latest`)
-// does the message say that the checkpoint is in place. The error, kCannotSave, names the path, the
-// reason, and needed/free bytes. Failures to delete what is no longer a checkpoint are not errors:
-// they go to `warnings`, and the next save tries again. SIGXFSZ is ignored from the first call on,
-// so that a file size limit is an error and not a death.
+// On failure of any rank nothing new is under the final name, the temporary folder is gone and
+// older checkpoints are untouched; only where the failure came after the rename (parent fsync,
+// `latest`) does the message say that the checkpoint is in place. The error, kCannotSave, names the
+// path, the reason, and needed/free bytes. Failures to delete what is no longer a checkpoint are
+// not errors: they go to the first rank's `warnings`, and the next save tries again. SIGXFSZ is
+// ignored from the first call on, so that a file size limit is an error and not a death.
 //
 // The boxes are in host memory (AsyncSaver copies those of a device there first); elements of those
-// without data come from `source`, piece by piece and in order. One save at a time per folder
-// (RunLock). Blocks until all is on disk.
+// without data come from `source`, piece by piece and in order. No two ranks have an element: each
+// passes what it owns. One save at a time per folder (RunLock). Blocks until all is on disk.
 using BoxSource =
     std::function<absl::Status(size_t box, int64_t begin, int64_t count, void* values)>;
 absl::Status SaveCheckpoint(const SaveOptions& options, const CheckpointMeta& meta,
                             const std::vector<CheckpointBox>& boxes,
                             std::vector<std::string>* warnings = nullptr,
-                            const BoxSource& source = nullptr);
+                            const BoxSource& source = nullptr, World* world = nullptr);
 
 // For the start of a run: creates `dir`, and kCannotSave unless it can be written and has room for
 // a checkpoint of `bytes`.
 absl::Status CheckCanSave(const std::string& dir, int64_t bytes);
 
-// A manifest that passed its own checks (CRC, sizes, box tiling), not yet its files' bytes.
 struct ManifestBox {
   std::string slot, name;
   DType dtype;
@@ -106,27 +114,35 @@ struct ManifestBox {
 struct ManifestFile {
   std::string name;  // inside the folder, no path separators
   int64_t size;
-  uint32_t crc_rest;  // of all bytes outside boxes, in order (HDF5's own, and padding)
+  uint32_t crc_rest;  // of all bytes outside boxes and table, in order (HDF5's own, and padding)
+  // The table of boxes; size 0 in format 1, which has them in the manifest.
+  int64_t table_at = 0, table_size = 0;
+  uint32_t table_crc = 0;
 };
 struct Checkpoint {
   std::string path;  // of the folder
   int64_t format_version = 0;
   std::string save_id;
   CheckpointMeta meta;
-  std::vector<ManifestFile> files;
-  std::vector<ManifestBox> boxes;
+  int64_t ranks = 1;                // that saved it; those without boxes have no file
+  std::vector<ManifestFile> files;  // in the order of the ranks
+  std::vector<ManifestBox> boxes;   // of all files, in their order
 };
-// Reads and checks `folder`/manifest.json and the files' sizes. kNoCheckpoint with the reason; what
-// the system refuses to read (any errno but that of a missing file) is no damage: a load that meets
-// it ends there.
+// Reads and checks `folder`/manifest.json, the files' sizes and their tables of boxes (CRCs, sizes,
+// tiling), not yet the boxes' bytes. kNoCheckpoint with the reason; what the system refuses to read
+// (any errno but that of a missing file) is no damage: a load that meets it ends there.
 // Nothing is followed out of the folder: file names have no separators, symbolic links are refused.
-absl::StatusOr<Checkpoint> OpenCheckpoint(const std::string& folder);
+// Of several ranks each reads the tables of some files and sends them to the others.
+absl::StatusOr<Checkpoint> OpenCheckpoint(const std::string& folder, World* world = nullptr);
+// The same without the boxes, which there may be many of: step, save id, meta data.
+absl::StatusOr<Checkpoint> ReadManifest(const std::string& folder);
 
 // Every byte of every file against its CRC; all damage found, each with file, tensor and offset.
 absl::Status VerifyCheckpoint(const Checkpoint& checkpoint);
 
 // Fills the wanted boxes from those stored (any tiling), checking the CRC of every stored box that
-// is touched while reading it, and the bytes outside boxes of the files touched. A box is read
+// is touched while reading it, and the bytes outside boxes of the files touched; opens no others. A
+// box is read
 // once, in pieces below 1 MiB; pieces for device memory are uploaded one by one on ctx.stream,
 // behind earlier work, and have arrived when the call returns. f32 and bf16 are converted into each
 // other, rounded to nearest even. kNoCheckpoint for damage; kConfig for what does not fit: tensors
@@ -157,25 +173,30 @@ absl::StatusOr<std::vector<std::string>> FindCheckpoints(const std::string& path
 struct PassedOver {
   std::string path, reason;
 };
-// Takes a checkpoint's contents, by LoadBoxes. kNoCheckpoint: damaged, try the next; any other
-// error ends the search (kConfig: a model that does not fit), and so does what cannot be read.
+// Takes a checkpoint's contents, by LoadBoxes; communicates nothing, since it may fail on one rank
+// and not on others. kNoCheckpoint: damaged, try the next; any other error ends the search
+// (kConfig: a model that does not fit), and so does what cannot be read.
 using CheckpointLoader = std::function<absl::Status(const Checkpoint&)>;
 
 // Tries `folders` (newest first, from ListCheckpoints or FindCheckpoints) until one loads. Whole
 // means: the manifest holds, and all that `load` reads matches its CRC. `passed_over` gets the
-// reason for each one that is not. kNoCheckpoint, with all reasons, when none is whole.
+// reason for each one that is not. kNoCheckpoint, with all reasons, when none is whole. Of several
+// ranks the first one's `folders` count, and one loads when it does on all ranks; reasons are told
+// on the first rank.
 absl::StatusOr<Checkpoint> LoadNewestWhole(const std::vector<std::string>& folders,
                                            const CheckpointLoader& load,
-                                           std::vector<PassedOver>* passed_over);
+                                           std::vector<PassedOver>* passed_over,
+                                           World* world = nullptr);
 
 // Receives one line for the user.
 using Notice = std::function<void(const std::string& line)>;
 
 // Loads the newest whole checkpoint of `folders` (FindCheckpoints, ListCheckpoints), with one
-// notice for each that is passed over.
+// notice, on the first rank, for each that is passed over.
 absl::StatusOr<Checkpoint> LoadNewest(const std::vector<std::string>& folders,
                                       const CheckpointLoader& load, const Notice& notice,
-                                      std::vector<PassedOver>* passed_over = nullptr);
+                                      std::vector<PassedOver>* passed_over = nullptr,
+                                      World* world = nullptr);
 
 // Points `dir`/latest at the newest folder of a checkpoint, after one was moved away; removes it
 // where there is none.

@@ -1,32 +1,16 @@
 #include "trainer/checkpoint/checkpoint_async.h"
 
-#include <exception>
-#include <new>
+#include <algorithm>
 #include <system_error>
 #include <utility>
 
 #include "kernels/base/check.h"
 #include "kernels/transfer.h"
+#include "trainer/checkpoint/checkpoint_ranks.h"
 
 namespace krait {
 
-namespace {
-
-// An exception must not leave the thread: it would end the process, unsaved.
-absl::Status SaveCatching(const SaveOptions& options, const CheckpointMeta& meta,
-                          const std::vector<CheckpointBox>& boxes,
-                          std::vector<std::string>* warnings) {
-  const std::string what = "cannot save step " + std::to_string(meta.step) + " in " + options.dir;
-  try {
-    return SaveCheckpoint(options, meta, boxes, warnings);
-  } catch (const std::bad_alloc&) {
-    return Error(ExitCode::kOutOfMemory, what + ": out of memory");
-  } catch (const std::exception& error) {
-    return Error(ExitCode::kCannotSave, what + ": " + error.what());
-  }
-}
-
-}  // namespace
+AsyncSaver::AsyncSaver(World* world) : world_(OrAlone(world)) {}
 
 AsyncSaver::~AsyncSaver() {
   if (thread_.joinable()) thread_.join();
@@ -38,11 +22,27 @@ int64_t AsyncSaver::StagingBytes(const std::vector<CheckpointBox>& boxes) {
   return bytes;
 }
 
+void AsyncSaver::Run(std::function<void()> work) {
+  finished_ = false;
+  try {
+    thread_ = std::thread([this, work] {
+      work();
+      finished_ = true;
+    });
+  } catch (const std::system_error&) {
+    // Without a thread the save is one that is waited for.
+    work();
+    finished_ = true;
+  }
+}
+
 absl::Status AsyncSaver::Start(const SaveOptions& options, const CheckpointMeta& meta,
                                const std::vector<CheckpointBox>& boxes, void* staging,
                                int64_t staging_bytes, const Context& ctx) {
   KRAIT_RETURN_IF_ERROR(Wait());
   KRAIT_CHECK(StagingBytes(boxes) <= staging_bytes);
+  warnings_.clear();
+  KRAIT_ASSIGN_OR_RETURN(save_, BeginSave(options, meta, boxes, &warnings_, world_));
   std::vector<CheckpointBox> copies = boxes;
   char* to = static_cast<char*>(staging);
   for (CheckpointBox& box : copies) {
@@ -51,29 +51,45 @@ absl::Status AsyncSaver::Start(const SaveOptions& options, const CheckpointMeta&
     box.device = Device::kCpu;
     to += box.bytes();
   }
-  finished_ = false;
-  warnings_.clear();
-  try {
-    thread_ = std::thread([this, options, meta = meta, boxes = std::move(copies)] {
-      result_ = SaveCatching(options, meta, boxes, &warnings_);
-      finished_ = true;
-    });
-  } catch (const std::system_error& error) {
-    return Error(ExitCode::kCannotSave,
-                 std::string("cannot start a thread for saving: ") + error.what());
-  }
+  stage_ = Stage::kWriting;
+  Run([this, copies = std::move(copies)] {
+    report_ = WriteShard(save_, world_->rank(), copies);
+    if (world_->size() == 1) result_ = EndSave(save_, {report_}, &warnings_);
+  });
   return absl::OkStatus();
 }
 
+std::optional<absl::Status> AsyncSaver::Advance() {
+  if (!busy()) return std::nullopt;
+  if (thread_.joinable()) thread_.join();
+  if (stage_ == Stage::kWriting && world_->size() > 1) {
+    const std::vector<std::string> reports = world_->AllGather(report_);
+    stage_ = Stage::kEnding;
+    if (world_->first()) {
+      Run([this, reports] { result_ = EndSave(save_, reports, &warnings_); });
+    } else {
+      result_ = absl::OkStatus();
+    }
+    return std::nullopt;
+  }
+  stage_ = Stage::kNone;
+  return StatusOfFirst(world_, result_);
+}
+
 std::optional<absl::Status> AsyncSaver::Poll() {
-  if (!thread_.joinable() || !finished_) return std::nullopt;
-  return Wait();
+  while (busy()) {
+    const std::vector<int64_t> all = world_->AllGather(int64_t{ready()});
+    if (std::find(all.begin(), all.end(), 0) != all.end()) return std::nullopt;
+    if (auto result = Advance(); result.has_value()) return result;
+  }
+  return std::nullopt;
 }
 
 absl::Status AsyncSaver::Wait() {
-  if (!thread_.joinable()) return absl::OkStatus();
-  thread_.join();
-  return result_;
+  while (busy()) {
+    if (const auto result = Advance(); result.has_value()) return *result;
+  }
+  return absl::OkStatus();
 }
 
 }  // namespace krait

@@ -1,95 +1,30 @@
-// Opening, verifying and loading: the manifest first, then only bytes at the places it names.
-#include <fcntl.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
+// Verifying and loading: only bytes at the places that the boxes name.
 #include <algorithm>
-#include <cerrno>
 #include <cstring>
 #include <functional>
-#include <set>
-#include <system_error>
+#include <numeric>
+#include <utility>
 
-#include "absl/strings/cord.h"
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
 #include "kernels/activation.h"
 #include "kernels/base/check.h"
 #include "kernels/base/crc32c.h"
-#include "kernels/base/file.h"
 #include "kernels/transfer.h"
 #include "trainer/checkpoint/checkpoint.h"
-#include "trainer/checkpoint/checkpoint_manifest.h"
+#include "trainer/checkpoint/checkpoint_boxes.h"
+#include "trainer/checkpoint/checkpoint_read.h"
 
 namespace krait {
 namespace {
 
 constexpr ExitCode kCode = ExitCode::kNoCheckpoint;  // damage
 constexpr ExitCode kMisfit = ExitCode::kConfig;
-// Bytes, a multiple of every element size; read, CRC and copy of a piece share the cache.
-constexpr int64_t kPiece = int64_t{256} << 10;
 constexpr int64_t kStreamed = int64_t{16} << 20;  // bytes of a tensor in memory at a time
-
-std::string WithoutSlashes(std::string path) {
-  while (path.size() > 1 && path.ends_with('/')) path.pop_back();
-  return path;
-}
-
-// What the system refuses says nothing about the bytes: not damage, which a load passes over, but
-// an error that ends it (IsUnreadable).
-constexpr char kUnreadable[] = "krait/unreadable";
-absl::Status Unreadable(const std::string& message) {
-  absl::Status status = Error(kCode, message);
-  status.SetPayload(kUnreadable, absl::Cord());
-  return status;
-}
-absl::Status Unreadable(const std::string& path, int error) {
-  return Unreadable("cannot read " + path + ": " + std::generic_category().message(error));
-}
-bool IsUnreadable(const absl::Status& status) { return status.GetPayload(kUnreadable).has_value(); }
-
-bool NotThere(int error) { return error == ENOENT || error == ENOTDIR; }
-
-// Whether there is anything of that name; what keeps this from being known is an error.
-absl::StatusOr<bool> IsThere(const std::string& path) {
-  struct stat info;
-  if (lstat(path.c_str(), &info) == 0) return true;
-  if (NotThere(errno)) return false;
-  return Unreadable(path, errno);
-}
-
-// A regular file that can be opened, not a link to one.
-absl::Status CheckRegular(const std::string& path) {
-  KRAIT_ASSIGN_OR_RETURN(const bool there, IsThere(path));
-  if (!there) return Error(kCode, path + " is missing");
-  struct stat info;
-  if (lstat(path.c_str(), &info) != 0) return Unreadable(path, errno);
-  if (S_ISLNK(info.st_mode)) return Error(kCode, path + " is a symbolic link; not followed");
-  if (!S_ISREG(info.st_mode)) return Error(kCode, path + " is not a regular file");
-  const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-  if (fd < 0) return Unreadable(path, errno);
-  close(fd);
-  return absl::OkStatus();
-}
 
 std::string Place(const Checkpoint& checkpoint, const ManifestBox& box) {
   return checkpoint.path + "/" + checkpoint.files[static_cast<size_t>(box.file)].name +
          ": tensor '" + box.name + "' (" + box.slot + ")";
-}
-
-// Reads bytes [begin, end) of a file into `out` and continues `crc` over them.
-absl::Status ReadInto(const File& file, int64_t begin, int64_t end, char* out, uint32_t* crc) {
-  for (int64_t at = begin; at < end; at += kPiece, out += kPiece) {
-    const auto n = static_cast<size_t>(std::min(kPiece, end - at));
-    if (const absl::Status status = file.ReadAt(out, n, at); !status.ok()) {
-      // A file that is too short is damaged; one that is long enough was refused by the system.
-      const auto size = file.Size();
-      const bool cut_off = size.ok() && *size < at + static_cast<int64_t>(n);
-      return cut_off ? status : Unreadable(MessageOf(status));
-    }
-    *crc = Crc32c(out, n, *crc);
-  }
-  return absl::OkStatus();
 }
 
 // Passes bytes [begin, end) of a file through `take(data, offset from begin, size)` in order and
@@ -124,20 +59,49 @@ absl::Status ReadBox(const Checkpoint& checkpoint, const File& file, const Manif
   return CheckBox(checkpoint, box, crc);
 }
 
-absl::Status CheckOutsideBoxes(const Checkpoint& checkpoint, const File& file, size_t index,
-                               const std::vector<std::pair<int64_t, int64_t>>& ranges,
-                               std::vector<char>* buffer) {
+// CRC of several ranges of a file, one after the other.
+using Ranges = std::vector<std::pair<int64_t, int64_t>>;
+absl::Status CheckRanges(const File& file, const Ranges& ranges, uint32_t saved,
+                         const std::string& what, std::vector<char>* buffer) {
   uint32_t crc = 0;
   for (const auto& [begin, end] : ranges) {
     KRAIT_RETURN_IF_ERROR(Stream(file, begin, end, buffer, &crc, nullptr));
   }
-  const ManifestFile& entry = checkpoint.files[index];
-  if (crc == entry.crc_rest) return absl::OkStatus();
-  return Error(kCode, file.path() + absl::StrFormat(": the bytes outside tensors (headers, the "
-                                                    "first at byte %d) have CRC32C %08x, saved "
-                                                    "was %08x",
-                                                    ranges.empty() ? 0 : ranges[0].first, crc,
-                                                    entry.crc_rest));
+  if (crc == saved) return absl::OkStatus();
+  return Error(
+      kCode, file.path() + absl::StrFormat(": %s (the first byte is %d) have CRC32C %08x, "
+                                           "saved was %08x",
+                                           what, ranges.empty() ? 0 : ranges[0].first, crc, saved));
+}
+
+absl::Status CheckOutside(const File& file, const ManifestFile& entry, const Ranges& outside,
+                          std::vector<char>* buffer) {
+  return CheckRanges(file, outside, entry.crc_rest,
+                     "the bytes outside tensors, of headers and padding", buffer);
+}
+
+// File number `f`, open, its bytes outside boxes and table checked.
+absl::StatusOr<File> OpenFile(const Checkpoint& checkpoint, size_t f, const Ranges& outside,
+                              std::vector<char>* buffer) {
+  const ManifestFile& entry = checkpoint.files[f];
+  KRAIT_ASSIGN_OR_RETURN(File file, OpenRegular(checkpoint.path + "/" + entry.name));
+  KRAIT_RETURN_IF_ERROR(CheckOutside(file, entry, outside, buffer));
+  return file;
+}
+
+// Indices of boxes by the file that they are in, in the order of their places there.
+std::map<size_t, std::vector<size_t>> ByFile(const Checkpoint& checkpoint,
+                                             const std::vector<size_t>& indices) {
+  std::map<size_t, std::vector<size_t>> of_file;
+  for (const size_t i : indices) {
+    of_file[static_cast<size_t>(checkpoint.boxes[i].file)].push_back(i);
+  }
+  for (auto& entry : of_file) {
+    std::sort(entry.second.begin(), entry.second.end(), [&](size_t a, size_t b) {
+      return checkpoint.boxes[a].file_offset < checkpoint.boxes[b].file_offset;
+    });
+  }
+  return of_file;
 }
 
 // Copies the common part of a stored and a wanted box while the stored box's elements stream by in
@@ -288,45 +252,25 @@ absl::StatusOr<std::map<size_t, std::vector<Scatter>>> PlanScatter(
 
 }  // namespace
 
-absl::StatusOr<Checkpoint> OpenCheckpoint(const std::string& path_of_folder) {
-  const std::string folder = WithoutSlashes(path_of_folder);
-  const std::string path = folder + "/" + kManifestName;
-  KRAIT_RETURN_IF_ERROR(CheckRegular(path));
-  KRAIT_ASSIGN_OR_RETURN(const std::string text, ReadFile(path, kMaxManifestBytes, kCode));
-  KRAIT_ASSIGN_OR_RETURN(Checkpoint checkpoint, ParseManifest(text, path));
-  checkpoint.path = folder;
-  int64_t step = 0;
-  const std::string name = folder.substr(folder.find_last_of('/') + 1);
-  // One that no run has saved (step 0, of an import) may have any name.
-  if (IsStepFolderName(name, &step) && step != checkpoint.meta.step && checkpoint.meta.step != 0) {
-    return Error(kCode, path + " is of step " + std::to_string(checkpoint.meta.step) +
-                            ", not of the step in the folder's name");
-  }
-  for (const ManifestFile& entry : checkpoint.files) {
-    const std::string shard = folder + "/" + entry.name;
-    KRAIT_RETURN_IF_ERROR(CheckRegular(shard));
-    KRAIT_ASSIGN_OR_RETURN(const File file, File::OpenRead(shard, kCode));
-    KRAIT_ASSIGN_OR_RETURN(const int64_t size, file.Size());
-    if (size != entry.size) {
-      return Error(kCode, shard + " has " + std::to_string(size) + " bytes; the manifest says " +
-                              std::to_string(entry.size));
-    }
-  }
-  return checkpoint;
-}
-
 absl::Status VerifyCheckpoint(const Checkpoint& checkpoint) {
   ErrorList errors;
   std::vector<char> buffer;
-  const auto ranges = RangesOutsideBoxes(checkpoint.files, checkpoint.boxes);
+  const auto outside = RangesOutsideBoxes(checkpoint.files, checkpoint.boxes);
+  std::vector<size_t> all(checkpoint.boxes.size());
+  std::iota(all.begin(), all.end(), size_t{0});
+  std::map<size_t, std::vector<size_t>> of_file = ByFile(checkpoint, all);
   for (size_t f = 0; f < checkpoint.files.size(); ++f) {
-    const auto file = File::OpenRead(checkpoint.path + "/" + checkpoint.files[f].name, kCode);
+    const ManifestFile& entry = checkpoint.files[f];
+    const auto file = OpenRegular(checkpoint.path + "/" + entry.name);
     errors.Add(file.status());
     if (!file.ok()) continue;
-    errors.Add(CheckOutsideBoxes(checkpoint, *file, f, ranges[f], &buffer));
-    for (const ManifestBox& box : checkpoint.boxes) {
-      if (box.file != static_cast<int64_t>(f)) continue;
-      errors.Add(ReadBox(checkpoint, *file, box, nullptr, &buffer, nullptr));
+    errors.Add(CheckOutside(*file, entry, outside[f], &buffer));
+    if (entry.table_size > 0) {
+      errors.Add(CheckRanges(*file, {{entry.table_at, entry.table_at + entry.table_size}},
+                             entry.table_crc, "the bytes of the table of boxes", &buffer));
+    }
+    for (const size_t i : of_file[f]) {
+      errors.Add(ReadBox(checkpoint, *file, checkpoint.boxes[i], nullptr, &buffer, nullptr));
     }
   }
   return errors.ToStatus();
@@ -335,22 +279,16 @@ absl::Status VerifyCheckpoint(const Checkpoint& checkpoint) {
 absl::Status LoadBoxes(const Checkpoint& checkpoint, const std::vector<CheckpointBox>& wanted,
                        const Context& ctx, const Progress& progress) {
   KRAIT_ASSIGN_OR_RETURN(auto plan, PlanScatter(checkpoint, wanted));
-  std::map<int64_t, std::vector<size_t>> of_file;
-  for (const auto& entry : plan) of_file[checkpoint.boxes[entry.first].file].push_back(entry.first);
-  const auto ranges = RangesOutsideBoxes(checkpoint.files, checkpoint.boxes);
+  std::vector<size_t> touched;
   int64_t done = 0, total = 0;
-  for (const auto& entry : plan) total += checkpoint.boxes[entry.first].bytes();
+  for (const auto& entry : plan) {
+    touched.push_back(entry.first);
+    total += checkpoint.boxes[entry.first].bytes();
+  }
+  const auto outside = RangesOutsideBoxes(checkpoint.files, checkpoint.boxes);
   std::vector<char> buffer;
-  for (auto& [f, indices] : of_file) {
-    const auto file_index = static_cast<size_t>(f);
-    KRAIT_ASSIGN_OR_RETURN(
-        const File file,
-        File::OpenRead(checkpoint.path + "/" + checkpoint.files[file_index].name, kCode));
-    KRAIT_RETURN_IF_ERROR(
-        CheckOutsideBoxes(checkpoint, file, file_index, ranges[file_index], &buffer));
-    std::sort(indices.begin(), indices.end(), [&](size_t a, size_t b) {
-      return checkpoint.boxes[a].file_offset < checkpoint.boxes[b].file_offset;
-    });
+  for (const auto& [f, indices] : ByFile(checkpoint, touched)) {
+    KRAIT_ASSIGN_OR_RETURN(const File file, OpenFile(checkpoint, f, outside[f], &buffer));
     for (const size_t i : indices) {
       const ManifestBox& box = checkpoint.boxes[i];
       if (progress) KRAIT_RETURN_IF_ERROR(progress(done, total));
@@ -370,13 +308,16 @@ absl::Status LoadBoxes(const Checkpoint& checkpoint, const std::vector<Checkpoin
 namespace {
 
 // Streams one tensor, stored as the boxes of `stored`.
-absl::Status StreamTensor(const Checkpoint& checkpoint, const std::vector<File>& files,
-                          const std::vector<size_t>& stored, CheckpointBox wanted, size_t number,
-                          std::vector<char>* piece, const TensorSink& take) {
+absl::Status StreamTensor(const Checkpoint& checkpoint, const std::vector<size_t>& stored,
+                          CheckpointBox wanted, size_t number, std::vector<char>* piece,
+                          const TensorSink& take) {
   const int64_t rows = wanted.shape[0], row = wanted.bytes() / SizeOf(wanted.dtype) / rows;
   const int64_t at_once = std::max<int64_t>(1, kStreamed / (row * SizeOf(wanted.dtype)));
   std::vector<uint32_t> crc(stored.size());
   std::vector<char> buffer;
+  // One file is open at a time: there may be more of them than a process may open.
+  int64_t open = -1;
+  File file;
   for (int64_t begin = 0; begin < rows; begin += at_once) {
     wanted.offset[0] = begin;
     wanted.extent[0] = std::min(at_once, rows - begin);
@@ -391,7 +332,10 @@ absl::Status StreamTensor(const Checkpoint& checkpoint, const std::vector<File>&
       const int64_t width = box.bytes() / box.extent[0];  // of a row of the box
       const int64_t skipped = (first - box.offset[0]) * width;
       const int64_t from = box.file_offset + skipped, to = from + (end - first) * width;
-      const File& file = files[static_cast<size_t>(box.file)];
+      if (box.file != std::exchange(open, box.file)) {
+        const std::string& name = checkpoint.files[static_cast<size_t>(box.file)].name;
+        KRAIT_ASSIGN_OR_RETURN(file, OpenRegular(checkpoint.path + "/" + name));
+      }
       if (stored.size() == 1 && box.dtype == wanted.dtype) {
         KRAIT_RETURN_IF_ERROR(ReadInto(file, from, to, piece->data(), &crc[k]));
         continue;
@@ -415,125 +359,24 @@ absl::Status StreamTensor(const Checkpoint& checkpoint, const std::vector<File>&
 
 absl::Status StreamTensors(const Checkpoint& checkpoint, const std::vector<CheckpointBox>& wanted,
                            const TensorSink& take) {
-  KRAIT_RETURN_IF_ERROR(PlanScatter(checkpoint, wanted).status());
+  std::vector<size_t> touched;
+  {
+    KRAIT_ASSIGN_OR_RETURN(const auto plan, PlanScatter(checkpoint, wanted));
+    for (const auto& entry : plan) touched.push_back(entry.first);
+  }
   const TensorIndex index = IndexTensors(checkpoint.boxes);
-  const auto ranges = RangesOutsideBoxes(checkpoint.files, checkpoint.boxes);
-  std::vector<File> files;
+  const auto outside = RangesOutsideBoxes(checkpoint.files, checkpoint.boxes);
   std::vector<char> piece;
-  for (size_t f = 0; f < checkpoint.files.size(); ++f) {
-    files.emplace_back();
-    KRAIT_ASSIGN_OR_RETURN(files.back(),
-                           File::OpenRead(checkpoint.path + "/" + checkpoint.files[f].name, kCode));
-    KRAIT_RETURN_IF_ERROR(CheckOutsideBoxes(checkpoint, files[f], f, ranges[f], &piece));
+  for (const auto& entry : ByFile(checkpoint, touched)) {
+    const size_t f = entry.first;
+    KRAIT_RETURN_IF_ERROR(OpenFile(checkpoint, f, outside[f], &piece).status());
   }
   for (size_t i = 0; i < wanted.size(); ++i) {
     KRAIT_CHECK(wanted[i].extent == wanted[i].shape && !wanted[i].shape.empty());
-    KRAIT_RETURN_IF_ERROR(StreamTensor(
-        checkpoint, files, index.at({wanted[i].slot, wanted[i].name}), wanted[i], i, &piece, take));
+    KRAIT_RETURN_IF_ERROR(StreamTensor(checkpoint, index.at({wanted[i].slot, wanted[i].name}),
+                                       wanted[i], i, &piece, take));
   }
   return absl::OkStatus();
-}
-
-absl::StatusOr<std::vector<std::string>> ListCheckpoints(const std::string& dir) {
-  // Only a folder that is known not to be there holds none: any other failure must not look like a
-  // run without checkpoints.
-  KRAIT_ASSIGN_OR_RETURN(const bool there, IsThere(dir));
-  if (!there) return std::vector<std::string>();
-  KRAIT_ASSIGN_OR_RETURN(const std::vector<std::string> names, ListDirectory(dir, kCode));
-  const std::set<std::string> present(names.begin(), names.end());
-  std::vector<std::pair<int64_t, std::string>> found;
-  for (const std::string& name : names) {
-    int64_t step = 0;
-    if (IsStepFolderName(name, &step)) {
-      found.emplace_back(step, name);
-    } else if (name.starts_with("old-") && name.size() > 5 + kSaveIdDigits) {
-      // step-N moved aside by a save that was killed before its own step-N was in place.
-      const std::string stem = name.substr(4, name.size() - 5 - kSaveIdDigits);
-      if (IsStepFolderName(stem, &step) && !present.contains(stem)) found.emplace_back(step, name);
-    }
-  }
-  std::sort(found.rbegin(), found.rend());
-  std::vector<std::string> folders;
-  for (const auto& entry : found) folders.push_back(dir + "/" + entry.second);
-  return folders;
-}
-
-absl::StatusOr<std::vector<std::string>> FindCheckpoints(const std::string& given) {
-  std::string path = WithoutSlashes(given);
-  KRAIT_RETURN_IF_ERROR(IsThere(path).status());
-  if (path.ends_with("/latest") && !IsDirectory(path)) path = ParentFolder(path);
-  if (!IsDirectory(path)) return Error(kCode, path + " is not a folder; a checkpoint is one");
-  if (Exists(path + "/" + kManifestName) ||
-      IsStepFolderName(path.substr(path.find_last_of('/') + 1))) {
-    return std::vector<std::string>{path};
-  }
-  for (const std::string& dir : {path, path + "/checkpoints"}) {
-    KRAIT_ASSIGN_OR_RETURN(std::vector<std::string> folders, ListCheckpoints(dir));
-    if (!folders.empty()) return folders;
-  }
-  return Error(kCode, path + " holds no checkpoint (" + kManifestName +
-                          "), no step-N folders and no checkpoints/step-N");
-}
-
-absl::StatusOr<Checkpoint> LoadNewestWhole(const std::vector<std::string>& folders,
-                                           const CheckpointLoader& load,
-                                           std::vector<PassedOver>* passed_over) {
-  ErrorList errors;
-  for (const std::string& folder : folders) {
-    absl::StatusOr<Checkpoint> checkpoint = OpenCheckpoint(folder);
-    const absl::Status status = checkpoint.ok() ? load(*checkpoint) : checkpoint.status();
-    if (status.ok()) return checkpoint;
-    if (IsUnreadable(status)) {
-      return Error(kCode, MessageOf(status) +
-                              "\nwhat cannot be read may be whole: it is not passed "
-                              "over; make it readable, or move it away");
-    }
-    if (ExitCodeOf(status) != kCode) return status;
-    errors.Add(status);
-    passed_over->push_back({folder, MessageOf(status)});
-  }
-  if (errors.empty()) return Error(kCode, "there is no checkpoint");
-  return Error(kCode, "no checkpoint is whole:\n" + MessageOf(errors.ToStatus()));
-}
-
-absl::StatusOr<Checkpoint> LoadNewest(const std::vector<std::string>& folders,
-                                      const CheckpointLoader& load, const Notice& notice,
-                                      std::vector<PassedOver>* passed_over) {
-  std::vector<PassedOver> own;
-  if (passed_over == nullptr) passed_over = &own;
-  auto loaded = LoadNewestWhole(folders, load, passed_over);
-  // An error names all reasons itself.
-  for (size_t i = 0; loaded.ok() && i < passed_over->size(); ++i) {
-    notice("passed over " + (*passed_over)[i].path + ": " + (*passed_over)[i].reason);
-  }
-  return loaded;
-}
-
-absl::Status MendLatest(const std::string& dir) {
-  const std::string path = dir + "/latest";
-  KRAIT_ASSIGN_OR_RETURN(const std::vector<std::string> folders, ListCheckpoints(dir));
-  if (folders.empty()) return RemoveFile(path, ExitCode::kCannotSave);
-  return WriteFileAtomic(path, folders.front().substr(dir.size() + 1) + "\n",
-                         ExitCode::kCannotSave);
-}
-
-std::string CheckLatest(const std::string& dir, bool* damaged) {
-  const auto folders = ListCheckpoints(dir);
-  const std::string path = dir + "/latest";
-  if (damaged != nullptr) *damaged = false;
-  if (folders.ok() && !Exists(path)) return folders->empty() ? "" : path + " is missing";
-  const auto text = ReadFile(path, 100, kCode);
-  if (folders.ok() && text.ok()) {
-    for (size_t i = 0; i < folders->size(); ++i) {
-      if (*text != (*folders)[i].substr(dir.size() + 1) + "\n") continue;
-      return i == 0 ? "" : path + " names an older checkpoint; the newest is " + folders->front();
-    }
-  }
-  if (damaged != nullptr) *damaged = true;
-  if (!folders.ok()) return MessageOf(folders.status());
-  if (!text.ok()) return MessageOf(text.status());
-  return path + " does not name a checkpoint" +
-         (folders->empty() ? "" : "; the newest is " + folders->front());
 }
 
 }  // namespace krait

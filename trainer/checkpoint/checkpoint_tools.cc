@@ -13,7 +13,7 @@
 #include "kernels/base/file.h"
 #include "kernels/base/json.h"
 #include "trainer/checkpoint/checkpoint.h"
-#include "trainer/checkpoint/checkpoint_manifest.h"
+#include "trainer/checkpoint/checkpoint_boxes.h"
 
 namespace krait {
 namespace {
@@ -58,6 +58,7 @@ json InspectJson(const Checkpoint& checkpoint, const TensorIndex& index) {
   json out = {{"path", checkpoint.path},
               {"format_version", checkpoint.format_version},
               {"save_id", checkpoint.save_id},
+              {"ranks", checkpoint.ranks},
               {"step", meta.step},
               {"adam_steps", meta.adam_steps},
               {"skipped", meta.skipped},
@@ -111,7 +112,8 @@ std::string InspectText(const Checkpoint& checkpoint, const TensorIndex& index) 
                             source.path, source.content, source.place, source.seq_len, source.epoch,
                             source.weight > 0 ? "" : ", left out");
   }
-  text += absl::StrFormat("  format %d, save %s\n", checkpoint.format_version, checkpoint.save_id);
+  text += absl::StrFormat("  format %d, save %s, %d rank%s\n", checkpoint.format_version,
+                          checkpoint.save_id, checkpoint.ranks, checkpoint.ranks == 1 ? "" : "s");
   for (const ManifestFile& file : checkpoint.files) {
     text += absl::StrFormat("  file %s: %d bytes\n", file.name, file.size);
   }

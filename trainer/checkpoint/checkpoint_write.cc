@@ -1,4 +1,4 @@
-// Saving: shard, manifest, publication by rename, retention.
+// Saving: shards, manifest, publication by rename, retention.
 #include <fcntl.h>
 #include <sys/random.h>
 #include <sys/stat.h>
@@ -7,7 +7,9 @@
 #include <algorithm>
 #include <cerrno>
 #include <csignal>
+#include <exception>
 #include <map>
+#include <new>
 #include <optional>
 #include <system_error>
 
@@ -17,13 +19,16 @@
 #include "kernels/base/file.h"
 #include "kernels/base/h5.h"
 #include "trainer/checkpoint/checkpoint.h"
+#include "trainer/checkpoint/checkpoint_boxes.h"
 #include "trainer/checkpoint/checkpoint_manifest.h"
+#include "trainer/checkpoint/checkpoint_ranks.h"
+#include "trainer/checkpoint/checkpoint_read.h"
+#include "trainer/checkpoint/checkpoint_save.h"
 
 namespace krait {
 namespace {
 
 constexpr ExitCode kCode = ExitCode::kCannotSave;
-constexpr int64_t kPiece = int64_t{256} << 10;  // CRC and write of a piece share the cache
 
 std::string Reason(int error) { return std::generic_category().message(error); }
 
@@ -66,10 +71,13 @@ std::optional<Space> FreeSpace(const std::string& dir) {
                info.f_files == 0 || info.f_favail >= 8};
 }
 
-// What a save takes on disk: data, and per dataset HDF5's headers, alignment and a manifest line.
-int64_t BytesNeeded(const std::vector<CheckpointBox>& boxes) {
+// What a rank's file takes on disk: data, and per dataset HDF5's headers, alignment and a line of
+// the table.
+int64_t BytesNeeded(const std::vector<CheckpointBox>& boxes, int64_t box_bytes) {
   int64_t bytes = 1 << 16;
-  for (const CheckpointBox& box : boxes) bytes += box.bytes() + 6000;
+  for (const CheckpointBox& box : boxes) {
+    bytes += box.bytes() + 6000 * (box.bytes() / box_bytes + 1);
+  }
   return bytes;
 }
 
@@ -93,99 +101,13 @@ absl::Status Reserve(const File& file, int64_t size) {
   return absl::OkStatus();
 }
 
-// HDF5 lays out the file of this rank; the datasets' offsets go to `boxes`.
-absl::Status LayOut(const std::string& path, const std::string& save_id, int64_t step,
-                    std::vector<ManifestBox>* boxes) {
-  KRAIT_ASSIGN_OR_RETURN(H5File h5, H5File::Create(path, kCode));
-  KRAIT_RETURN_IF_ERROR(
-      h5.WriteAttribute("format_version", static_cast<uint64_t>(kCheckpointFormat)));
-  // Bytes outside boxes carry a CRC too: with the save id among them, a file of another save does
-  // not fit this manifest even where all its tensors are equal.
-  KRAIT_RETURN_IF_ERROR(h5.WriteAttribute("save_id", save_id));
-  KRAIT_RETURN_IF_ERROR(h5.WriteAttribute("step", static_cast<uint64_t>(step)));
-  std::map<std::pair<std::string, std::string>, int64_t> count;
-  for (ManifestBox& box : *boxes) {
-    const std::string dataset =
-        "/" + box.slot + "/" + box.name + "/" + std::to_string(count[{box.slot, box.name}]++);
-    KRAIT_ASSIGN_OR_RETURN(box.file_offset, h5.CreateContiguous(dataset, box.dtype, box.extent));
-  }
-  return h5.Close();
-}
-
-// Box number i of the caller. The CRC is taken from its memory, before the bytes go anywhere.
-absl::Status WriteBox(const File& file, const CheckpointBox& values, size_t i,
-                      const BoxSource& source, std::vector<char>* buffer, ManifestBox* box) {
-  const int64_t size = values.bytes(), width = SizeOf(values.dtype);
-  box->crc = 0;
-  for (int64_t done = 0; done < size; done += kPiece) {
-    const auto n = static_cast<size_t>(std::min(kPiece, size - done));
-    const char* data = buffer->data();
-    if (values.data != nullptr) {
-      data = static_cast<const char*>(values.data) + done;
-    } else {
-      KRAIT_RETURN_IF_ERROR(
-          source(i, done / width, static_cast<int64_t>(n) / width, buffer->data()));
-    }
-    box->crc = Crc32c(data, n, box->crc);
-    KRAIT_RETURN_IF_ERROR(file.WriteAt(data, n, box->file_offset + done));
-  }
-  return absl::OkStatus();
-}
-
-// This rank's file in `folder`, on disk when the call returns; fills files and boxes.
-absl::Status WriteShard(const std::string& folder, const std::vector<CheckpointBox>& sources,
-                        const BoxSource& source, Checkpoint* checkpoint) {
-  ManifestFile shard{"rank-00000.h5", 0, 0};
-  const std::string path = folder + "/" + shard.name;
-  for (const CheckpointBox& box : sources) {
-    checkpoint->boxes.push_back(
-        {box.slot, box.name, box.dtype, box.shape, box.offset, box.extent, 0, 0, 0});
-  }
-  KRAIT_RETURN_IF_ERROR(
-      LayOut(path, checkpoint->save_id, checkpoint->meta.step, &checkpoint->boxes));
-  KRAIT_ASSIGN_OR_RETURN(File file, File::OpenWrite(path, kCode));
-  KRAIT_ASSIGN_OR_RETURN(shard.size, file.Size());
-  KRAIT_RETURN_IF_ERROR(Reserve(file, shard.size));
-  std::vector<char> buffer(static_cast<size_t>(kPiece));
-  for (size_t i = 0; i < sources.size(); ++i) {
-    KRAIT_RETURN_IF_ERROR(WriteBox(file, sources[i], i, source, &buffer, &checkpoint->boxes[i]));
-  }
-  checkpoint->files = {shard};
-  const auto outside = RangesOutsideBoxes(checkpoint->files, checkpoint->boxes);
-  for (const auto& [begin, end] : outside[0]) {
-    for (int64_t at = begin; at < end; at += kPiece) {
-      const auto n = static_cast<size_t>(std::min(kPiece, end - at));
-      KRAIT_RETURN_IF_ERROR(file.ReadAt(buffer.data(), n, at));
-      shard.crc_rest = Crc32c(buffer.data(), n, shard.crc_rest);
-    }
-  }
-  checkpoint->files = {shard};
-  KRAIT_RETURN_IF_ERROR(file.Sync());
-  return file.Close();
-}
-
-absl::Status WriteManifest(const std::string& folder, const Checkpoint& checkpoint) {
-  KRAIT_ASSIGN_OR_RETURN(const std::string text, ManifestText(checkpoint));
-  const std::string path = folder + "/" + kManifestName;
-  // A manifest that the reader would refuse must not be published: boxes that do not tile a tensor
-  // are a bug of the caller.
-  if (absl::Status status = ParseManifest(text, path).status(); !status.ok()) {
-    return Error(ExitCode::kInternal, MessageOf(status));
-  }
-  KRAIT_ASSIGN_OR_RETURN(File file, File::Create(path, /*exclusive=*/true, kCode));
-  KRAIT_RETURN_IF_ERROR(file.WriteAt(text.data(), text.size(), 0));
-  KRAIT_RETURN_IF_ERROR(file.Sync());
-  return file.Close();
-}
-
-bool EndsWithSaveId(std::string_view name) {
-  return name.size() > kSaveIdDigits + 1 && IsSaveId(name.substr(name.size() - kSaveIdDigits)) &&
-         name[name.size() - kSaveIdDigits - 1] == '.';
-}
-
 // The names that a save uses beside the final one.
 struct SaveNames {
   std::string dir, name, save_id;
+  explicit SaveNames(const BegunSave& save)
+      : dir(save.options.dir),
+        name(save.options.name.empty() ? StepFolderName(save.meta.step) : save.options.name),
+        save_id(save.save_id) {}
   std::string final_path() const { return dir + "/" + name; }
   std::string temporary() const { return dir + "/" + name + "." + save_id + ".tmp"; }
   std::string old() const { return dir + "/old-" + name + "." + save_id; }
@@ -193,6 +115,157 @@ struct SaveNames {
     return dir + "/trash-" + folder + "." + save_id;
   }
 };
+
+// HDF5 lays out a rank's file; the places go to the boxes and to the table in `shard`.
+absl::Status LayOut(const std::string& path, const BegunSave& save, int rank,
+                    std::vector<ManifestBox>* boxes, ManifestFile* shard) {
+  KRAIT_ASSIGN_OR_RETURN(H5File h5, H5File::Create(path, kCode));
+  KRAIT_RETURN_IF_ERROR(
+      h5.WriteAttribute("format_version", static_cast<uint64_t>(kCheckpointFormat)));
+  // Bytes outside boxes carry a CRC too: with the save id among them, a file of another save does
+  // not fit this manifest even where all its tensors are equal.
+  KRAIT_RETURN_IF_ERROR(h5.WriteAttribute("save_id", save.save_id));
+  KRAIT_RETURN_IF_ERROR(h5.WriteAttribute("step", static_cast<uint64_t>(save.meta.step)));
+  KRAIT_RETURN_IF_ERROR(h5.WriteAttribute("rank", static_cast<uint64_t>(rank)));
+  std::map<std::pair<std::string, std::string>, int64_t> count;
+  for (ManifestBox& box : *boxes) {
+    const std::string dataset =
+        "/" + box.slot + "/" + box.name + "/" + std::to_string(count[{box.slot, box.name}]++);
+    KRAIT_ASSIGN_OR_RETURN(box.file_offset, h5.CreateContiguous(dataset, box.dtype, box.extent));
+  }
+  // The last one: its length depends on where the boxes are.
+  shard->table_size = static_cast<int64_t>(TableText(save.save_id, *boxes).size());
+  if (shard->table_size > kMaxTableBytes) {
+    return Error(kCode, path + ": " + std::to_string(boxes->size()) +
+                            " boxes are more than one file may have");
+  }
+  KRAIT_ASSIGN_OR_RETURN(shard->table_at,
+                         h5.CreateContiguous(kTableDataset, DType::kU8, {shard->table_size}));
+  return h5.Close();
+}
+
+// A part of one of the caller's boxes. The CRC is taken from its memory, before the bytes go
+// anywhere.
+absl::Status WriteBox(const File& file, const CheckpointBox& values, const BoxPart& part,
+                      const BoxSource& source, std::vector<char>* buffer, ManifestBox* box) {
+  const int64_t size = box->bytes(), width = SizeOf(values.dtype);
+  box->crc = 0;
+  for (int64_t done = 0; done < size; done += kPiece) {
+    const auto n = static_cast<size_t>(std::min(kPiece, size - done));
+    const char* data = buffer->data();
+    if (values.data != nullptr) {
+      data = static_cast<const char*>(values.data) + part.begin * width + done;
+    } else {
+      KRAIT_RETURN_IF_ERROR(source(part.box, part.begin + done / width,
+                                   static_cast<int64_t>(n) / width, buffer->data()));
+    }
+    box->crc = Crc32c(data, n, box->crc);
+    KRAIT_RETURN_IF_ERROR(file.WriteAt(data, n, box->file_offset + done));
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<ManifestFile> Write(const BegunSave& save, int rank,
+                                   const std::vector<CheckpointBox>& sources,
+                                   const BoxSource& source) {
+  ManifestFile shard{absl::StrFormat("rank-%05d.h5", rank), 0, 0};
+  const std::string path = SaveNames(save).temporary() + "/" + shard.name;
+  const std::vector<BoxPart> parts = CutBoxes(sources, save.options.box_bytes);
+  std::vector<ManifestBox> boxes;
+  boxes.reserve(parts.size());
+  for (const BoxPart& part : parts) {
+    const CheckpointBox& box = sources[part.box];
+    boxes.push_back({box.slot, box.name, box.dtype, box.shape, part.offset, part.extent, 0, 0, 0});
+  }
+  KRAIT_RETURN_IF_ERROR(LayOut(path, save, rank, &boxes, &shard));
+  KRAIT_ASSIGN_OR_RETURN(File file, File::OpenWrite(path, kCode));
+  KRAIT_ASSIGN_OR_RETURN(shard.size, file.Size());
+  KRAIT_RETURN_IF_ERROR(Reserve(file, shard.size));
+  std::vector<char> buffer(static_cast<size_t>(kPiece));
+  for (size_t i = 0; i < parts.size(); ++i) {
+    KRAIT_RETURN_IF_ERROR(
+        WriteBox(file, sources[parts[i].box], parts[i], source, &buffer, &boxes[i]));
+  }
+  const std::string table = TableText(save.save_id, boxes);
+  KRAIT_CHECK(static_cast<int64_t>(table.size()) == shard.table_size);
+  shard.table_crc = Crc32c(table.data(), table.size());
+  KRAIT_RETURN_IF_ERROR(file.WriteAt(table.data(), table.size(), shard.table_at));
+  const auto outside = RangesOutsideBoxes({shard}, boxes);
+  for (const auto& [begin, end] : outside[0]) {
+    for (int64_t at = begin; at < end; at += kPiece) {
+      const auto n = static_cast<size_t>(std::min(kPiece, end - at));
+      KRAIT_RETURN_IF_ERROR(file.ReadAt(buffer.data(), n, at));
+      shard.crc_rest = Crc32c(buffer.data(), n, shard.crc_rest);
+    }
+  }
+  KRAIT_RETURN_IF_ERROR(file.Sync());
+  KRAIT_RETURN_IF_ERROR(file.Close());
+  return shard;
+}
+
+// Runs what must not throw, since an exception that leaves a thread ends the process, unsaved.
+template <typename Work>
+absl::Status Catching(const Work& work) {
+  try {
+    return work();
+  } catch (const std::bad_alloc&) {
+    return Error(ExitCode::kOutOfMemory, "out of memory");
+  } catch (const std::exception& error) {
+    return Error(kCode, error.what());
+  }
+}
+
+// A report is the file's entry, or the exit code of an error and its message behind this mark.
+constexpr char kFailed = '!';
+
+std::string FailedReport(const absl::Status& status) {
+  return kFailed + std::to_string(static_cast<int>(ExitCodeOf(status))) + " " + MessageOf(status);
+}
+
+// The files that the reports name, or what they say is wrong.
+absl::StatusOr<std::vector<ManifestFile>> ReadReports(const std::vector<std::string>& reports) {
+  constexpr size_t kTold = 3;
+  std::vector<ManifestFile> files;
+  std::vector<std::string> wrong;
+  ExitCode code = kCode;
+  for (size_t r = 0; r < reports.size(); ++r) {
+    const std::string& report = reports[r];
+    if (report.empty()) continue;
+    if (report[0] != kFailed) {
+      KRAIT_ASSIGN_OR_RETURN(ManifestFile file,
+                             ParseFileText(report, "the report of rank " + std::to_string(r)));
+      files.push_back(std::move(file));
+      continue;
+    }
+    const size_t space = report.find(' ');
+    if (wrong.empty()) code = static_cast<ExitCode>(std::stoi(report.substr(1, space - 1)));
+    wrong.push_back(report.substr(space + 1));
+  }
+  if (wrong.empty()) return files;
+  std::string text = wrong[0];
+  for (size_t i = 1; i < std::min(kTold, wrong.size()); ++i) text += "; " + wrong[i];
+  if (wrong.size() > kTold) text += absl::StrFormat("; and %d more ranks", wrong.size() - kTold);
+  return Error(code, text);
+}
+
+absl::Status WriteManifest(const std::string& folder, const Checkpoint& checkpoint) {
+  KRAIT_ASSIGN_OR_RETURN(const std::string text, ManifestText(checkpoint));
+  const std::string path = folder + "/" + kManifestName;
+  KRAIT_ASSIGN_OR_RETURN(File file, File::Create(path, /*exclusive=*/true, kCode));
+  KRAIT_RETURN_IF_ERROR(file.WriteAt(text.data(), text.size(), 0));
+  KRAIT_RETURN_IF_ERROR(file.Sync());
+  KRAIT_RETURN_IF_ERROR(file.Close());
+  // What a reader would refuse must not be published: files that this rank does not see as they
+  // were written, and, a bug of the caller, boxes that do not tile a tensor.
+  KRAIT_ASSIGN_OR_RETURN(const Checkpoint written, ReadCheckpoint(folder, OrAlone(nullptr)));
+  const absl::Status boxes = CheckBoxes(written);
+  return boxes.ok() ? boxes : Error(ExitCode::kInternal, MessageOf(boxes));
+}
+
+bool EndsWithSaveId(std::string_view name) {
+  return name.size() > kSaveIdDigits + 1 && IsSaveId(name.substr(name.size() - kSaveIdDigits)) &&
+         name[name.size() - kSaveIdDigits - 1] == '.';
+}
 
 // What a killed save can leave behind: temporary and trash folders, and an old-step-N beside its
 // step-N. For a single checkpoint only what carries its own name.
@@ -243,7 +316,7 @@ absl::Status Prune(const SaveOptions& options, const SaveNames& names,
     if (folder == names.final_path()) {
       ++whole;
     } else if (whole < options.keep) {
-      if (OpenCheckpoint(folder).ok()) ++whole;
+      if (ReadManifest(folder).ok()) ++whole;
     } else if (!milestone) {
       // Renamed first: a folder half deleted must not look like a checkpoint.
       const std::string trash = names.trash(folder.substr(options.dir.size() + 1));
@@ -254,18 +327,6 @@ absl::Status Prune(const SaveOptions& options, const SaveNames& names,
     }
   }
   return absl::OkStatus();
-}
-
-// Everything up to the rename. The caller removes the temporary folder on failure.
-absl::Status WriteTemporary(const SaveNames& names, Checkpoint* checkpoint,
-                            const std::vector<CheckpointBox>& boxes, const BoxSource& source) {
-  const std::string temporary = names.temporary();
-  if (mkdir(temporary.c_str(), 0777) != 0) {
-    return Error(kCode, "cannot create folder " + temporary + ": " + Reason(errno));
-  }
-  KRAIT_RETURN_IF_ERROR(WriteShard(temporary, boxes, source, checkpoint));
-  KRAIT_RETURN_IF_ERROR(WriteManifest(temporary, *checkpoint));
-  return SyncDirectory(temporary, kCode);
 }
 
 absl::Status Publish(const SaveNames& names) {
@@ -287,17 +348,21 @@ absl::Status Finish(const SaveOptions& options, const SaveNames& names,
   return Prune(options, names, warnings);
 }
 
-// Folder, clearing up and space: what must hold before anything is written.
-absl::Status Prepare(const SaveOptions& options, SaveNames* names, int64_t needed,
-                     std::vector<std::string>* warnings) {
+// What must hold before anything is written, and the temporary folder.
+absl::Status Prepare(BegunSave* save, std::vector<std::string>* warnings) {
+  const SaveOptions& options = save->options;
   KRAIT_RETURN_IF_ERROR(MakeDirectories(options.dir, kCode));
-  if (!options.name.empty() && Exists(names->final_path()) &&
-      !Exists(names->final_path() + "/" + kManifestName)) {
-    return Error(kCode, names->final_path() + " exists and is not a checkpoint");
+  const std::string final_path = SaveNames(*save).final_path();
+  if (!options.name.empty() && Exists(final_path) && !Exists(final_path + "/" + kManifestName)) {
+    return Error(kCode, final_path + " exists and is not a checkpoint");
   }
   RemoveLeftovers(options, warnings);
-  KRAIT_RETURN_IF_ERROR(CheckSpace(options.dir, needed));
-  KRAIT_ASSIGN_OR_RETURN(names->save_id, NewSaveId());
+  KRAIT_RETURN_IF_ERROR(CheckSpace(options.dir, save->needed));
+  KRAIT_ASSIGN_OR_RETURN(save->save_id, NewSaveId());
+  const std::string temporary = SaveNames(*save).temporary();
+  if (mkdir(temporary.c_str(), 0777) != 0) {
+    return Error(kCode, "cannot create folder " + temporary + ": " + Reason(errno));
+  }
   return absl::OkStatus();
 }
 
@@ -308,37 +373,91 @@ std::string SpaceText(const std::string& dir, int64_t needed) {
          (space.has_value() ? ", " + std::to_string(space->bytes) + " free)" : ")");
 }
 
+absl::Status Failed(const BegunSave& save, const absl::Status& status, const std::string& more) {
+  const ExitCode code = ExitCodeOf(status);
+  const bool other = code == ExitCode::kInternal || code == ExitCode::kOutOfMemory;
+  return Error(other ? code : kCode,
+               "cannot save " + SaveNames(save).final_path() + ": " + MessageOf(status) + more);
+}
+
 }  // namespace
 
-absl::Status SaveCheckpoint(const SaveOptions& options, const CheckpointMeta& meta,
-                            const std::vector<CheckpointBox>& boxes,
-                            std::vector<std::string>* warnings, const BoxSource& source) {
+absl::StatusOr<BegunSave> BeginSave(const SaveOptions& options, const CheckpointMeta& meta,
+                                    const std::vector<CheckpointBox>& boxes,
+                                    std::vector<std::string>* warnings, World* given) {
   KRAIT_CHECK(options.keep >= 2 || !options.name.empty());
+  KRAIT_CHECK(options.box_bytes > 0);
+  IgnoreFileSizeSignal();
+  World* const world = OrAlone(given);
+  BegunSave save{options, meta, "", 0};
+  for (const int64_t bytes : world->AllGather(BytesNeeded(boxes, options.box_bytes))) {
+    save.needed += bytes;
+  }
+  absl::Status status;
+  if (world->first()) status = Prepare(&save, warnings);
+  if (!status.ok()) status = Failed(save, status, SpaceText(options.dir, save.needed));
+  KRAIT_RETURN_IF_ERROR(StatusOfFirst(world, status));
+  save.save_id = world->Broadcast(save.save_id);
+  const std::string temporary = SaveNames(save).temporary();
+  if (!IsDirectory(temporary)) {
+    status = Error(kCode, temporary +
+                              ", which the first rank has made, is not there for this one: "
+                              "checkpoint.dir must be one folder for all ranks");
+  }
+  status = Agree(world, status);
+  if (!status.ok() && world->first()) Warn(warnings, RemoveAll(temporary, kCode));
+  KRAIT_RETURN_IF_ERROR(status);
+  return save;
+}
+
+std::string WriteShard(const BegunSave& save, int rank, const std::vector<CheckpointBox>& boxes,
+                       const BoxSource& source) {
+  if (boxes.empty()) return "";
   for (const CheckpointBox& box : boxes) {
     KRAIT_CHECK(box.device == Device::kCpu && (box.data != nullptr || source != nullptr));
   }
-  IgnoreFileSizeSignal();
-  SaveNames names{options.dir, options.name.empty() ? StepFolderName(meta.step) : options.name, ""};
-  const int64_t needed = BytesNeeded(boxes);
-  const auto failed = [&](const absl::Status& status, const std::string& more) {
-    const ExitCode code = ExitCodeOf(status) == ExitCode::kInternal ? ExitCode::kInternal : kCode;
-    return Error(code, "cannot save " + names.final_path() + ": " + MessageOf(status) + more);
-  };
+  std::string report;
+  const absl::Status status = Catching([&]() -> absl::Status {
+    KRAIT_ASSIGN_OR_RETURN(const ManifestFile file, Write(save, rank, boxes, source));
+    report = FileText(file);
+    return absl::OkStatus();
+  });
+  return status.ok() ? report : FailedReport(status);
+}
 
-  absl::Status status = Prepare(options, &names, needed, warnings);
-  if (!status.ok()) return failed(status, SpaceText(options.dir, needed));
-  Checkpoint checkpoint;
-  checkpoint.save_id = names.save_id;
-  checkpoint.meta = meta;
-  status = WriteTemporary(names, &checkpoint, boxes, source);
-  if (status.ok()) status = Publish(names);
+absl::Status EndSave(const BegunSave& save, const std::vector<std::string>& reports,
+                     std::vector<std::string>* warnings) {
+  const SaveNames names(save);
+  absl::Status status = Catching([&]() -> absl::Status {
+    Checkpoint checkpoint;
+    checkpoint.save_id = save.save_id;
+    checkpoint.meta = save.meta;
+    checkpoint.ranks = static_cast<int64_t>(reports.size());
+    KRAIT_ASSIGN_OR_RETURN(checkpoint.files, ReadReports(reports));
+    KRAIT_RETURN_IF_ERROR(WriteManifest(names.temporary(), checkpoint));
+    KRAIT_RETURN_IF_ERROR(SyncDirectory(names.temporary(), kCode));
+    return Publish(names);
+  });
   if (!status.ok()) {
-    status = failed(status, SpaceText(options.dir, needed));  // the space before the removal
+    status = Failed(save, status, SpaceText(names.dir, save.needed));  // before the removal
     Warn(warnings, RemoveAll(names.temporary(), kCode));
     return status;
   }
-  status = Finish(options, names, warnings);
-  return status.ok() ? status : failed(status, "; the checkpoint itself is in place");
+  status = Catching([&] { return Finish(save.options, names, warnings); });
+  return status.ok() ? status : Failed(save, status, "; the checkpoint itself is in place");
+}
+
+absl::Status SaveCheckpoint(const SaveOptions& options, const CheckpointMeta& meta,
+                            const std::vector<CheckpointBox>& boxes,
+                            std::vector<std::string>* warnings, const BoxSource& source,
+                            World* given) {
+  World* const world = OrAlone(given);
+  KRAIT_ASSIGN_OR_RETURN(const BegunSave save, BeginSave(options, meta, boxes, warnings, world));
+  const std::vector<std::string> reports =
+      world->AllGather(WriteShard(save, world->rank(), boxes, source));
+  absl::Status status;
+  if (world->first()) status = EndSave(save, reports, warnings);
+  return StatusOfFirst(world, status);
 }
 
 absl::Status CheckCanSave(const std::string& dir, int64_t bytes) {

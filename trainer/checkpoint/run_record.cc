@@ -52,7 +52,7 @@ absl::Status CheckRecorded(const RunRecord& record, const std::string& dir,
                            const std::vector<std::string>& folders) {
   std::string newest;
   for (const std::string& folder : folders) {
-    const auto checkpoint = OpenCheckpoint(folder);
+    const auto checkpoint = ReadManifest(folder);
     if (checkpoint.ok() ? checkpoint->save_id == record.save_id
                         : LastPart(folder) == LastPart(record.path)) {
       return absl::OkStatus();

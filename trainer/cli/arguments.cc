@@ -48,6 +48,16 @@ absl::StatusOr<RunConfig> LoadNamedConfig(const ConfigArguments& arguments, Conf
   return config;
 }
 
+absl::StatusOr<RunConfig> LoadNamedConfig(const ConfigArguments& arguments, ConfigUse use,
+                                          World* world) {
+  auto config = LoadConfig(arguments.path, arguments.overrides, use, world->size());
+  KRAIT_RETURN_IF_ERROR(Agree(world, config.status()));
+  for (const std::string& note : config->notes) {
+    if (world->first()) PrintNotice("note: " + note);
+  }
+  return config;
+}
+
 void AddCount(CLI::App* app, const std::string& name, int64_t* value, const std::string& help) {
   AddParsed(app, name, value, help, [](const std::string& text, std::string* why) {
     return ParseInteger(text, why);

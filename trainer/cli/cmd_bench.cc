@@ -69,11 +69,12 @@ void AddBenchCommands(CLI::App* app, CommandLine* line) {
            "tokens of a document (default: as long as a sequence)");
   AddJson(step_command, &step->json);
   step_command->callback([line, step] {
-    line->run = [step]() -> absl::StatusOr<ExitCode> {
+    line->on_several_ranks = false;
+    line->run = [line, step]() -> absl::StatusOr<ExitCode> {
       if (step->steps < 1) return Error(ExitCode::kConfig, "--steps 0: at least 1 is measured");
       KRAIT_RETURN_IF_ERROR(CheckJson(step->json, {step->config.path}));
       RunConfig config;
-      KRAIT_ASSIGN_OR_RETURN(config, LoadNamedConfig(step->config, ConfigUse::kPlan, /*ranks=*/1));
+      KRAIT_ASSIGN_OR_RETURN(config, LoadNamedConfig(step->config, ConfigUse::kPlan, line->world));
       StepBench result;
       KRAIT_ASSIGN_OR_RETURN(result, RunStepBench(config, step->steps, step->documents));
       KRAIT_RETURN_IF_ERROR(

@@ -14,6 +14,7 @@ namespace krait {
 namespace {
 
 struct Arguments {
+  World* world = nullptr;  // the ranks that run it
   std::string checkpoint;
   std::vector<std::string> data;                     // none: the run's validation files
   int64_t tokens = 0, seq_len = 0, micro_batch = 0;  // 0: all; the checkpoint's
@@ -174,7 +175,13 @@ void AddEvalCommand(CLI::App* app, CommandLine* line) {
   AddCount(eval, "--micro-batch", &arguments->micro_batch,
            "sequences per pass (default: as trained)");
   eval->add_flag("--json", arguments->json, "one JSON object");
-  eval->callback([line, arguments] { line->run = [arguments] { return Evaluate(*arguments); }; });
+  eval->callback([line, arguments] {
+    line->on_several_ranks = false;
+    line->run = [line, arguments] {
+      arguments->world = line->world;
+      return Evaluate(*arguments);
+    };
+  });
 }
 
 }  // namespace krait

@@ -20,7 +20,9 @@ void AddProbeCommand(CLI::App* app, CommandLine* line) {
   AddCount(probe, "--steps", &options->steps, "optimizer steps to take, one per batch");
   AddOverrides(probe, &options->overrides);
   probe->callback([line, options] {
-    line->run = [options]() -> absl::StatusOr<ExitCode> {
+    line->on_several_ranks = false;
+    line->run = [line, options]() -> absl::StatusOr<ExitCode> {
+      options->world = line->world;
       KRAIT_RETURN_IF_ERROR(RunProbe(*options, PrintNotice));
       return ExitCode::kOk;
     };

@@ -32,10 +32,12 @@ void AddTrainCommand(CLI::App* app, CommandLine* line) {
   train->add_flag("--force", arguments->options.force,
                   "try it even where the planned memory is more than there is");
   train->callback([line, arguments] {
+    line->on_several_ranks = true;
     line->run = [line, arguments]() -> absl::StatusOr<ExitCode> {
       RunConfig config;
       KRAIT_ASSIGN_OR_RETURN(config,
-                             LoadNamedConfig(arguments->config, ConfigUse::kTrain, /*ranks=*/1));
+                             LoadNamedConfig(arguments->config, ConfigUse::kTrain, line->world));
+      arguments->options.world = line->world;
       arguments->options.program = line->program;
       arguments->options.command_line = line->text;
       arguments->options.continue_line = line->text_without_resume;

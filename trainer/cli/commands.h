@@ -10,16 +10,20 @@
 #include <vector>
 
 #include "kernels/base/status.h"
+#include "parallel/world.h"
 #include "trainer/config/config.h"
 
 namespace krait {
 
 struct CommandLine {
+  World* world = nullptr;           // all ranks that were started
   std::string program;              // argv[0]
   std::string text;                 // the whole line, quoted for a shell
   std::string text_without_resume;  // --resume and its value left out
-  // Set by the command that was parsed.
+  // Set by the command that was parsed. An error that run() returns and that is not Agree's ends
+  // all ranks.
   std::function<absl::StatusOr<ExitCode>()> run;
+  bool on_several_ranks = false;  // run() is called on all ranks; else several are refused
 };
 
 // CONFIG.yaml [key.path=value ...]
@@ -29,9 +33,12 @@ struct ConfigArguments {
 };
 void AddConfigArguments(CLI::App* app, ConfigArguments* arguments);
 void AddOverrides(CLI::App* app, std::vector<std::string>* overrides);
-// LoadConfig of them; the config's notes go to standard error.
+// LoadConfig of them; the config's notes go to standard error. The second for all ranks, which
+// agree about errors.
 absl::StatusOr<RunConfig> LoadNamedConfig(const ConfigArguments& arguments, ConfigUse use,
                                           int64_t ranks);
+absl::StatusOr<RunConfig> LoadNamedConfig(const ConfigArguments& arguments, ConfigUse use,
+                                          World* world);
 
 // Options whose value is a count (4096, 256k, 2Mi), a seed, or a number of at least 0.
 void AddCount(CLI::App* app, const std::string& name, int64_t* value, const std::string& help);

@@ -12,7 +12,9 @@
 #include <sstream>
 #include <system_error>
 
+#include "kernels/base/check.h"
 #include "kernels/base/shell.h"
+#include "parallel/world.h"
 #include "trainer/cli/commands.h"
 #include "trainer/report/environment.h"
 
@@ -25,10 +27,10 @@ constexpr char kFooter[] =
     "failure; 70 internal; 71 out of memory; 128+n a rank died of signal n";
 
 // One line per sentence, all of a user's mistakes at once.
-void PrintError(const std::string& message) {
+void PrintError(const std::string& message, const std::string& who = "") {
   std::istringstream lines(message);
   for (std::string line; std::getline(lines, line);) {
-    std::fprintf(stderr, "krait: %s\n", line.c_str());
+    std::fprintf(stderr, "krait: %s%s\n", who.c_str(), line.c_str());
   }
 }
 
@@ -44,14 +46,19 @@ const CLI::App* ParsedCommand(const CLI::App& app, std::string* above) {
   return command;
 }
 
-ExitCode Misuse(const CLI::App& app, const CLI::ParseError& error) {
-  std::string name;
-  const std::string last = ParsedCommand(app, &name)->get_name();
-  name += (name.empty() ? "" : " ") + last;
+// "krait data build".
+std::string ParsedName(const CLI::App& app) {
+  std::string above;
+  const std::string last = ParsedCommand(app, &above)->get_name();
+  return above + (above.empty() ? "" : " ") + last;
+}
+
+absl::Status Misuse(const CLI::App& app, const CLI::ParseError& error) {
+  const std::string name = ParsedName(app);
   std::string reason = error.what();
   std::replace(reason.begin(), reason.end(), '\n', ' ');
-  PrintError(name + ": " + reason + " (" + name + " --help says what it takes)");
-  return ExitCode::kConfig;
+  return Error(ExitCode::kConfig,
+               name + ": " + reason + " (" + name + " --help says what it takes)");
 }
 
 absl::StatusOr<ExitCode> Help(const CLI::App& app, const CLI::Success& wish) {
@@ -61,8 +68,9 @@ absl::StatusOr<ExitCode> Help(const CLI::App& app, const CLI::Success& wish) {
   return ExitCode::kOk;
 }
 
-absl::StatusOr<ExitCode> Run(int argc, char** argv) {
+absl::StatusOr<ExitCode> Run(int argc, char** argv, World* world) {
   CommandLine line;
+  line.world = world;
   for (int i = 0; i < argc; ++i) {
     const std::string word = (i > 0 ? " " : "") + ShellQuoted(argv[i]);
     line.text += word;
@@ -92,19 +100,55 @@ absl::StatusOr<ExitCode> Run(int argc, char** argv) {
   try {
     app.parse(argc, argv);
   } catch (const CLI::Success& wish) {  // --help, --version
-    return Help(app, wish);
+    return world->first() ? Help(app, wish) : ExitCode::kOk;
   } catch (const CLI::ParseError& error) {
-    return Misuse(app, error);
+    return Agree(world, Misuse(app, error));
   }
+  // What follows is agreed upon, as the other two are: an option that looks at files may be wrong
+  // on one machine and right on another.
+  KRAIT_RETURN_IF_ERROR(Agree(world, absl::OkStatus()));
   if (!line.run) {
     std::string above;
     const CLI::App* command = ParsedCommand(app, &above);
-    std::cerr << command->help(above);
+    if (world->first()) std::cerr << command->help(above);
     return ExitCode::kConfig;
   }
-  KRAIT_RETURN_IF_ERROR(RefuseSeveralRanks());
+  if (world->size() > 1 && !line.on_several_ranks) {
+    const std::string launcher = LaunchOfThisProcess().launcher;
+    return Agree(
+        world, Error(ExitCode::kConfig, ParsedName(app) + " runs as one process, but " + launcher +
+                                            " started " + std::to_string(world->size()) +
+                                            ": start it without " + launcher));
+  }
   return line.run();
 }
+
+// Runs the command and says what went wrong. What not all ranks know of ends all of them.
+ExitCode RunAndReport(int argc, char** argv, World* world) {
+  const std::string who =
+      world->size() > 1 ? "rank " + std::to_string(world->rank()) + ": " : std::string();
+  ExitCode code = ExitCode::kInternal;
+  try {
+    const absl::StatusOr<ExitCode> result = Run(argc, argv, world);
+    if (result.ok()) return *result;
+    code = ExitCodeOf(result.status());
+    const bool agreed = IsAgreed(result.status());
+    PrintError(MessageOf(result.status()), agreed ? "" : who);
+    if (agreed) return code;
+  } catch (const std::bad_alloc&) {
+    code = ExitCode::kOutOfMemory;
+    PrintError("out of memory", who);
+  } catch (const std::exception& error) {
+    PrintError(std::string("internal error: ") + error.what(), who);
+  } catch (...) {
+    PrintError("internal error", who);
+  }
+  if (world->size() > 1) world->Abort(code);
+  return code;
+}
+
+// Of threads whose exceptions nobody catches, too.
+void OutOfMemory() { Fatal(ExitCode::kOutOfMemory, __FILE__, __LINE__, "out of memory"); }
 
 // OpenMP's threads wait for the next loop by spinning unless told otherwise: two runs on the same
 // cores then wait for each other, a hundred times slower than one after the other. The OpenMP
@@ -144,18 +188,11 @@ int main(int argc, char** argv) {
   krait::LetThreadsSleep(argv);
   std::setvbuf(stdout, nullptr, _IOLBF, 0);
   std::signal(SIGPIPE, SIG_IGN);  // a write then fails, and Print sees why
-  try {
-    const absl::StatusOr<krait::ExitCode> code = krait::Run(argc, argv);
-    if (code.ok()) return static_cast<int>(*code);
-    krait::PrintError(krait::MessageOf(code.status()));
-    return static_cast<int>(krait::ExitCodeOf(code.status()));
-  } catch (const std::bad_alloc&) {
-    std::fprintf(stderr, "krait: out of memory\n");
-    return static_cast<int>(krait::ExitCode::kOutOfMemory);
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "krait: internal error: %s\n", error.what());
-  } catch (...) {
-    std::fprintf(stderr, "krait: internal error\n");
+  const auto world = krait::StartWorld(&argc, &argv);
+  if (!world.ok()) {
+    krait::PrintError(krait::MessageOf(world.status()));
+    return static_cast<int>(krait::ExitCodeOf(world.status()));
   }
-  return static_cast<int>(krait::ExitCode::kInternal);
+  if ((*world)->size() > 1) std::set_new_handler(krait::OutOfMemory);
+  return static_cast<int>(krait::RunAndReport(argc, argv, world->get()));
 }

@@ -281,17 +281,20 @@ absl::StatusOr<RunConfig> Read(const ConfigNode& root, bool complete, const std:
   ResolveModel(draft, &config.model, &reader);
   ResolveTrain(draft, use, &config, &reader);
   reader.Finish();
-  CheckLater(draft, &reader);
   if (complete) CheckRun(config, use, ranks, &reader);
   if (!errors->empty()) return errors->ToStatus();
   config.notes = errors->notes();
-
   TrainConfig& train = config.train;
   if (train.device == DevicePreference::kAuto) {
     train.device = cuda::Available() ? DevicePreference::kCuda : DevicePreference::kCpu;
   }
   if (train.precision == Precision::kAuto) {
     train.precision = train.device == DevicePreference::kCuda ? Precision::kBf16 : Precision::kFp32;
+  }
+  if (use == ConfigUse::kTrain && ranks > 1 && train.device == DevicePreference::kCuda) {
+    reader.Fail("train.device",
+                "several ranks on GPUs are not supported yet: use train.device: cpu");
+    return errors->ToStatus();
   }
   return config;
 }
@@ -332,13 +335,28 @@ absl::Status CheckDevice(const RunConfig& config) {
                "train.device: cuda cannot be used: " + reason + "; cpu and auto work here");
 }
 
+Mesh MeshOf(const ParallelConfig& parallel, int ranks, int rank) {
+  Mesh mesh;
+  mesh.tensor = static_cast<int>(parallel.tensor);
+  mesh.data = ranks / mesh.tensor;
+  mesh.expert = static_cast<int>(parallel.expert);
+  mesh.rank = rank;
+  return mesh;
+}
+
+DType ReduceDType(const RunConfig& config) {
+  return config.parallel.reduce == GradReduce::kBf16 ? DType::kBF16
+                                                     : Wide(PlacementOf(config).compute);
+}
+
 std::string WithoutEffect(const RunConfig& config) {
   const RunConfig defaults;
   std::vector<std::string> keys;
   if (config.train.hang_timeout != defaults.train.hang_timeout) {
     keys.push_back("train.hang_timeout");
   }
-  if (config.parallel.expert_slack != defaults.parallel.expert_slack) {
+  if (config.parallel.expert == 1 &&
+      config.parallel.expert_slack != defaults.parallel.expert_slack) {
     keys.push_back("parallel.expert_slack");
   }
   std::string text;

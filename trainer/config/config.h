@@ -12,16 +12,20 @@
 #include "kernels/placement.h"
 #include "model/hybrid_model.h"
 #include "model/spec.h"
+#include "parallel/mesh.h"
 
 namespace krait {
 
 enum class DevicePreference : uint8_t { kAuto, kCpu, kCuda };
 enum class Precision : uint8_t { kAuto, kFp32, kBf16 };
 
+enum class GradReduce : uint8_t { kFp32, kBf16 };  // in which gradients travel
+
 struct ParallelConfig {
   int64_t tensor = 1, expert = 1;
   int64_t data = 0;  // 0: auto
   double expert_slack = 1.5;
+  GradReduce reduce = GradReduce::kFp32;
 };
 
 struct DataConfig {
@@ -124,6 +128,11 @@ Placement PlacementOf(const RunConfig& config);
 // Readies the device (kernels/hardware.h). kConfig when the run asks for CUDA and this build or
 // machine has none. `plan` needs none.
 absl::Status CheckDevice(const RunConfig& config);
+
+// The mesh of a run on `ranks` ranks, as `rank` sees it. The config was read for that many.
+Mesh MeshOf(const ParallelConfig& parallel, int ranks, int rank);
+// The dtype in which gradients travel.
+DType ReduceDType(const RunConfig& config);
 
 // One sentence on the settings that the user gave and that change nothing in this version or on
 // this device; "" when there are none.

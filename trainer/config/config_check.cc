@@ -2,8 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <tuple>
-#include <utility>
+#include <sstream>
 
 #include "absl/strings/str_cat.h"
 #include "kernels/base/number.h"
@@ -183,43 +182,43 @@ void CheckKeepEvery(const CheckpointConfig& checkpoint, ConfigReader* reader) {
                             ", since steps between are not saved"));
 }
 
-void CheckParallel(const ParallelConfig& parallel, ConfigUse use, int64_t ranks,
-                   ConfigReader* reader) {
-  for (const auto& [key, value] :
-       {std::pair{"parallel.tensor", parallel.tensor}, {"parallel.expert", parallel.expert}}) {
-    if (value > 1) {
-      reader->Fail(key, absl::StrCat(key, " ", value,
-                                     ": several ranks are not supported yet: this version keeps "
-                                     "the whole model in one process; use 1"));
-    }
-  }
-  if (use == ConfigUse::kTrain && ranks > 1) {
-    reader->Fail("parallel", absl::StrCat("started as ", ranks,
-                                          " ranks, but several ranks are not supported yet: "
-                                          "start one process without mpirun"));
+// The mesh of `ranks` ranks; what does not divide is refused with the numbers.
+void CheckParallel(const RunConfig& config, int64_t ranks, ConfigReader* reader) {
+  const ParallelConfig& parallel = config.parallel;
+  const std::string there_are = absl::StrCat(ranks == 1 ? "there is " : "there are ", ranks);
+  if (!reader->Good({"parallel.tensor", "parallel.expert", "parallel.data"})) return;
+  if (ranks % parallel.tensor != 0) {
+    reader->Fail("parallel.tensor",
+                 absl::StrCat("parallel.tensor ", parallel.tensor, " needs ", parallel.tensor,
+                              " ranks or a multiple of that, but ", there_are));
     return;
   }
-  if (parallel.data > 0 && parallel.data != ranks && reader->Good({"parallel.tensor"})) {
-    reader->Fail("parallel.data",
-                 absl::StrCat("parallel.data ", parallel.data, " needs ", parallel.data,
-                              " ranks, but there ", ranks == 1 ? "is " : "are ", ranks,
-                              "; use auto or ", ranks));
+  if (parallel.data > 0 && parallel.data * parallel.tensor != ranks) {
+    reader->Fail(
+        "parallel.data",
+        absl::StrCat(
+            "parallel.data ", parallel.data,
+            parallel.tensor == 1 ? "" : absl::StrCat(" x parallel.tensor ", parallel.tensor),
+            " needs ", parallel.data * parallel.tensor, " ranks, but ", there_are, "; use auto or ",
+            ranks / parallel.tensor));
+    return;
+  }
+  const Mesh mesh = MeshOf(parallel, static_cast<int>(ranks), /*rank=*/0);
+  std::istringstream broken(MessageOf(CheckMesh(config.model, mesh)));
+  for (std::string rule; std::getline(broken, rule);) {
+    reader->Fail(rule.substr(0, rule.find(' ')), rule);
+  }
+  const int64_t pass = config.data.seq_len * config.train.micro_batch;
+  if (reader->Good({"data.seq_len", "train.micro_batch"}) && pass % parallel.tensor != 0) {
+    reader->Fail(
+        "parallel.tensor",
+        absl::StrCat("parallel.tensor ", parallel.tensor,
+                     " does not divide the tokens of a pass, data.seq_len ", config.data.seq_len,
+                     " x train.micro_batch ", config.train.micro_batch, " = ", pass));
   }
 }
 
 }  // namespace
-
-void CheckLater(const ConfigDraft& draft, ConfigReader* reader) {
-  const ConfigDraft defaults;
-  for (const auto& [key, value, only, word] :
-       {std::tuple{"parallel.reduce", draft.reduce, defaults.reduce, "fp32"}}) {
-    if (value != only) {
-      reader->Fail(key, absl::StrCat(key, ": this version knows ", word,
-                                     " only; other values are "
-                                     "not there yet"));
-    }
-  }
-}
 
 void CheckModel(const ModelSpec& model, ConfigReader* reader) {
   if (model.pad_token >= model.vocab_size && reader->Good({"model.vocab_size"})) {
@@ -239,8 +238,8 @@ void CheckModel(const ModelSpec& model, ConfigReader* reader) {
 void CheckRun(const RunConfig& config, ConfigUse use, int64_t ranks, ConfigReader* reader) {
   if (use != ConfigUse::kStored) {
     CheckMoments(config.optimizer, reader);
-    CheckParallel(config.parallel, use, ranks, reader);
-    CheckBatch(config, ranks, reader);
+    CheckParallel(config, ranks, reader);
+    CheckBatch(config, std::max<int64_t>(1, ranks / config.parallel.tensor), reader);
     CheckAuxSequences(config, reader);
     CheckSchedule(config, reader);
     CheckKeepEvery(config.checkpoint, reader);

@@ -9,8 +9,6 @@
 namespace krait {
 
 // Reports every broken rule over keys that are good by themselves. `config` is complete.
-// Keys that take one value so far.
-void CheckLater(const ConfigDraft& draft, ConfigReader* reader);
 void CheckModel(const ModelSpec& model, ConfigReader* reader);
 void CheckRun(const RunConfig& config, ConfigUse use, int64_t ranks, ConfigReader* reader);
 

@@ -186,8 +186,8 @@ void VisitKeys(RunConfig* config, ConfigDraft* draft, ConfigVisitor* v) {
            &parallel->data, {1, 1 << 20, "auto", 0});
   v->Number({"parallel.expert_slack", "planned rows of the experts over the balanced number"},
             &parallel->expert_slack, {1, 1e6});
-  v->Enum({.path = "parallel.reduce", .meaning = "dtype in which gradients travel", .shown = false},
-          &draft->reduce, {"fp32", "bf16"});
+  v->Enum({"parallel.reduce", "dtype in which gradients travel"}, &parallel->reduce,
+          {"fp32", "bf16"});
 
   DataConfig* data = &config->data;
   v->Sources({"data.train", "token files and their weights", "", "required to train",

@@ -64,16 +64,13 @@ class ConfigVisitor {
   }
 };
 
-// What a config says that RunConfig holds in another form, and keys whose other values are refused
-// so far.
+// What a config says that RunConfig holds in another form.
 struct ConfigDraft {
   std::string pattern;                     // RunConfig: model.sublayers
   std::string ratio = "1:7";               // likewise, with the next three
   int64_t mixer_offset = -1;               // -1: the rule's default
   int64_t moe_every = 0, moe_offset = -1;  // 0: dense
   double decay_steps = 0.1;                // RunConfig: a count
-
-  int64_t reduce = 0;
 };
 
 // Shows `visitor` every key with its place in `config` or `draft`, in the order of the resolved

@@ -97,8 +97,6 @@ constexpr const char* kKeptVariables[] = {
     "SLURM_STEP_NUM_TASKS",
 };
 
-int64_t ToInt(const char* text) { return text == nullptr ? 0 : std::strtoll(text, nullptr, 10); }
-
 }  // namespace
 
 std::string VersionString() {
@@ -189,28 +187,6 @@ int64_t ControlGroupMemory(const std::string& groups, const std::string& root) {
 int64_t PeakMemoryBytes() {
   rusage usage = {};
   return getrusage(RUSAGE_SELF, &usage) == 0 ? int64_t{usage.ru_maxrss} * 1024 : 0;
-}
-
-absl::Status RefuseSeveralRanks() {
-  struct Launcher {
-    const char *name, *ranks, *rank;
-  };
-  for (const Launcher& launcher :
-       {Launcher{"mpirun", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"},
-        Launcher{"mpiexec", "PMI_SIZE", "PMI_RANK"},
-        // Set for the tasks of srun only; a batch script has SLURM_NTASKS and SLURM_PROCID too.
-        Launcher{"srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"}}) {
-    const int64_t ranks = ToInt(std::getenv(launcher.ranks));
-    const char* rank = std::getenv(launcher.rank);
-    if (ranks <= 1) continue;
-    return Error(ExitCode::kConfig, ToInt(rank) > 0
-                                        ? ""  // rank 0 says it
-                                        : std::string(launcher.name) + " started " +
-                                              std::to_string(ranks) +
-                                              " ranks, but krait runs as one process: several "
-                                              "ranks are not supported yet");
-  }
-  return absl::OkStatus();
 }
 
 }  // namespace krait

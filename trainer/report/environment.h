@@ -21,10 +21,6 @@ std::string EnvironmentJson(const std::string& before, int64_t step);
 // The largest resident set of this process so far.
 int64_t PeakMemoryBytes();
 
-// kConfig when a launcher (mpirun, srun) started several ranks: krait runs as one process. The
-// message is empty on all ranks but the first.
-absl::Status RefuseSeveralRanks();
-
 // Bytes of memory that this process may use: the machine's, or the lowest limit of the control
 // groups around it and of its own (ulimit -v, -d).
 int64_t MachineMemory();

@@ -77,9 +77,9 @@ std::string FormatLiveLine(const StepReport& r) {
                          PrintShort(r.tokens_per_s), FormatDuration(r.eta_seconds));
 }
 
-absl::StatusOr<Console> Console::Open(const std::string& log_path) {
+absl::StatusOr<Console> Console::Open(const std::string& log_path, bool live) {
   Console console;
-  console.terminal_ = isatty(STDOUT_FILENO) == 1;
+  console.terminal_ = live && isatty(STDOUT_FILENO) == 1;
   if (!log_path.empty()) {
     KRAIT_ASSIGN_OR_RETURN(console.log_, OpenAppend(log_path, &console.offset_));
   }
@@ -162,8 +162,7 @@ std::vector<Metric> StepMetrics(const StepReport& r) {
   for (const auto& [layer, imbalance] : r.imbalance) {
     metrics.push_back({absl::StrFormat("moe/layer_%02d/imbalance", layer), imbalance});
   }
-  // One rank holds all experts: every row fits its pool, so no further round ever runs.
-  if (r.has_moe) metrics.push_back({"moe/overflow_rounds", int64_t{0}});
+  if (r.has_moe) metrics.push_back({"moe/overflow_rounds", r.overflow_rounds});
   return metrics;
 }
 

@@ -28,8 +28,9 @@ std::string FormatDuration(double seconds);  // 35s, 4m10s, 1h52m, 3d04h
 // redrawn in place and cleared before a line.
 class Console {
  public:
-  // Appends to `log_path`; empty: no log file.
-  static absl::StatusOr<Console> Open(const std::string& log_path);
+  // Appends to `log_path`; empty: no log file. Without `live` no status line is drawn, whatever
+  // standard output is: a launcher like mpirun gives a rank a terminal that nobody sees.
+  static absl::StatusOr<Console> Open(const std::string& log_path, bool live = true);
 
   absl::Status Line(const std::string& text);
   void Status(const std::string& text);

@@ -22,6 +22,7 @@ struct StepReport {
   int64_t skipped = 0, skipped_in_row = 0;
   int64_t tokens = 0;                             // input tokens of the run so far
   std::vector<std::pair<int, double>> imbalance;  // published layer, max / mean rows of an expert
+  int64_t overflow_rounds = 0;  // of expert exchanges beyond the first, over all ranks and passes
 
   double tokens_per_s = 0, step_ms = 0, eta_seconds = 0;
   std::optional<double> mfu;  // share of the device's stated peak, where there is one

@@ -8,15 +8,17 @@
 #include <vector>
 
 #include "kernels/base/status.h"
+#include "parallel/world.h"
 #include "trainer/checkpoint/checkpoint.h"
 
 namespace krait {
 
 struct ProbeOptions {
-  std::string hf;       // folder with config.json and safetensors weights
-  std::string batches;  // safetensors with int32 `batches` [S,B,T] or `input_ids` [B,T]
-  std::string out;      // safetensors to write
-  bool force = false;   // replace an older `out`
+  World* world = nullptr;  // the ranks that run it; null: this process alone
+  std::string hf;          // folder with config.json and safetensors weights
+  std::string batches;     // safetensors with int32 `batches` [S,B,T] or `input_ids` [B,T]
+  std::string out;         // safetensors to write
+  bool force = false;      // replace an older `out`
   int64_t steps = 0;
   std::vector<std::string> overrides;  // key.path=value
 };

@@ -15,16 +15,36 @@ absl::StatusOr<EvalResult> EvaluateStored(const Evaluator& evaluator, const Data
                                           int64_t first, int64_t count, int64_t micro_batch,
                                           const Progress& progress) {
   const Context& ctx = evaluator.ctx;
+  const Groups* const groups = evaluator.groups;
+  const Mesh mesh = groups != nullptr ? groups->mesh() : Mesh();
+  // An error of one rank is all ranks'.
+  const auto agreed = [&](const absl::Status& status) {
+    return groups != nullptr ? Agree(groups->world(), status) : status;
+  };
   EvalResult result;
   result.sequences = count;
   TokenBatch rows;
   Fill(evaluator.sums, 0, ctx);
-  for (int64_t done = 0; done < count; done += micro_batch) {
-    if (progress) KRAIT_RETURN_IF_ERROR(progress(done, count));
-    const int64_t now = std::min(micro_batch, count - done);
-    KRAIT_RETURN_IF_ERROR(data.ReadStored(first + done, now, &rows));
-    evaluator.model->Evaluate(evaluator.batch.Of(rows, 0, now, ctx), evaluator.sums, ctx);
+  for (int64_t done = 0; done < count; done += micro_batch * mesh.data) {
+    absl::Status status = progress ? progress(done, count) : absl::OkStatus();
+    const int64_t begin = std::min(count, done + mesh.data_index() * micro_batch);
+    const int64_t now = std::min(micro_batch, count - begin);
+    if (status.ok()) status = data.ReadStored(first + begin, now, &rows);
+    KRAIT_RETURN_IF_ERROR(agreed(status));
+    if (groups != nullptr) rows.FillUp(micro_batch);
+    evaluator.model->Evaluate(evaluator.batch.Of(rows, 0, rows.sequences, ctx), evaluator.sums,
+                              ctx);
     result.targets += rows.target_count;
+  }
+  if (groups != nullptr) {
+    const Tensor losses = evaluator.sums.Slice(0, kSumCrossEntropy, 1);
+    groups->stage().AllReduceSum("evaluation", losses, ctx);
+    const std::vector<int64_t> all = groups->world()->AllGather(result.targets);
+    result.targets = 0;
+    // Tensor ranks have the same rows.
+    for (size_t r = 0; r < all.size(); r += static_cast<size_t>(mesh.tensor)) {
+      result.targets += all[r];
+    }
   }
   const double sum = PassSumsOf(DownloadDoubles(evaluator.sums, ctx)).cross_entropy;
   result.loss = result.targets > 0 ? sum / static_cast<double>(result.targets) : std::nan("");

@@ -26,10 +26,13 @@ struct Evaluator {
   PassBatch batch;
   Tensor sums;  // [HybridModel::SumsSize()] f64, overwritten
   Context ctx;
+  const Groups* groups = nullptr;  // null: a single rank
 };
 
-// Sequences [first, first + count) of `data` in stored order, `micro_batch` of them per pass.
-// Losses are summed in double in that order. `progress` counts sequences.
+// Sequences [first, first + count) of `data` in stored order, `micro_batch` of them per pass and
+// data rank. Losses are summed in double in that order. `progress` counts sequences. On several
+// ranks all of them call it and get the result; a last pass is filled up with rows without targets,
+// since experts are shared in every pass.
 absl::StatusOr<EvalResult> EvaluateStored(const Evaluator& evaluator, const Dataset& data,
                                           int64_t first, int64_t count, int64_t micro_batch,
                                           const Progress& progress = nullptr);

@@ -1,8 +1,11 @@
 #include "trainer/train/memory_plan.h"
 
+#include <optional>
+
 #include "kernels/arena.h"
 #include "kernels/context.h"
 #include "kernels/cuda/runtime.h"
+#include "model/bucket_exchange.h"
 #include "model/hybrid_model.h"
 #include "model/params.h"
 #include "model/weights.h"
@@ -20,8 +23,11 @@ MemoryUse MemoryOf(Device device) {
   return {info.total_bytes - info.free_bytes, info.total_bytes};
 }
 
-MemoryPlan PlanTraining(const RunConfig& config) {
-  const ParamTable table(config.model);
+MemoryPlan PlanTraining(const RunConfig& config, const Mesh& mesh) {
+  const ParamTable table(config.model, mesh.tensor);
+  std::optional<Groups> several;
+  if (mesh.world() > 1) several.emplace(nullptr, mesh, config.parallel.expert_slack);
+  const Groups* const groups = several.has_value() ? &*several : nullptr;
   const Placement placement = PlacementOf(config);
   Arena weight_arena("weights", placement.device);
   Arena grad_arena("gradients", placement.device);
@@ -30,14 +36,21 @@ MemoryPlan PlanTraining(const RunConfig& config) {
   Arena scratch_arena("scratch", placement.device);
   Arena scalar_arena("scalars", placement.device);
   Arena batch_arena("batches", placement.device);
+  Arena communication_arena("communication", placement.device);
   Context ctx;
   ctx.device = placement.device;
   ctx.scratch = &scratch_arena;
   ctx.planning = true;
 
-  const Weights weights(&table, placement, /*with_grad=*/true, &weight_arena, &grad_arena);
-  OptimizerState optimizer(&weights, config.optimizer, &optimizer_arena, ctx);
-  HybridModel model(config.model, &weights, config.train.recompute);
+  Weights weights(&table, placement, /*with_grad=*/true, &weight_arena, &grad_arena, mesh);
+  std::optional<BucketExchange> exchange;
+  if (groups != nullptr) {
+    exchange.emplace(&weights.layout(), groups, Wide(placement.compute), ReduceDType(config),
+                     &communication_arena);
+  }
+  const BucketExchange* const exchanged = exchange.has_value() ? &*exchange : nullptr;
+  OptimizerState optimizer(&weights, config.optimizer, &optimizer_arena, ctx, exchanged);
+  HybridModel model(config.model, &weights, config.train.recompute, {}, groups);
   const StepScalars scalars(model, &scalar_arena);
 
   // On the CPU the rows of a whole step are read at once, a pass is a slice of them, and evaluation
@@ -45,17 +58,19 @@ MemoryPlan PlanTraining(const RunConfig& config) {
   // device.
   const int64_t pass_rows = config.train.micro_batch;
   if (placement.device == Device::kCpu) {
-    PassBatch::Planned(config.accumulation(/*data_ranks=*/1) * pass_rows, config.data.seq_len,
+    PassBatch::Planned(config.accumulation(mesh.data) * pass_rows, config.data.seq_len,
                        &batch_arena);
   }
-  const Batch batch = PassBatch::Planned(pass_rows, config.data.seq_len, &batch_arena);
+  const Batch batch = PassBatch::Planned(pass_rows, config.data.seq_len, &batch_arena, mesh.tensor);
 
   const std::unique_ptr<ActivationSet> activations =
       model.NewActivations(batch.shape, &activation_arena);
+  weights.BeginPass(ctx, /*first=*/true, /*last=*/true, exchanged);
   model.Forward(batch, scalars.loss_scale, scalars.sums, activations.get(), ctx);
   model.Backward(batch, /*aux_scale=*/1, activations.get(), ctx);
   KRAIT_CHECK(optimizer.Init(config.model, config.train.seed, ctx).ok());
   optimizer.SumOfSquares(scalars.sum_of_squares, ctx);
+  if (groups != nullptr) groups->stage().AllReduceSum("step", scalars.shared, ctx);
   optimizer.Update(/*lr=*/0, scalars.sums, scalars.sum_of_squares, scalars.control, ctx);
   model.Evaluate(batch, scalars.sums, ctx);
 
@@ -68,6 +83,7 @@ MemoryPlan PlanTraining(const RunConfig& config) {
   plan.scratch = scratch_arena.high_water();
   plan.batches = batch_arena.high_water();
   plan.scalars = scalar_arena.high_water();
+  plan.communication = communication_arena.high_water();
   // A device's state goes through host memory in every case.
   if (config.checkpoint.async || placement.device == Device::kCuda) {
     plan.staging = AsyncSaver::StagingBytes(StateBoxes(weights, &optimizer));

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "parallel/mesh.h"
 #include "trainer/config/config.h"
 
 namespace krait {
@@ -20,16 +21,18 @@ struct MemoryPlan {
   int64_t scratch = 0;      // temporaries of ops and sublayers
   int64_t batches = 0;      // token batches of the host, or on CUDA those of a pass
   int64_t scalars = 0;      // losses, norm and other numbers of a step
-  int64_t staging = 0;      // copy of the state in host memory for checkpoints
+  int64_t communication = 0;  // gradients of other ranks on their way to their sum
+  int64_t staging = 0;        // copy of the state in host memory for checkpoints
   // Of the device's memory; on CUDA the staging copy is not in it.
   int64_t total() const {
     return weights + gradients + optimizer + activations + scratch + batches + scalars +
-           (device == Device::kCpu ? staging : 0);
+           communication + (device == Device::kCpu ? staging : 0);
   }
 };
 
-// Of a training run, evaluation included. Touches no memory to speak of whatever the model's size.
-MemoryPlan PlanTraining(const RunConfig& config);
+// Of a training run, evaluation included, on the rank of `mesh`. Touches no memory to speak of
+// whatever the model's size.
+MemoryPlan PlanTraining(const RunConfig& config, const Mesh& mesh = {});
 
 // Of this process on the CPU (at its highest, and what it may have); of the GPU on CUDA (what is
 // taken there at the moment, by whomever, and what there is).

@@ -10,8 +10,11 @@
 namespace krait {
 
 OptimizerState::OptimizerState(const Weights* weights, const OptimizerConfig& config, Arena* arena,
-                               const Context& ctx)
-    : weights_(weights), config_(config), buckets_(weights->layout().buckets().size()) {
+                               const Context& ctx, const BucketExchange* exchange)
+    : weights_(weights),
+      exchange_(exchange),
+      config_(config),
+      buckets_(weights->layout().buckets().size()) {
   const Layout& layout = weights->layout();
   const DType wide = Wide(weights->dtype());
   const DType moment = config.moments == MomentDType::kBf16 ? DType::kBF16 : wide;
@@ -101,12 +104,19 @@ void OptimizerState::MastersToWeights(const Context& ctx) {
   for (const Owned& owned : buckets_) {
     if (owned.master.raw() != owned.weight.raw()) Copy(owned.weight, owned.master, ctx);
   }
+  for (size_t b = buckets_.size(); b-- > 0;) GatherWeights(static_cast<int>(b), ctx);
+}
+
+void OptimizerState::GatherWeights(int bucket, const Context& ctx) const {
+  if (exchange_ == nullptr) return;
+  const int flat = weights_->layout().buckets()[static_cast<size_t>(bucket)].flat;
+  exchange_->Gather(bucket, weights_->FlatWeight(flat), ctx);
 }
 
 void OptimizerState::SumOfSquares(Tensor sum, const Context& ctx) const {
   Fill(sum, 0, ctx);
   for (const Owned& owned : buckets_) {
-    if (owned.grad.numel() > 0) AddSumOfSquares(sum, owned.grad, ctx);
+    if (owned.grad.defined() && owned.grad.numel() > 0) AddSumOfSquares(sum, owned.grad, ctx);
   }
 }
 
@@ -121,9 +131,12 @@ void OptimizerState::Update(double lr, Tensor losses, Tensor sum_of_squares, Ten
   AdamWPrepare(control, sum_of_squares, losses, settings, ctx);
   for (size_t b = buckets_.size(); b-- > 0;) {
     const Owned& owned = buckets_[b];
-    if (owned.grad.numel() == 0) continue;
-    AdamW(owned.weight, owned.master, owned.exp_avg, owned.exp_avg_sq, owned.grad, owned.decay,
-          control, settings, ctx);
+    if (!owned.grad.defined()) continue;
+    if (owned.grad.numel() > 0) {
+      AdamW(owned.weight, owned.master, owned.exp_avg, owned.exp_avg_sq, owned.grad, owned.decay,
+            control, settings, ctx);
+    }
+    GatherWeights(static_cast<int>(b), ctx);
   }
 }
 

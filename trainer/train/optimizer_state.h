@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "kernels/context.h"
+#include "model/bucket_exchange.h"
 #include "model/weights.h"
 #include "trainer/checkpoint/checkpoint.h"
 #include "trainer/config/config.h"
@@ -26,16 +27,17 @@ class OptimizerState {
     Tensor decay;  // [R,2] i64: the ranges of these elements with weight decay; R 0: undefined
   };
 
-  // Memory from `arena`, which comes zeroed; it may be a measuring one. `weights` outlives the
-  // state. `ctx` uploads the decay ranges.
+  // Memory from `arena`, which comes zeroed; it may be a measuring one. `weights` and `exchange`
+  // outlive the state; exchange null: a single rank. `ctx` uploads the decay ranges.
   OptimizerState(const Weights* weights, const OptimizerConfig& config, Arena* arena,
-                 const Context& ctx);
+                 const Context& ctx, const BucketExchange* exchange = nullptr);
 
   // Fresh masters by the model's scheme, and the weights rounded from them: also those that other
   // ranks own.
   absl::Status Init(const ModelSpec& spec, uint64_t seed, const Context& ctx,
                     const Progress& progress = nullptr);
-  // The owned weights rounded from their masters, after these were loaded.
+  // After what this rank owns was loaded: the weights rounded from their masters, and on several
+  // ranks those of the other owners.
   void MastersToWeights(const Context& ctx);
 
   // `sum` [1] f64 = the sum of squares of the gradients that this rank owns: bucket by bucket, in
@@ -44,7 +46,8 @@ class OptimizerState {
   // One AdamW update of what this rank owns, bucket by bucket in the order of the forward pass.
   // `sum_of_squares` [1] f64 is that of all gradients as one vector, so of all owners; `control`
   // [kAdamWControlSize] f64 holds the updates applied so far and receives what the step's updates
-  // share. An entry of `losses` f64, or a gradient, that is not finite skips the update.
+  // share. Each bucket's weights then go to the ranks that hold them. An entry of `losses` f64, or
+  // a gradient, that is not finite skips the update.
   void Update(double lr, Tensor losses, Tensor sum_of_squares, Tensor control, const Context& ctx);
 
   const std::vector<Owned>& buckets() const { return buckets_; }  // as Layout::buckets()
@@ -53,7 +56,10 @@ class OptimizerState {
   Tensor Master(int param) const;
 
  private:
+  void GatherWeights(int bucket, const Context& ctx) const;
+
   const Weights* weights_;
+  const BucketExchange* exchange_;
   OptimizerConfig config_;
   std::vector<Owned> buckets_;
   std::vector<Tensor> masters_;  // per flat: of its buckets, one after the other

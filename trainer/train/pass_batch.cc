@@ -8,7 +8,8 @@
 
 namespace krait {
 
-PassBatch::PassBatch(Device device, int64_t rows, int64_t seq_len, Arena* arena) {
+PassBatch::PassBatch(Device device, int64_t rows, int64_t seq_len, Arena* arena, int ranks)
+    : ranks_(ranks) {
   if (device == Device::kCpu) return;
   for (Tensor* t : {&tokens_, &targets_, &doc_start_}) {
     *t = arena->Alloc(DType::kI32, {rows, seq_len});
@@ -28,7 +29,7 @@ Batch PassBatch::Of(const TokenBatch& batch, int64_t first, int64_t count,
     return part;
   };
   Batch pass;
-  pass.shape = {.batch = count, .seq_len = seq_len};
+  pass.shape = {.batch = count, .seq_len = seq_len, .ranks = ranks_};
   pass.tokens = rows(batch.tokens, tokens_);
   pass.targets = rows(batch.targets, targets_);
   const auto starts = batch.doc_start.begin() + begin;
@@ -38,10 +39,10 @@ Batch PassBatch::Of(const TokenBatch& batch, int64_t first, int64_t count,
   return pass;
 }
 
-Batch PassBatch::Planned(int64_t rows, int64_t seq_len, Arena* arena) {
+Batch PassBatch::Planned(int64_t rows, int64_t seq_len, Arena* arena, int ranks) {
   const auto ids = [&] { return arena->Alloc(DType::kI32, {rows, seq_len}); };
   Batch pass;
-  pass.shape = {.batch = rows, .seq_len = seq_len};
+  pass.shape = {.batch = rows, .seq_len = seq_len, .ranks = ranks};
   pass.tokens = ids();
   pass.targets = ids();
   pass.documents.doc_start = ids();

@@ -8,6 +8,7 @@
 #include "absl/strings/str_format.h"
 #include "kernels/base/file.h"
 #include "kernels/hardware.h"
+#include "trainer/checkpoint/checkpoint_ranks.h"
 #include "trainer/checkpoint/run_record.h"
 
 namespace krait {
@@ -131,7 +132,6 @@ absl::Status Restore(const ResumeOptions& options, const RunData& data,
       Misfit(LoadBoxes(checkpoint, boxes, trainer->ctx(), progress),
              checkpoint.path + " does not hold the weights and moments that this run goes on with; "
                                "--init starts another run_dir from weights alone"));
-  trainer->Loaded();
   const std::string here = HardwareName(trainer->ctx().device);
   if (!checkpoint.meta.hardware.empty() && checkpoint.meta.hardware != here) {
     notice("the last steps ran on " + checkpoint.meta.hardware + "; this is " + here +
@@ -173,7 +173,6 @@ absl::Status RestoreWeights(const RunData& data, const Checkpoint& checkpoint, T
                                "--init " + checkpoint.path +
                                    " does not fit this run's model; give the run the "
                                    "model of the checkpoint, or take another one"));
-  trainer->Loaded();
   // What an imported folder said beyond its weights goes with them.
   trainer->state().hf_config = checkpoint.meta.hf_config;
   trainer->state().hf_generation_config = checkpoint.meta.hf_generation_config;
@@ -186,7 +185,7 @@ absl::Status SetNewerAside(const std::string& dir, int64_t step, const Notice& n
   std::vector<std::string> folders;
   KRAIT_ASSIGN_OR_RETURN(folders, ListCheckpoints(dir));
   for (const std::string& folder : folders) {
-    const auto checkpoint = OpenCheckpoint(folder);
+    const auto checkpoint = ReadManifest(folder);
     if (!checkpoint.ok() || checkpoint->meta.step <= step) continue;
     const std::string aside =
         dir + "/discarded-" + folder.substr(folder.rfind('/') + 1) + "." + checkpoint->save_id;
@@ -236,6 +235,56 @@ std::string FollowedPath(const std::string& resume) {
   return error ? resume : path.string();
 }
 
+// What the first rank finds that a run may start from: the word for --resume that counts, then the
+// checkpoints, newest first. Moves older ones aside where they are not to count.
+absl::StatusOr<std::vector<std::string>> FindStart(const ResumeOptions& asked,
+                                                   const RunConfig& config,
+                                                   const std::optional<RunRecord>& record,
+                                                   const Notice& notice) {
+  const std::string& dir = config.checkpoint.dir;
+  const std::string& run_dir = config.run_dir;
+  std::string resume = asked.resume;
+  if (resume != "auto" && resume != "never" && record.has_value() &&
+      record->followed == FollowedPath(resume) && record->step > record->followed_step) {
+    notice(absl::StrFormat(
+        "--resume %s was followed before, to step %d: this run's own checkpoints since then go "
+        "first (to go back once more, remove %s)",
+        resume, record->followed_step, RunRecordPath(run_dir)));
+    resume = "auto";
+  }
+  std::vector<std::string> candidates;
+  if (resume == "never") {
+    KRAIT_RETURN_IF_ERROR(SetAllAside(dir, notice));
+    KRAIT_RETURN_IF_ERROR(RemoveFile(RunRecordPath(run_dir), ExitCode::kCannotSave));
+  } else if (resume != "auto") {
+    KRAIT_ASSIGN_OR_RETURN(candidates, FindCheckpoints(resume));
+  } else {
+    KRAIT_ASSIGN_OR_RETURN(candidates, ListCheckpoints(dir));
+    if (record.has_value()) KRAIT_RETURN_IF_ERROR(CheckRecorded(*record, dir, candidates));
+  }
+  candidates.insert(candidates.begin(), resume);
+  return candidates;
+}
+
+// After `checkpoint` was loaded: the record of it, and other checkpoints out of the way.
+absl::Status RecordStart(const std::string& resume, const RunConfig& config,
+                         const Checkpoint& checkpoint, const std::vector<PassedOver>& passed_over,
+                         const std::optional<RunRecord>& record, const Notice& notice) {
+  RunRecord now = record.value_or(RunRecord());
+  now.path = checkpoint.path;
+  now.save_id = checkpoint.save_id;
+  now.step = checkpoint.meta.step;
+  if (resume != "auto") {
+    // Before the record: a start that is cut off here is told that a checkpoint is missing, and
+    // does not jump back to the newer ones.
+    KRAIT_RETURN_IF_ERROR(SetNewerAside(config.checkpoint.dir, checkpoint.meta.step, notice));
+    now.followed = FollowedPath(resume);
+    now.followed_step = checkpoint.meta.step;
+  }
+  if (now != record) KRAIT_RETURN_IF_ERROR(WriteRunRecord(config.run_dir, now));
+  return resume == "auto" ? SetDamagedAside(passed_over, notice) : absl::OkStatus();
+}
+
 }  // namespace
 
 absl::Status CheckChanges(const RunConfig& saved, const RunConfig& now,
@@ -263,52 +312,49 @@ absl::Status CheckChanges(const RunConfig& saved, const RunConfig& now,
   return errors.ToStatus();
 }
 
-absl::Status StartRun(const ResumeOptions& asked, const RunData& data, Trainer* trainer,
-                      const Notice& notice, const StartProgress& progress) {
-  KRAIT_RETURN_IF_ERROR(CheckAllowWords(asked.allow_change));
-  const std::string& dir = trainer->config().checkpoint.dir;
-  const std::string& run_dir = trainer->config().run_dir;
-  std::optional<RunRecord> record;
-  KRAIT_ASSIGN_OR_RETURN(record, ReadRunRecord(run_dir));
-  ResumeOptions options = asked;
-  if (options.resume != "auto" && options.resume != "never" && record.has_value() &&
-      record->followed == FollowedPath(options.resume) && record->step > record->followed_step) {
-    notice(absl::StrFormat(
-        "--resume %s was followed before, to step %d: this run's own checkpoints since then go "
-        "first (to go back once more, remove %s)",
-        options.resume, record->followed_step, RunRecordPath(run_dir)));
-    options.resume = "auto";
+absl::Status StartRun(const ResumeOptions& options, const RunData& data, Trainer* trainer,
+                      const Notice& notice, const StartProgress& progress, World* given) {
+  World* const world = OrAlone(given);
+  const RunConfig& config = trainer->config();
+  KRAIT_RETURN_IF_ERROR(Agree(world, CheckAllowWords(options.allow_change)));
+  std::optional<RunRecord> record;  // the first rank's
+  absl::StatusOr<std::vector<std::string>> found = std::vector<std::string>();
+  if (world->first()) {
+    absl::StatusOr<std::optional<RunRecord>> read = ReadRunRecord(config.run_dir);
+    if (read.ok()) {
+      record = *std::move(read);
+      found = FindStart(options, config, record, notice);
+    } else {
+      found = read.status();
+    }
   }
+  std::vector<std::string> candidates;
+  KRAIT_ASSIGN_OR_RETURN(candidates, PathsOfFirst(world, found));
+  const std::string resume = candidates.front();
+  candidates.erase(candidates.begin());
+
   // The same lines come for each checkpoint that is tried.
   std::set<std::string> said;
   const Notice once = [&](const std::string& line) {
     if (said.insert(line).second) notice(line);
   };
-  const auto restore = [&](const Checkpoint& checkpoint) {
-    return Restore(options, data, checkpoint, trainer, once, progress.loading);
-  };
-
-  std::vector<std::string> candidates;
-  if (options.resume == "never") {
-    KRAIT_RETURN_IF_ERROR(SetAllAside(dir, notice));
-    KRAIT_RETURN_IF_ERROR(RemoveFile(RunRecordPath(run_dir), ExitCode::kCannotSave));
-  } else if (options.resume != "auto") {
-    KRAIT_ASSIGN_OR_RETURN(candidates, FindCheckpoints(options.resume));
-  } else {
-    KRAIT_ASSIGN_OR_RETURN(candidates, ListCheckpoints(dir));
-    if (record.has_value()) KRAIT_RETURN_IF_ERROR(CheckRecorded(*record, dir, candidates));
-  }
   if (!candidates.empty()) {
     Checkpoint checkpoint;
     std::vector<PassedOver> passed_over;
-    auto loaded = LoadNewest(candidates, restore, notice, &passed_over);
+    ResumeOptions now = options;
+    now.resume = resume;
+    auto loaded = LoadNewest(
+        candidates,
+        [&](const Checkpoint& c) { return Restore(now, data, c, trainer, once, progress.loading); },
+        notice, &passed_over, world);
     if (!loaded.ok() && ExitCodeOf(loaded.status()) == ExitCode::kNoCheckpoint) {
-      return Error(ExitCode::kNoCheckpoint,
-                   MessageOf(loaded.status()) +
-                       "\nnothing was started; to train anew use another run_dir, or add "
-                       "--resume never");
+      return StatusOfFirst(world, Error(ExitCode::kNoCheckpoint,
+                                        MessageOf(loaded.status()) +
+                                            "\nnothing was started; to train anew use another "
+                                            "run_dir, or add --resume never"));
     }
     KRAIT_ASSIGN_OR_RETURN(checkpoint, std::move(loaded));
+    trainer->Loaded();
     if (checkpoint.meta.step < trainer->last_step()) {
       notice(absl::StrFormat("resuming at step %d from %s", checkpoint.meta.step, checkpoint.path));
       for (const std::string& line : data.train->StandingAt(checkpoint.meta.sequences)) {
@@ -316,31 +362,24 @@ absl::Status StartRun(const ResumeOptions& asked, const RunData& data, Trainer* 
       }
     }
     if (!options.init.empty()) notice("--init is ignored: this run has a checkpoint of its own");
-    RunRecord now = record.value_or(RunRecord());
-    now.path = checkpoint.path;
-    now.save_id = checkpoint.save_id;
-    now.step = checkpoint.meta.step;
-    if (options.resume != "auto") {
-      // Before the record: a start that is cut off here is told that a checkpoint is missing, and
-      // does not jump back to the newer ones.
-      KRAIT_RETURN_IF_ERROR(SetNewerAside(dir, checkpoint.meta.step, notice));
-      now.followed = FollowedPath(options.resume);
-      now.followed_step = checkpoint.meta.step;
-    }
-    if (now != record) KRAIT_RETURN_IF_ERROR(WriteRunRecord(run_dir, now));
-    return options.resume == "auto" ? SetDamagedAside(passed_over, notice) : absl::OkStatus();
+    return StatusOfFirst(world, !world->first() ? absl::OkStatus()
+                                                : RecordStart(resume, config, checkpoint,
+                                                              passed_over, record, notice));
   }
 
   if (!options.init.empty()) {
-    KRAIT_ASSIGN_OR_RETURN(candidates, FindCheckpoints(options.init));
+    found = std::vector<std::string>();
+    if (world->first()) found = FindCheckpoints(options.init);
+    KRAIT_ASSIGN_OR_RETURN(candidates, PathsOfFirst(world, found));
     Checkpoint checkpoint;
     KRAIT_ASSIGN_OR_RETURN(checkpoint, LoadNewest(
                                            candidates,
                                            [&](const Checkpoint& c) {
-                                             return RestoreWeights(data, c, trainer, notice,
+                                             return RestoreWeights(data, c, trainer, once,
                                                                    progress.loading);
                                            },
-                                           notice));
+                                           notice, /*passed_over=*/nullptr, world));
+    trainer->Loaded();
     notice("starting at step 0 with the weights of " + checkpoint.path);
     return absl::OkStatus();
   }

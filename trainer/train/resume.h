@@ -33,9 +33,11 @@ struct RunData {
 // Brings `trainer` to its starting point: weights, moments and state, and the training data to
 // where it stands. Errors: kConfig for a config or data that do not fit the checkpoint, kData for
 // data of another tokenizer, kNoCheckpoint when checkpoints exist and none is whole (a run never
-// starts anew beside them by itself).
+// starts anew beside them by itself). On several ranks all of them call it: the first one decides
+// what of the disk counts and moves it, and errors are those of all.
 absl::Status StartRun(const ResumeOptions& options, const RunData& data, Trainer* trainer,
-                      const Notice& notice, const StartProgress& progress = {});
+                      const Notice& notice, const StartProgress& progress = {},
+                      World* world = nullptr);
 
 // The differences between a checkpoint's config and the run's: one notice per change that applies;
 // kConfig with all changes that are refused or need `allow_change`. A key of `free` needs no

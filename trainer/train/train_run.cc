@@ -17,6 +17,7 @@
 #include "kernels/hardware.h"
 #include "trainer/checkpoint/checkpoint.h"
 #include "trainer/checkpoint/checkpoint_async.h"
+#include "trainer/checkpoint/checkpoint_ranks.h"
 #include "trainer/checkpoint/run_record.h"
 #include "trainer/report/environment.h"
 #include "trainer/report/metrics.h"
@@ -35,9 +36,18 @@ constexpr int64_t kMaxRecordBytes = int64_t{64} << 20;  // of command.txt and en
 
 bool Due(int64_t every, int64_t step) { return every > 0 && step % every == 0; }
 
+// On several ranks every rank has one and goes the same way through it: what one rank finds, and
+// what the first rank alone does (the run folder, the log, what is printed), is agreed upon where
+// it happens, so that all errors here are those of all ranks.
 class Run {
  public:
-  Run(const RunConfig& config, const TrainOptions& options) : config_(config), options_(options) {}
+  Run(const RunConfig& config, const TrainOptions& options)
+      : config_(config),
+        options_(options),
+        world_(OrAlone(options.world)),
+        mesh_(MeshOf(config.parallel, world_->size(), world_->rank())),
+        signals_("stopping after this step; once more to end at once", world_->size() > 1),
+        saver_(world_) {}
 
   absl::Status Open();
   // After an Open that failed: a run folder that it made goes again.
@@ -45,7 +55,15 @@ class Run {
   absl::StatusOr<ExitCode> Loop();
 
  private:
+  bool first() const { return world_->first(); }
+  // What the first rank does alone, for all.
+  template <typename Work>
+  absl::Status OnFirst(const Work& work) {
+    return StatusOfFirst(world_, first() ? work() : absl::OkStatus());
+  }
   absl::Status CheckMemory();
+  absl::Status OpenData();
+  absl::Status OpenFolder();
   absl::Status TakeStaging();
   absl::Status LockCheckpoints();
   absl::Status CheckFolder() const;
@@ -54,16 +72,29 @@ class Run {
   std::string DataLine() const;
   absl::Status Describe();
   absl::Status Steps();
+  // What the ranks tell each other before and after a step.
+  struct Boundary {
+    int64_t targets = 0;       // of all ranks' rows
+    bool stop = false;         // some rank was asked to
+    bool saver_ready = false;  // on all ranks
+  };
+  absl::StatusOr<Boundary> Exchange(const absl::Status& mine, int64_t targets);
   absl::Status Report(StepReport report, double seconds);
   bool EvaluationDue() const;
   absl::Status Evaluate();
   absl::Status Save(bool wait);
   absl::Status SaveState(bool wait);
   absl::Status SaveEnded(const absl::Status& result, const std::vector<std::string>& warnings);
+  absl::Status RecordSave(const std::vector<std::string>& warnings);
   absl::Status SaveBeforeEnding(const absl::Status& error);
   absl::Status Diverged(const std::string& what);
   absl::Status PrintSummary();
-  absl::Status Say(const std::string& line) { return console_.Line(line); }
+  absl::Status Say(const std::string& line) {
+    return first() ? console_.Line(line) : absl::OkStatus();
+  }
+  void Show(const std::string& status) {
+    if (first()) console_.Status(status);
+  }
   CheckpointMeta& state() const { return trainer_->state(); }
   std::string CheckpointPath(int64_t step) const {
     return absl::StrFormat("%s/step-%08d", config_.checkpoint.dir, step);
@@ -71,10 +102,11 @@ class Run {
 
   const RunConfig& config_;
   const TrainOptions& options_;
-  const Mesh mesh_;  // a single rank
+  World* const world_;
+  const Mesh mesh_;
   bool made_run_folder_ = false;
-  RunLock lock_, checkpoint_lock_;  // rank 0's
-  StopSignals signals_{"stopping after this step; once more to end at once"};
+  RunLock lock_, checkpoint_lock_;  // the first rank's, as the next three
+  StopSignals signals_;
   Console console_;
   std::optional<MetricsLog> metrics_;
   std::unique_ptr<Dataset> train_data_, validation_;
@@ -95,14 +127,19 @@ class Run {
 
 // Before anything is allocated: a plan that does not fit is refused.
 absl::Status Run::CheckMemory() {
-  const MemoryPlan plan = PlanTraining(config_);
-  const int64_t there = MemoryOf(plan.device).total;
-  const bool staging_fits = plan.device == Device::kCpu || plan.staging <= MachineMemory();
+  const MemoryPlan plan = PlanTraining(config_, mesh_);
+  const bool on_cpu = plan.device == Device::kCpu;
+  // Ranks of one machine share its memory.
+  const int sharers = world_->local_size();
+  const int64_t there = MemoryOf(plan.device).total / (on_cpu ? sharers : 1);
+  const bool staging_fits = on_cpu || plan.staging <= MachineMemory() / sharers;
   if (options_.force || (plan.total() <= there && staging_fits)) return absl::OkStatus();
+  const std::string owner = !on_cpu        ? "the GPU"
+                            : sharers == 1 ? "this process"
+                                           : absl::StrFormat("each of %d ranks", sharers);
   const std::string what =
       staging_fits ? absl::StrFormat("this run takes %s, and %s has %s", PrintBytes(plan.total()),
-                                     plan.device == Device::kCpu ? "this process" : "the GPU",
-                                     PrintBytes(there))
+                                     owner, PrintBytes(there))
                    : absl::StrFormat("saving this run takes %s of the host's memory, which has %s",
                                      PrintBytes(plan.staging), PrintBytes(MachineMemory()));
   return Error(ExitCode::kOutOfMemory,
@@ -124,11 +161,10 @@ absl::Status Run::TakeStaging() {
 
 // Draws on the terminal, and ends the work when a stop is requested.
 Progress Run::ShowProgress(const std::string& what) {
-  auto line = std::make_shared<ProgressLine>(
-      what, [this](const std::string& text) { console_.Status(text); });
+  auto line = std::make_shared<ProgressLine>(what, [this](const std::string& text) { Show(text); });
   return [this, line, what](int64_t done, int64_t total) -> absl::Status {
     if (StopRequested()) {
-      console_.ClearStatus();
+      if (first()) console_.ClearStatus();
       return Error(ExitCode::kStopped, "stopped on request while " + what);
     }
     if (done == 0) line->Begin();
@@ -137,7 +173,7 @@ Progress Run::ShowProgress(const std::string& what) {
   };
 }
 
-absl::Status Run::Open() {
+absl::Status Run::OpenData() {
   KRAIT_RETURN_IF_ERROR(CheckDevice(config_));
   KRAIT_RETURN_IF_ERROR(CheckMemory());
   ErrorList errors;
@@ -154,17 +190,22 @@ absl::Status Run::Open() {
                     &held_out = *validation_->files().front();
     errors.Add(CheckSameTokenizer(held_out, train.path(), train.tokenizer()));
   }
-  KRAIT_RETURN_IF_ERROR(errors.ToStatus());
+  return errors.ToStatus();
+}
 
+absl::Status Run::OpenFolder() {
   made_run_folder_ = !Exists(config_.run_dir);
   KRAIT_RETURN_IF_ERROR(MakeDirectories(config_.run_dir, ExitCode::kCannotSave));
-  if (mesh_.rank == 0) {
-    KRAIT_ASSIGN_OR_RETURN(lock_, RunLock::Acquire(config_.run_dir));
-  }
+  KRAIT_ASSIGN_OR_RETURN(lock_, RunLock::Acquire(config_.run_dir));
   if (IsDirectory(config_.checkpoint.dir)) KRAIT_RETURN_IF_ERROR(LockCheckpoints());
-  KRAIT_ASSIGN_OR_RETURN(console_, Console::Open(config_.run_dir + "/train.log"));
-  if (!lock_.warning().empty()) KRAIT_RETURN_IF_ERROR(Say("warning: " + lock_.warning()));
-  trainer_ = std::make_unique<Trainer>(config_);
+  KRAIT_ASSIGN_OR_RETURN(console_, Console::Open(config_.run_dir + "/train.log", /*live=*/world_->size() == 1));
+  return lock_.warning().empty() ? absl::OkStatus() : Say("warning: " + lock_.warning());
+}
+
+absl::Status Run::Open() {
+  KRAIT_RETURN_IF_ERROR(Agree(world_, OpenData()));
+  KRAIT_RETURN_IF_ERROR(OnFirst([&] { return OpenFolder(); }));
+  trainer_ = std::make_unique<Trainer>(config_, world_);
   absl::Status said;
   const Notice notice = [&](const std::string& line) { said.Update(Say(line)); };
   const Progress initialising = ShowProgress("initialising");
@@ -179,20 +220,24 @@ absl::Status Run::Open() {
       }};
   RunData data{train_data_.get(), {}};
   if (validation_ != nullptr) data.validation = validation_->Contents();
-  KRAIT_RETURN_IF_ERROR(StartRun(options_.resume, data, trainer_.get(), notice, progress));
-  console_.ClearStatus();
+  KRAIT_RETURN_IF_ERROR(StartRun(options_.resume, data, trainer_.get(), notice, progress, world_));
+  if (first()) console_.ClearStatus();
   for (const Dataset* sources : {train_data_.get(), validation_.get()}) {
     if (sources == nullptr) continue;
     for (const std::string& line : sources->Repeated()) notice("warning: " + line);
   }
-  KRAIT_RETURN_IF_ERROR(said);
+  KRAIT_RETURN_IF_ERROR(StatusOfFirst(world_, said));
 
-  int64_t bytes = 0;
-  for (const CheckpointBox& box : trainer_->Boxes()) bytes += box.bytes();
+  int64_t own_bytes = 0, bytes = 0;
+  for (const CheckpointBox& box : trainer_->Boxes()) own_bytes += box.bytes();
+  for (const int64_t of_rank : world_->AllGather(own_bytes)) bytes += of_rank;
   if (state().step < trainer_->last_step()) {
-    KRAIT_RETURN_IF_ERROR(CheckCanSave(config_.checkpoint.dir, bytes));
-    // Once more: the folder may be there only by now, or have been moved away with its lock.
-    KRAIT_RETURN_IF_ERROR(LockCheckpoints());
+    const auto lock = [&]() -> absl::Status {
+      KRAIT_RETURN_IF_ERROR(CheckCanSave(config_.checkpoint.dir, bytes));
+      // Once more: the folder may be there only by now, or have been moved away with its lock.
+      return LockCheckpoints();
+    };
+    KRAIT_RETURN_IF_ERROR(OnFirst(lock));
     KRAIT_RETURN_IF_ERROR(TakeStaging());
   }
   state().hardware = HardwareName(trainer_->ctx().device);
@@ -216,7 +261,6 @@ void Run::RemoveEmptyFolder() {
 }
 
 absl::Status Run::LockCheckpoints() {
-  if (mesh_.rank != 0) return absl::OkStatus();
   checkpoint_lock_ = RunLock();
   // Not the name of a run folder's lock: the two may be one folder.
   KRAIT_ASSIGN_OR_RETURN(checkpoint_lock_,
@@ -227,7 +271,7 @@ absl::Status Run::LockCheckpoints() {
 // A folder that was removed or moved while the run uses it: nothing can be written there any more,
 // and a folder of that name may by now be another run's.
 absl::Status Run::CheckFolder() const {
-  if (mesh_.rank != 0 || lock_.Holds()) return absl::OkStatus();
+  if (!first() || lock_.Holds()) return absl::OkStatus();
   return Error(ExitCode::kCannotSave,
                config_.run_dir +
                    " was removed, moved or replaced while this run used it: the run "
@@ -281,11 +325,16 @@ std::string Run::DataLine() const {
 absl::Status Run::Describe() {
   const ParamTable& table = trainer_->weights().table();
   KRAIT_RETURN_IF_ERROR(Say(absl::StrFormat(
-      "%s: %s parameters (%s active), %d layers, batch %s tokens, memory %s planned",
+      "%s: %s parameters (%s active), %d layers, batch %s tokens, memory %s planned%s",
       config_.run_dir, PrintShort(static_cast<double>(table.total())),
       PrintShort(static_cast<double>(table.active(config_.model))), config_.model.n_layers,
       PrintShort(static_cast<double>(config_.train.batch_tokens)),
-      PrintBytes(trainer_->memory().total()))));
+      PrintBytes(trainer_->memory().total()), world_->size() > 1 ? " per rank" : "")));
+  if (world_->size() > 1) {
+    KRAIT_RETURN_IF_ERROR(
+        Say(absl::StrFormat("ranks: %d = data %d x tensor %d, experts over %d", world_->size(),
+                            mesh_.data, mesh_.tensor, mesh_.expert)));
+  }
   KRAIT_RETURN_IF_ERROR(Say(DataLine()));
   if (config_.log.tensorboard) {
     KRAIT_RETURN_IF_ERROR(Say("curves: tensorboard --logdir " + config_.run_dir + "/tensorboard"));
@@ -308,23 +357,50 @@ absl::StatusOr<ExitCode> Run::Loop() {
   const int64_t steps = trainer_->last_step();
   // An evaluation that a stop request cut short is made up, so that the metrics are those of a run
   // without it.
-  const bool make_up = state().step > 0 && state().step <= steps && EvaluationDue() &&
-                       !IsRecorded(config_.run_dir, state().step, "val/loss");
+  const bool make_up =
+      world_->AllGather(int64_t{first() && state().step > 0 && state().step <= steps &&
+                                EvaluationDue() &&
+                                !IsRecorded(config_.run_dir, state().step, "val/loss")})[0] != 0;
   if (state().step >= steps && !make_up) {
-    KRAIT_RETURN_IF_ERROR(
-        Say(absl::StrFormat("this run is finished: step %d of %d; to train on, raise train.%s",
-                            state().step, steps, config_.train.tokens > 0 ? "tokens" : "steps")));
-    KRAIT_RETURN_IF_ERROR(PrintSummary());
+    const auto finish = [&]() -> absl::Status {
+      KRAIT_RETURN_IF_ERROR(
+          Say(absl::StrFormat("this run is finished: step %d of %d; to train on, raise train.%s",
+                              state().step, steps, config_.train.tokens > 0 ? "tokens" : "steps")));
+      return PrintSummary();
+    };
+    KRAIT_RETURN_IF_ERROR(OnFirst(finish));
     return ExitCode::kOk;
   }
-  KRAIT_RETURN_IF_ERROR(WriteRunFolder());
-  KRAIT_RETURN_IF_ERROR(Describe());
+  const auto write = [&]() -> absl::Status {
+    KRAIT_RETURN_IF_ERROR(WriteRunFolder());
+    return Describe();
+  };
+  KRAIT_RETURN_IF_ERROR(OnFirst(write));
   start_ = MonotonicSeconds();
   absl::Status status = make_up ? Evaluate() : absl::OkStatus();
   if (status.ok()) status = Steps();
   if (!status.ok()) return SaveBeforeEnding(status);
-  KRAIT_RETURN_IF_ERROR(PrintSummary());
+  KRAIT_RETURN_IF_ERROR(OnFirst([&] { return PrintSummary(); }));
   return state().step < steps || evaluation_missed_ ? ExitCode::kStopped : ExitCode::kOk;
+}
+
+absl::StatusOr<Run::Boundary> Run::Exchange(const absl::Status& mine, int64_t targets) {
+  constexpr int64_t kFailed = 1, kStop = 2, kSaverReady = 4, kFlags = 8;
+  const int64_t word = targets * kFlags + (mine.ok() ? 0 : kFailed) +
+                       (StopRequested() ? kStop : 0) + (saver_.ready() ? kSaverReady : 0);
+  const std::vector<int64_t> words = world_->AllGather(word);
+  Boundary boundary;
+  boundary.saver_ready = true;
+  bool failed = false;
+  for (size_t r = 0; r < words.size(); ++r) {
+    failed |= (words[r] & kFailed) != 0;
+    boundary.stop |= (words[r] & kStop) != 0;
+    boundary.saver_ready &= (words[r] & kSaverReady) != 0;
+    // Tensor ranks have the same rows.
+    if (r % static_cast<size_t>(mesh_.tensor) == 0) boundary.targets += words[r] / kFlags;
+  }
+  if (failed) KRAIT_RETURN_IF_ERROR(Agree(world_, mine));
+  return boundary;
 }
 
 // To the last step, or to that of a stop request.
@@ -333,15 +409,19 @@ absl::Status Run::Steps() {
   // This rank's rows of each pass.
   const int64_t rows = config_.train.micro_batch, pass_rows = rows * mesh_.data;
   TokenBatch batch;
-  bool stop = StopRequested(), save = false;
+  Boundary boundary;
+  KRAIT_ASSIGN_OR_RETURN(boundary, Exchange(absl::OkStatus(), 0));
+  bool stop = boundary.stop, save = false;
   while (state().step < steps && !(stop && !save)) {
     const double begin = MonotonicSeconds();
-    KRAIT_RETURN_IF_ERROR(train_data_->ReadTraining(state().sequences + mesh_.data_index() * rows,
-                                                    config_.accumulation(mesh_.data), pass_rows,
-                                                    rows, &batch));
-    const StepReport report = trainer_->Step(batch);
+    const absl::Status read =
+        train_data_->ReadTraining(state().sequences + mesh_.data_index() * rows,
+                                  config_.accumulation(mesh_.data), pass_rows, rows, &batch);
+    KRAIT_ASSIGN_OR_RETURN(boundary, Exchange(read, batch.target_count));
+    const StepReport report = trainer_->Step(batch, boundary.targets);
     sound_ = !report.was_skipped;
-    KRAIT_RETURN_IF_ERROR(Report(report, MonotonicSeconds() - begin));
+    const absl::Status reported =
+        first() ? Report(report, MonotonicSeconds() - begin) : absl::OkStatus();
     if (report.skipped_in_row >= kMaxSkippedInRow) {
       return Diverged(
           absl::StrFormat("%d steps in a row without a finite loss and gradient (the "
@@ -349,15 +429,18 @@ absl::Status Run::Steps() {
                           report.skipped_in_row, report.step));
     }
     const bool last = state().step == steps;
-    if (EvaluationDue()) KRAIT_RETURN_IF_ERROR(Evaluate());
-    if (!stop && StopRequested()) {
+    if (reported.ok() && EvaluationDue()) KRAIT_RETURN_IF_ERROR(Evaluate());
+    KRAIT_ASSIGN_OR_RETURN(boundary, Exchange(reported, 0));
+    if (!stop && boundary.stop) {
       stop = true;
       if (report.was_skipped && !last) {
-        KRAIT_RETURN_IF_ERROR(Say("the last step was skipped: stopping after one that is not"));
+        KRAIT_RETURN_IF_ERROR(OnFirst(
+            [&] { return Say("the last step was skipped: stopping after one that is not"); }));
       }
     }
-    if (const auto ended = saver_.Poll(); ended.has_value()) {
-      KRAIT_RETURN_IF_ERROR(SaveEnded(*ended, saver_.warnings()));
+    if (boundary.saver_ready) {
+      const auto ended = saver_.Advance();
+      if (ended.has_value()) KRAIT_RETURN_IF_ERROR(SaveEnded(*ended, saver_.warnings()));
     }
     // Skipped steps may be the end of good weights: until one is not skipped, no checkpoint of them
     // takes the place of an older one.
@@ -391,7 +474,7 @@ absl::Status Run::Report(StepReport report, double seconds) {
   }
   if (draw) {
     drawn_ = MonotonicSeconds();
-    console_.Status(FormatLiveLine(report));
+    Show(FormatLiveLine(report));
   }
   if (!log) return absl::OkStatus();
   KRAIT_RETURN_IF_ERROR(CheckFolder());
@@ -408,7 +491,7 @@ bool Run::EvaluationDue() const {
 
 // Every validation source, and all of them by tokens. Ends without a result on a stop request.
 absl::Status Run::Evaluate() {
-  KRAIT_RETURN_IF_ERROR(CheckFolder());
+  KRAIT_RETURN_IF_ERROR(OnFirst([&] { return CheckFolder(); }));
   const std::vector<EvalShare> shares =
       EvalShares(*validation_, config_.data.validation, config_.evaluation.tokens);
   int64_t before = 0, total = 0;
@@ -444,48 +527,56 @@ absl::Status Run::Evaluate() {
   }
   add("val", "val", sum / static_cast<double>(targets));
   metrics.push_back({"tokens", state().tokens});
-  for (const std::string& line : lines) KRAIT_RETURN_IF_ERROR(Say(line));
-  return metrics_->Write(state().step, metrics);
+  return OnFirst([&]() -> absl::Status {
+    for (const std::string& line : lines) KRAIT_RETURN_IF_ERROR(Say(line));
+    return metrics_->Write(state().step, metrics);
+  });
 }
 
 // The end of a run whose numbers are of no use any more.
 absl::Status Run::Diverged(const std::string& what) {
   if (saver_.busy()) KRAIT_RETURN_IF_ERROR(SaveEnded(saver_.Wait(), saver_.warnings()));
-  std::optional<RunRecord> record;
-  KRAIT_ASSIGN_OR_RETURN(record, ReadRunRecord(config_.run_dir));
-  std::string message = what + ": lower optimizer.lr, or look at the data. ";
-  message += record.has_value()
-                 ? absl::StrFormat("The last good step is %d, in %s; to resume there: %s",
-                                   record->step, record->path, options_.continue_line)
-                 : "No step was saved before";
-  return Error(ExitCode::kNumerics, message);
+  return OnFirst([&]() -> absl::Status {
+    std::optional<RunRecord> record;
+    KRAIT_ASSIGN_OR_RETURN(record, ReadRunRecord(config_.run_dir));
+    std::string message = what + ": lower optimizer.lr, or look at the data. ";
+    message += record.has_value()
+                   ? absl::StrFormat("The last good step is %d, in %s; to resume there: %s",
+                                     record->step, record->path, options_.continue_line)
+                   : "No step was saved before";
+    return Error(ExitCode::kNumerics, message);
+  });
 }
 
 // Saves the state at this step boundary, and what was reported up to it; in the background unless
 // `wait`.
 absl::Status Run::Save(bool wait) {
   if (saver_.busy()) KRAIT_RETURN_IF_ERROR(SaveEnded(saver_.Wait(), saver_.warnings()));
-  KRAIT_RETURN_IF_ERROR(CheckFolder());
-  // A folder that somebody removed is made again.
-  if (mesh_.rank == 0 && !checkpoint_lock_.Holds()) KRAIT_RETURN_IF_ERROR(LockCheckpoints());
-  KRAIT_RETURN_IF_ERROR(metrics_->Sync());
+  const auto look = [&]() -> absl::Status {
+    KRAIT_RETURN_IF_ERROR(CheckFolder());
+    // A folder that somebody removed is made again.
+    if (!checkpoint_lock_.Holds()) KRAIT_RETURN_IF_ERROR(LockCheckpoints());
+    return metrics_->Sync();
+  };
+  KRAIT_RETURN_IF_ERROR(OnFirst(look));
   return SaveState(wait);
 }
 
 // The last step that is worth it, before the run ends with an error that has nothing to do with it:
 // a disk that fails under data, evaluation or logs. Gives the error back, with what became of it.
 absl::Status Run::SaveBeforeEnding(const absl::Status& error) {
-  console_.ClearStatus();
+  if (first()) console_.ClearStatus();
   if (saver_.busy()) SaveEnded(saver_.Wait(), saver_.warnings()).IgnoreError();
   const int64_t step = state().step;
   const bool tried = saving_step_ == step || ExitCodeOf(error) == ExitCode::kNumerics;
-  if (tried || !sound_ || !checkpoint_lock_.Holds()) return error;
+  const bool locked = world_->AllGather(int64_t{checkpoint_lock_.Holds()})[0] != 0;
+  if (tried || !sound_ || !locked) return error;
   const absl::Status saved = SaveState(/*wait=*/true);
   const std::string what =
       saved_step_ == step
           ? absl::StrFormat("step %d was saved before the end: %s", step, CheckpointPath(step))
           : absl::StrFormat("step %d could not be saved: %s", step, MessageOf(saved));
-  return Error(ExitCodeOf(error), MessageOf(error) + "\n" + what);
+  return StatusOfFirst(world_, Error(ExitCodeOf(error), MessageOf(error) + "\n" + what));
 }
 
 absl::Status Run::SaveState(bool wait) {
@@ -503,10 +594,11 @@ absl::Status Run::SaveState(bool wait) {
   state().sources = std::move(position.sources);
   const std::vector<CheckpointBox> boxes = trainer_->Boxes();
   const bool now = wait || !config_.checkpoint.async;
-  if (now) console_.Status("saving ...");
+  if (now) Show("saving ...");
   if (now && trainer_->ctx().device == Device::kCpu) {
     std::vector<std::string> warnings;
-    const absl::Status saved = SaveCheckpoint(options, state(), boxes, &warnings);
+    const absl::Status saved =
+        SaveCheckpoint(options, state(), boxes, &warnings, /*source=*/nullptr, world_);
     return SaveEnded(saved, warnings);
   }
   const Tensor copy = staging_->Alloc(DType::kU8, {staging_->capacity()});
@@ -518,14 +610,19 @@ absl::Status Run::SaveState(bool wait) {
 
 absl::Status Run::SaveEnded(const absl::Status& result, const std::vector<std::string>& warnings) {
   if (!result.ok()) {
-    KRAIT_RETURN_IF_ERROR(CheckFolder());  // the cause, where it is one
+    KRAIT_RETURN_IF_ERROR(OnFirst([&] { return CheckFolder(); }));  // the cause, where it is one
     return result;
   }
+  KRAIT_RETURN_IF_ERROR(OnFirst([&] { return RecordSave(warnings); }));
+  saved_step_ = saving_step_;
+  return absl::OkStatus();
+}
+
+absl::Status Run::RecordSave(const std::vector<std::string>& warnings) {
   for (const std::string& warning : warnings) KRAIT_RETURN_IF_ERROR(Say(warning));
   const std::string path = CheckpointPath(saving_step_);
-  const auto saved = OpenCheckpoint(path);
+  const auto saved = ReadManifest(path);
   if (!saved.ok()) return Error(ExitCode::kCannotSave, MessageOf(saved.status()));
-  saved_step_ = saving_step_;
   KRAIT_RETURN_IF_ERROR(CheckFolder());
   std::optional<RunRecord> record;
   KRAIT_ASSIGN_OR_RETURN(record, ReadRunRecord(config_.run_dir));
@@ -571,7 +668,7 @@ absl::StatusOr<ExitCode> RunTraining(const RunConfig& config, const TrainOptions
   Run run(config, options);
   const absl::Status opened = run.Open();
   if (!opened.ok()) run.RemoveEmptyFolder();
-  if (ExitCodeOf(opened) == ExitCode::kStopped) {
+  if (ExitCodeOf(opened) == ExitCode::kStopped && !IsAgreed(opened)) {
     return Error(ExitCode::kStopped,
                  MessageOf(opened) + ": no step was made; to go on: " + options.continue_line);
   }

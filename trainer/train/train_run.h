@@ -5,12 +5,14 @@
 #include <string>
 
 #include "kernels/base/status.h"
+#include "parallel/world.h"
 #include "trainer/config/config.h"
 #include "trainer/train/resume.h"
 
 namespace krait {
 
 struct TrainOptions {
+  World* world = nullptr;  // the ranks that run it; null: this process alone
   ResumeOptions resume;
   std::string program = "krait";  // as typed, for the commands named in the summary
   std::string command_line;       // as typed, for command.txt

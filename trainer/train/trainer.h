@@ -5,13 +5,16 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "data/sampler.h"
 #include "kernels/context.h"
+#include "model/bucket_exchange.h"
 #include "model/hybrid_model.h"
 #include "model/params.h"
 #include "model/weights.h"
+#include "parallel/groups.h"
 #include "trainer/checkpoint/checkpoint.h"
 #include "trainer/config/config.h"
 #include "trainer/report/step_report.h"
@@ -26,16 +29,20 @@ namespace krait {
 struct StepScalars {
   StepScalars(const HybridModel& model, Arena* arena);
   Tensor all;
-  // Parts of it: the sums of the passes (HybridModel), the squared norm, AdamW's control.
-  Tensor sums, sum_of_squares, control;
+  // Parts of it: the sums of the passes (HybridModel), the rounds of expert exchanges beyond the
+  // first, the squared norm, AdamW's control.
+  Tensor sums, overflow, sum_of_squares, control;
+  Tensor shared;      // what ranks add up: all but the control
   Tensor loss_scale;  // [1]
 };
 
-// Not thread-safe: one thread drives it.
+// Not thread-safe: one thread drives it. On several ranks all of them call the same functions in
+// the same order, each with its own rows; reports are then those of all ranks.
 class Trainer {
  public:
   // Reserves PlanTraining's memory. Weights hold no values until Init() or a load; moments are 0.
-  explicit Trainer(const RunConfig& config);
+  // `world` outlives the trainer; null: a single rank.
+  explicit Trainer(const RunConfig& config, World* world = nullptr);
 
   // Fresh weights by the model's init scheme and the run's seed.
   void Init() { KRAIT_CHECK(Init(nullptr).ok()); }
@@ -50,10 +57,12 @@ class Trainer {
   // step, sequences and tokens. When loss or gradient is not finite, weights, moments and the Adam
   // count stay as they are and the skip counts grow. The report's time and memory fields are the
   // caller's to fill.
-  StepReport Step(const TokenBatch& batch);
+  StepReport Step(const TokenBatch& batch) { return Step(batch, TargetsOf(batch)); }
+  // With the targets of all ranks' rows, where they are known.
+  StepReport Step(const TokenBatch& batch, int64_t targets);
 
   // Forward and backward of the whole batch: leaves the gradient of the mean loss in the weights'
-  // gradients and the losses in the report. Changes no weight.
+  // gradients, as far as this rank owns them, and the losses in the report. Changes no weight.
   StepReport Gradients(const TokenBatch& batch, const ProbeSink* probe = nullptr);
 
   // Everything a checkpoint holds, as boxes into live memory.
@@ -70,11 +79,14 @@ class Trainer {
   double learning_rate() const;
 
   // Evaluates the weights as they are, in passes of train.micro_batch rows.
-  Evaluator evaluator() { return {&model_, pass_batch_, scalars_.sums, ctx_}; }
+  Evaluator evaluator() { return {&model_, pass_batch_, scalars_.sums, ctx_, groups()}; }
 
   const RunConfig& config() const { return config_; }
   CheckpointMeta& state() { return state_; }
   const Weights& weights() const { return weights_; }
+  const Mesh& mesh() const { return mesh_; }
+  // Null on a single rank.
+  const Groups* groups() const { return groups_.has_value() ? &*groups_ : nullptr; }
   HybridModel& model() { return model_; }
   OptimizerState& optimizer() { return optimizer_; }
   const MemoryPlan& memory() const { return memory_; }
@@ -83,19 +95,28 @@ class Trainer {
   Context& ctx() { return ctx_; }
 
  private:
-  // Forward and backward of the whole batch, enqueued: gradients and the sums of its passes.
-  void RunPasses(const TokenBatch& batch, const ProbeSink* probe);
+  // The targets of all ranks' rows: asks the ranks.
+  int64_t TargetsOf(const TokenBatch& batch) const;
+  // Forward and backward of the whole batch, enqueued: gradients, and on the way their sums over
+  // the ranks, and the sums of its passes.
+  void RunPasses(const TokenBatch& batch, int64_t targets, const ProbeSink* probe);
+  // Adds up over the ranks what their passes summed.
+  void ShareScalars();
   // The losses of the batch, from downloaded sums.
-  StepReport ReportOf(const TokenBatch& batch, const std::vector<double>& scalars) const;
+  StepReport ReportOf(const TokenBatch& batch, int64_t targets,
+                      const std::vector<double>& scalars) const;
 
   RunConfig config_;
   Placement placement_;
+  Mesh mesh_;
+  std::optional<Groups> groups_;
   MemoryPlan memory_;
   ParamTable table_;
   Arena weight_arena_, grad_arena_, optimizer_arena_, activation_arena_, scratch_arena_;
-  Arena scalar_arena_, batch_arena_;
+  Arena scalar_arena_, batch_arena_, communication_arena_;
   Context ctx_;
   Weights weights_;
+  std::optional<BucketExchange> exchange_;
   OptimizerState optimizer_;
   HybridModel model_;
   std::unique_ptr<ActivationSet> activations_;

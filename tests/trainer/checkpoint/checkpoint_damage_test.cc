@@ -16,6 +16,7 @@
 #include "kernels/base/file.h"
 #include "kernels/base/json.h"
 #include "trainer/checkpoint/checkpoint.h"
+#include "trainer/checkpoint/checkpoint_boxes.h"
 #include "trainer/checkpoint/checkpoint_manifest.h"
 #include "trainer/checkpoint/checkpoint_testing.h"
 #include "trainer/checkpoint/checkpoint_tools.h"
@@ -163,6 +164,32 @@ class HostileManifestTest : public CheckpointDamageTest {
     body.back() = ',';
     return body + absl::StrFormat("\"crc32c\":\"%08x\"}\n", Crc32c(body.data(), body.size()));
   }
+  // Writes the table of boxes after a change, behind the end of the shard, and a manifest that
+  // names it there; the reason for its refusal.
+  std::string RefusedTable(const std::function<void(json&)>& change) {
+    const std::string shard = newest_ + "/rank-00000.h5", good = Read(shard);
+    const std::string table = WithTable(change, good);
+    std::string reason = Refused([&](json& root) { NameTable(root, good.size(), table); });
+    Write(shard, good);
+    return reason;
+  }
+  // The changed table, written behind the end of the shard.
+  std::string WithTable(const std::function<void(json&)>& change, const std::string& shard) {
+    const ManifestFile file = OpenCheckpoint(newest_)->files[0];
+    json root = json::parse(
+        shard.substr(static_cast<size_t>(file.table_at), static_cast<size_t>(file.table_size)));
+    change(root);
+    std::string table = Seal(root);
+    Write(newest_ + "/rank-00000.h5", shard + table);
+    return table;
+  }
+  static void NameTable(json& root, size_t at, const std::string& table) {
+    json& file = root["files"][0];
+    file["table_at"] = at;
+    file["table_size"] = table.size();
+    file["crc32c_table"] = Crc32c(table.data(), table.size());
+    file["size"] = at + table.size();
+  }
   // Writes the manifest after a change; the reason for its refusal.
   std::string Refused(const std::function<void(json&)>& change) {
     json root = json::parse(Read(newest_ + "/manifest.json"));
@@ -198,8 +225,10 @@ TEST_F(HostileManifestTest, EveryFieldMissingMistypedOrOutOfRange) {
                                    json::array({-1}),
                                    json::array({uint64_t{1} << 63})};
   int refused = 0;
-  const auto try_all = [&](const json::json_pointer& parent) {
-    for (const auto& item : good.at(parent).items()) {
+  using Refuse = std::function<std::string(const std::function<void(json&)>&)>;
+  const auto try_all = [&](const json& whole, const json::json_pointer& parent,
+                           const Refuse& refuse) {
+    for (const auto& item : whole.at(parent).items()) {
       const std::string key = item.key();
       if (key == "crc32c" && parent.empty()) continue;
       SCOPED_TRACE((parent / key).to_string());
@@ -207,7 +236,7 @@ TEST_F(HostileManifestTest, EveryFieldMissingMistypedOrOutOfRange) {
           "skipped",    "skipped_in_row", "tokenizer",           "hardware", "mix_start", "sources",
           "validation", "hf_config",      "hf_generation_config"};
       if (!optional.contains(key)) {
-        EXPECT_THAT(Refused([&](json& root) { root.at(parent).erase(key); }),
+        EXPECT_THAT(refuse([&](json& root) { root.at(parent).erase(key); }),
                     HasSubstr("is missing"));
       }
       for (const json& value : wrong) {
@@ -222,19 +251,27 @@ TEST_F(HostileManifestTest, EveryFieldMissingMistypedOrOutOfRange) {
             (key == "name" || key == "slot")) {
           continue;
         }
-        if (value == json::array() && (key == "boxes" || key == "sources" || key == "validation")) {
+        if (value == json::array() &&
+            (key == "boxes" || key == "files" || key == "sources" || key == "validation")) {
           continue;
         }
-        Refused([&](json& root) { root.at(parent)[key] = value; });
+        refuse([&](json& root) { root.at(parent)[key] = value; });
         ++refused;
       }
     }
   };
-  try_all(json::json_pointer());
-  try_all(json::json_pointer("/files/0"));
-  try_all(json::json_pointer("/boxes/0"));
-  try_all(json::json_pointer("/sources/0"));
-  try_all(json::json_pointer("/sources/0/shuffles/1"));
+  const Refuse manifest = [&](const auto& change) { return Refused(change); };
+  const Refuse table = [&](const auto& change) { return RefusedTable(change); };
+  const ManifestFile file = OpenCheckpoint(newest_)->files[0];
+  const json boxes = json::parse(
+      Read(newest_ + "/rank-00000.h5")
+          .substr(static_cast<size_t>(file.table_at), static_cast<size_t>(file.table_size)));
+  try_all(good, json::json_pointer(), manifest);
+  try_all(good, json::json_pointer("/files/0"), manifest);
+  try_all(boxes, json::json_pointer(), table);
+  try_all(boxes, json::json_pointer("/boxes/0"), table);
+  try_all(good, json::json_pointer("/sources/0"), manifest);
+  try_all(good, json::json_pointer("/sources/0/shuffles/1"), manifest);
   for (const auto& [from, reason] : {std::pair{0, "does not ascend"}, {21, "up to 20"}}) {
     EXPECT_THAT(
         Refused([from = from](json& root) { root["sources"][0]["shuffles"][1]["from"] = from; }),
@@ -242,13 +279,16 @@ TEST_F(HostileManifestTest, EveryFieldMissingMistypedOrOutOfRange) {
   }
   EXPECT_GT(refused, 200);
 
-  EXPECT_THAT(Refused([](json& root) { root["format_version"] = 2; }),
-              HasSubstr("format version 2; this Krait reads versions 1 to 1"));
+  EXPECT_THAT(Refused([](json& root) { root["format_version"] = 3; }),
+              HasSubstr("format version 3; this Krait reads versions 1 to 2"));
   EXPECT_THAT(Refused([](json& root) { root["format_version"] = 0; }),
               HasSubstr("format version 0"));
   EXPECT_THAT(Refused([](json& root) { root["step"] = 3; }), HasSubstr("is of step 3"));
   EXPECT_THAT(Refused([](json& root) { root["save_id"] = std::string(32, 'g'); }),
               HasSubstr("hexadecimal"));
+  EXPECT_THAT(Refused([](json& root) { root["ranks"] = 0; }), HasSubstr("more files than"));
+  EXPECT_THAT(RefusedTable([](json& root) { root["save_id"] = std::string(32, 'a'); }),
+              HasSubstr("rank-00000.h5: its table of boxes: 'save_id' is that of another save"));
 }
 
 TEST_F(HostileManifestTest, MembersOfLaterVersionsAreNoDamage) {
@@ -260,7 +300,20 @@ TEST_F(HostileManifestTest, MembersOfLaterVersionsAreNoDamage) {
   }
   root["added_later"] = {{"any", "thing"}};
   root["files"][0]["added_later"] = 1;
-  root["boxes"][0]["added_later"] = "x";
+  const std::string shard = Read(newest_ + "/rank-00000.h5");
+  Checkpoint changed = *OpenCheckpoint(newest_);
+  const std::string table = WithTable([](json& t) { t["boxes"][0]["added_later"] = "x"; }, shard);
+  NameTable(root, shard.size(), table);
+  // The old table is now among the bytes that belong to nothing.
+  changed.files[0].table_at = static_cast<int64_t>(shard.size());
+  changed.files[0].table_size = static_cast<int64_t>(table.size());
+  changed.files[0].size = changed.files[0].table_at + changed.files[0].table_size;
+  uint32_t rest = 0;
+  const auto outside = RangesOutsideBoxes(changed.files, changed.boxes);
+  for (const auto& [begin, end] : outside[0]) {
+    rest = Crc32c(&shard[static_cast<size_t>(begin)], static_cast<size_t>(end - begin), rest);
+  }
+  root["files"][0]["crc32c_rest"] = rest;
   Write(path, Seal(root));
   const auto checkpoint = OpenCheckpoint(newest_);
   ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
@@ -269,7 +322,7 @@ TEST_F(HostileManifestTest, MembersOfLaterVersionsAreNoDamage) {
   EXPECT_EQ(checkpoint->meta.skipped, 0);
   EXPECT_EQ(checkpoint->meta.tokenizer, "");
   EXPECT_TRUE(checkpoint->meta.sources.empty());
-  EXPECT_EQ(checkpoint->format_version, 1);
+  EXPECT_EQ(checkpoint->format_version, 2);
 }
 
 TEST_F(HostileManifestTest, FilesOutsideTheFolder) {
@@ -291,32 +344,45 @@ TEST_F(HostileManifestTest, FilesOutsideTheFolder) {
 TEST_F(HostileManifestTest, BoxesThatCannotBe) {
   // Boxes 1 and 2 are the halves of weight in_proj [6, 5].
   const auto box = [](json& root, int i) -> json& { return root["boxes"][static_cast<size_t>(i)]; };
-  ASSERT_EQ(json::parse(Read(newest_ + "/manifest.json"))["boxes"][2]["offset"], json({3, 0}));
+  ASSERT_EQ(OpenCheckpoint(newest_)->boxes[2].offset, (std::vector<int64_t>{3, 0}));
+  const ManifestFile file = OpenCheckpoint(newest_)->files[0];
   const auto tile = HasSubstr("do not tile");
-  EXPECT_THAT(Refused([&](json& r) { box(r, 2)["offset"] = {2, 0}; }), tile);  // overlap, hole
-  EXPECT_THAT(Refused([&](json& r) { box(r, 2)["extent"] = {2, 5}; }), tile);  // hole
-  EXPECT_THAT(Refused([&](json& r) { r["boxes"].erase(1); }), tile);
-  EXPECT_THAT(Refused([&](json& r) { r["boxes"].push_back(box(r, 1)); }), tile);  // twice
-  EXPECT_THAT(Refused([&](json& r) { box(r, 2)["offset"] = {4, 0}; }), HasSubstr("not inside the"));
-  EXPECT_THAT(Refused([&](json& r) { box(r, 2)["extent"] = {3, 0}; }), HasSubstr("box is empty"));
-  EXPECT_THAT(Refused([&](json& r) { box(r, 2)["offset"] = {3}; }), HasSubstr("different lengths"));
-  EXPECT_THAT(Refused([&](json& r) { box(r, 2)["shape"] = {6, 6}; }), HasSubstr("two shapes"));
-  EXPECT_THAT(Refused([&](json& r) { box(r, 2)["dtype"] = "i32"; }), HasSubstr("two dtypes"));
-  EXPECT_THAT(Refused([&](json& r) { box(r, 2)["dtype"] = "f16"; }), HasSubstr("'dtype'"));
-  EXPECT_THAT(Refused([&](json& r) { box(r, 2)["file"] = 1; }), HasSubstr("not one of the files"));
-  EXPECT_THAT(Refused([&](json& r) { box(r, 2)["at"] = box(r, 1)["at"]; }), HasSubstr("overlaps"));
-  EXPECT_THAT(Refused([&](json& r) { box(r, 2)["at"] = r["files"][0]["size"]; }),
+  EXPECT_THAT(RefusedTable([&](json& r) { box(r, 2)["offset"] = {2, 0}; }), tile);  // overlap, hole
+  EXPECT_THAT(RefusedTable([&](json& r) { box(r, 2)["extent"] = {2, 5}; }), tile);  // hole
+  EXPECT_THAT(RefusedTable([&](json& r) { r["boxes"].erase(1); }), tile);
+  EXPECT_THAT(RefusedTable([&](json& r) { r["boxes"].push_back(box(r, 1)); }), tile);  // twice
+  EXPECT_THAT(RefusedTable([&](json& r) {
+                box(r, 2)["offset"] = {4, 0};
+              }),
+              HasSubstr("not inside the"));
+  EXPECT_THAT(RefusedTable([&](json& r) {
+                box(r, 2)["extent"] = {3, 0};
+              }),
+              HasSubstr("box is empty"));
+  EXPECT_THAT(RefusedTable([&](json& r) { box(r, 2)["offset"] = {3}; }),
+              HasSubstr("different lengths"));
+  EXPECT_THAT(RefusedTable([&](json& r) { box(r, 2)["shape"] = {6, 6}; }), HasSubstr("two shapes"));
+  EXPECT_THAT(RefusedTable([&](json& r) { box(r, 2)["dtype"] = "i32"; }), HasSubstr("two dtypes"));
+  EXPECT_THAT(RefusedTable([&](json& r) { box(r, 2)["dtype"] = "f16"; }), HasSubstr("'dtype'"));
+  EXPECT_THAT(RefusedTable([&](json& r) { box(r, 2)["at"] = box(r, 1)["at"]; }),
+              HasSubstr("overlaps"));
+  // The table lies behind the old end of the file.
+  EXPECT_THAT(RefusedTable([&](json& r) { box(r, 2)["at"] = file.size - 1; }),
+              HasSubstr("overlaps the table of boxes"));
+  EXPECT_THAT(RefusedTable([&](json& r) { box(r, 2)["at"] = file.size + 100000; }),
               HasSubstr("not inside its file"));
-  EXPECT_THAT(Refused([&](json& r) { box(r, 2)["at"] = INT64_MAX; }),
+  EXPECT_THAT(RefusedTable([&](json& r) { box(r, 2)["crc32c"] = "0123456g"; }),
+              HasSubstr("8 hexadecimal digits"));
+  EXPECT_THAT(RefusedTable([&](json& r) { box(r, 2)["at"] = INT64_MAX; }),
               HasSubstr("not inside its file"));
-  EXPECT_THAT(Refused([&](json& r) { box(r, 2)["name"] = std::string(513, 'a'); }),
+  EXPECT_THAT(RefusedTable([&](json& r) { box(r, 2)["name"] = std::string(513, 'a'); }),
               HasSubstr("'name'"));
-  EXPECT_THAT(Refused([&](json& r) { box(r, 2)["slot"] = "a/b"; }), HasSubstr("'slot'"));
-  EXPECT_THAT(Refused([&](json& r) {
+  EXPECT_THAT(RefusedTable([&](json& r) { box(r, 2)["slot"] = "a/b"; }), HasSubstr("'slot'"));
+  EXPECT_THAT(RefusedTable([&](json& r) {
                 box(r, 0)["shape"] = box(r, 0)["extent"] = {int64_t{1} << 62, 4};
               }),
               HasSubstr("overflows"));
-  EXPECT_THAT(Refused([&](json& r) {
+  EXPECT_THAT(RefusedTable([&](json& r) {
                 box(r, 0)["shape"] = {1, 1, 1, 1, 1};
               }),
               HasSubstr("up to 4"));
@@ -376,7 +442,15 @@ TEST_F(HostileManifestTest, TilingsOfRandomCuts) {
         at += checkpoint.boxes.back().bytes();
       }
       checkpoint.files = {{"f", at, 0}};
-      return ParseManifest(*ManifestText(checkpoint), "folder/manifest.json").status();
+      // Through the text of a table and back.
+      const std::string table = TableText(checkpoint.save_id, checkpoint.boxes);
+      checkpoint.boxes.clear();
+      checkpoint.files[0].size += static_cast<int64_t>(table.size());
+      checkpoint.files[0].table_at = at;
+      checkpoint.files[0].table_size = static_cast<int64_t>(table.size());
+      checkpoint.files[0].table_crc = Crc32c(table.data(), table.size());
+      const absl::Status parsed = ParseTable(table, 0, &checkpoint);
+      return parsed.ok() ? CheckBoxes(checkpoint) : parsed;
     };
     ASSERT_TRUE(parse().ok()) << parse();
     if (boxes.size() < 2) continue;

@@ -366,8 +366,23 @@ TEST_F(CheckpointTest, FilesOfOtherSavesDoNotFit) {
   ASSERT_TRUE(Save(1).ok());  // the same tensors, another save
   std::filesystem::copy_file(copy, Step(1) + "/rank-00000.h5",
                              std::filesystem::copy_options::overwrite_existing);
-  auto checkpoint = OpenCheckpoint(Step(1));
+  EXPECT_THAT(MessageOf(OpenCheckpoint(Step(1)).status()),
+              HasSubstr("rank-00000.h5: its table of boxes"));
+  // Its table may be the right one: HDF5's own bytes carry the save's id too.
+  ASSERT_TRUE(Save(1).ok());
+  const auto checkpoint = OpenCheckpoint(Step(1));
   ASSERT_TRUE(checkpoint.ok());
+  const ManifestFile entry = checkpoint->files[0];
+  std::vector<char> table(static_cast<size_t>(entry.table_size));
+  ASSERT_TRUE(File::OpenRead(Step(1) + "/rank-00000.h5", ExitCode::kData)
+                  ->ReadAt(table.data(), table.size(), entry.table_at)
+                  .ok());
+  ASSERT_TRUE(File::OpenWrite(copy, ExitCode::kData)
+                  ->WriteAt(table.data(), table.size(), entry.table_at)
+                  .ok());
+  std::filesystem::copy_file(copy, Step(1) + "/rank-00000.h5",
+                             std::filesystem::copy_options::overwrite_existing);
+  ASSERT_TRUE(OpenCheckpoint(Step(1)).ok());
   EXPECT_THAT(MessageOf(VerifyCheckpoint(*checkpoint)), HasSubstr("outside tensors"));
   EXPECT_EQ(LoadedStep(Step(1)), -1);
   // A folder under another step's name.
@@ -513,16 +528,30 @@ TEST_F(CheckpointTest, AsynchronousSavesWriteACopyAndNeverInterleave) {
     ASSERT_TRUE(LoadBoxes(*checkpoint, state.boxes).ok());
     EXPECT_TRUE(Holds(step, state));
   }
-  // A failure comes out of the next call, which starts nothing.
-  ASSERT_TRUE(saver
-                  .Start({dir_ + "/latest", 4, ""}, SmallMeta(5), state.boxes, staging.data(),
-                         static_cast<int64_t>(staging.size()))
-                  .ok());
-  const absl::Status failed = saver.Start({dir_, 4, ""}, SmallMeta(6), state.boxes, staging.data(),
-                                          static_cast<int64_t>(staging.size()));
+  // A failure that shows while writing comes out of the next call, which starts nothing.
+  rlimit before;
+  ASSERT_EQ(getrlimit(RLIMIT_FSIZE, &before), 0);
+  rlimit small = before;
+  small.rlim_cur = 3000;
+  ASSERT_EQ(setrlimit(RLIMIT_FSIZE, &small), 0);
+  const auto start = [&](const std::string& dir, int64_t step) {
+    return saver.Start({dir, 4, ""}, SmallMeta(step), state.boxes, staging.data(),
+                       static_cast<int64_t>(staging.size()));
+  };
+  const absl::Status started = start(dir_, 5);
+  while (!saver.ready()) usleep(1000);
+  ASSERT_EQ(setrlimit(RLIMIT_FSIZE, &before), 0);
+  EXPECT_TRUE(started.ok()) << started;
+  const absl::Status failed = start(dir_, 6);
   EXPECT_EQ(ExitCodeOf(failed), ExitCode::kCannotSave);
+  EXPECT_THAT(MessageOf(failed), HasSubstr("cannot save " + Step(5)));
   EXPECT_FALSE(saver.busy());
   EXPECT_FALSE(Exists(Step(6)));
+  // One that shows before is Start's own.
+  EXPECT_EQ(ExitCodeOf(start(dir_ + "/latest", 7)), ExitCode::kCannotSave);
+  EXPECT_FALSE(saver.busy());
+  EXPECT_TRUE(start(dir_, 8).ok() && saver.Wait().ok());
+  EXPECT_EQ(OpenCheckpoint(Step(8))->save_id, saver.save_id());
 }
 
 }  // namespace

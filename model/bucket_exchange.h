@@ -1,0 +1,42 @@
+// ZeRO-1's traffic (Rajbhandari et al., 1910.02054) over the buckets of a layout (model/layout.h):
+// the gradients of a bucket to the ranks that own its elements, and their weights back to all.
+//
+// A bucket's sum is an exchange of pieces and an addition in rank order in Wide, so that the same
+// layout gives the same bits. All ranks of a stage call these for the same buckets in the same
+// order.
+#ifndef KRAIT_MODEL_BUCKET_EXCHANGE_H_
+#define KRAIT_MODEL_BUCKET_EXCHANGE_H_
+
+#include <vector>
+
+#include "kernels/arena.h"
+#include "kernels/context.h"
+#include "model/layout.h"
+#include "parallel/groups.h"
+
+namespace krait {
+
+class BucketExchange {
+ public:
+  // Memory for the pieces of the largest bucket from `arena`. Pieces travel as `reduce`: Wide
+  // (`wide`), or bf16, to which each rank's part is rounded once. `layout` and `groups` outlive it.
+  BucketExchange(const Layout* layout, const Groups* groups, DType wide, DType reduce,
+                 Arena* arena);
+
+  // The elements of `grad`, the bucket's flat, that this rank owns become the sums over their sum
+  // set; those that others own are left as they are.
+  void Reduce(int bucket, Tensor grad, const Context& ctx) const;
+  // The elements of `weight`, the bucket's flat, that other ranks own become theirs.
+  void Gather(int bucket, Tensor weight, const Context& ctx) const;
+
+ private:
+  const Communicator& Ranks(int bucket) const;
+
+  const Layout* layout_;
+  std::vector<Communicator> sets_;  // as Layout::sets()
+  Tensor send_, parts_;  // [elements]; send_ is undefined where pieces travel as they are
+};
+
+}  // namespace krait
+
+#endif  // KRAIT_MODEL_BUCKET_EXCHANGE_H_

@@ -1,0 +1,292 @@
+// Every layout of the ranks at hand against one rank, in f64: a model with everything, cut in every
+// way. The order of sums differs between layouts, the values do not.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <functional>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "kernels/activation.h"
+#include "kernels/optimizer.h"
+#include "model/bucket_exchange.h"
+#include "model/support/meshes.h"
+#include "model/support/tiny_model.h"
+#include "support/ranks.h"
+#include "trainer/train/optimizer_state.h"
+
+namespace krait::testing {
+namespace {
+
+// 4 KiB of f64: the small model has many buckets.
+constexpr int64_t kBucket = 512;
+constexpr int64_t kSeqLen = 6, kPasses = 3;  // of a step
+constexpr double kBound = 1e-11;
+// Adam divides by the size of a gradient: where one is near 0, a difference of rounding grows to a
+// share of the rate.
+constexpr double kRate = 1e-3;
+
+// What the models of the grid have on or off.
+struct Variant {
+  std::string name;
+  ModelSpec spec;
+  Recompute recompute = Recompute::kNone;
+  double expert_slack = 1.5;
+};
+
+std::vector<Variant> Variants() {
+  const std::vector<ModelSpec> models = MeshModels();
+  std::vector<Variant> variants;
+  const auto add = [&](const std::string& name, size_t model, Recompute recompute,
+                       const std::function<void(ModelSpec*)>& change, double slack = 1.5) {
+    variants.push_back({name, models[model], recompute, slack});
+    variants.back().spec.moe.aux_loss = 0.3;
+    change(&variants.back().spec);
+  };
+  add("biases, z-loss", 0, Recompute::kNone, [](ModelSpec* spec) {
+    spec->moe.z_loss = 0.2;
+    spec->moe.top_k = 3;
+  });
+  add("no inner norms, RoPE, layer pools", 0, Recompute::kNorms, [](ModelSpec* spec) {
+    spec->mamba.inner_norms = false;
+    spec->attention.rope_theta = 100;
+    spec->moe.aux_pool = AuxPool::kLayer;
+    spec->moe.renormalize = true;
+  });
+  add("one K/V head, statistics of a sequence", 1, Recompute::kMixers, [](ModelSpec* spec) {
+    spec->moe.aux_sequences = 1;
+    spec->moe.z_loss = 0.1;
+  });
+  add("tied, a pad token", 2, Recompute::kLayer, [](ModelSpec* spec) { spec->pad_token = 3; });
+  add(
+      "three rounds of experts", 0, Recompute::kLayer,
+      [](ModelSpec* spec) { spec->moe.z_loss = 0.2; }, /*slack=*/0.34);
+  return variants;
+}
+
+// A rank's model, optimizer and memory.
+class Rank {
+ public:
+  Rank(const Variant& variant, const Mesh& mesh, World* world)
+      : mesh_(mesh),
+        table_(variant.spec, mesh.tensor),
+        arena_("test", Device::kCpu, int64_t{64} << 20),
+        weights_(&table_, {.device = Device::kCpu, .compute = DType::kF64}, true, &arena_, &arena_,
+                 mesh, kBucket),
+        sums_(DType::kF64, {64}),
+        loss_scale_(DType::kF64, {1}),
+        control_(DType::kF64, {kAdamWControlSize}) {
+    if (world != nullptr) {
+      groups_.emplace(world, mesh, variant.expert_slack);
+      exchange_.emplace(&weights_.layout(), &*groups_, DType::kF64, DType::kF64, &arena_);
+    }
+    optimizer_.emplace(&weights_, OptimizerConfig{.lr = kRate, .clip = 0.5}, &arena_, ctx_,
+                       exchange());
+    model_.emplace(variant.spec, &weights_, variant.recompute, SublayerRange{},
+                   groups_.has_value() ? &*groups_ : nullptr);
+  }
+
+  // Gradients and losses of kPasses passes of `rows` sequences per data rank; the gradients of what
+  // this rank owns are then those of all.
+  std::vector<double> Gradients(const TestBatch& batch, int64_t rows, int64_t targets) {
+    sums_.Fill(0);
+    Set(loss_scale_, 0, 1.0 / static_cast<double>(targets));
+    Arena activations("activations", Device::kCpu, int64_t{64} << 20);
+    const PassShape shape{.batch = rows, .seq_len = kSeqLen, .ranks = mesh_.tensor};
+    const auto set = model_->NewActivations(shape, &activations);
+    const int64_t pass = rows * mesh_.data;
+    for (int64_t k = 0; k < kPasses; ++k) {
+      const auto part = [&](Tensor t) {
+        return t.Slice(0, k * pass + mesh_.data_index() * rows, rows);
+      };
+      Batch own;
+      own.shape = shape;
+      own.tokens = part(batch.value().tokens);
+      own.targets = part(batch.value().targets);
+      own.documents.doc_start = part(batch.value().documents.doc_start);
+      weights_.BeginPass(ctx_, k == 0, k + 1 == kPasses, exchange());
+      model_->Forward(own, loss_scale_, sums(), set.get(), ctx_);
+      model_->Backward(own, 1.0 / static_cast<double>(kPasses), set.get(), ctx_);
+    }
+    overflow_rounds_ = model_->TakeOverflowRounds();
+    if (groups_.has_value()) groups_->stage().AllReduceSum("sums", sums(), ctx_);
+    std::vector<double> losses = {Get(sums_, kSumCrossEntropy) / static_cast<double>(targets)};
+    const auto shares = static_cast<double>(kPasses * mesh_.stage());
+    losses.push_back(Get(sums_, kSumAuxLoss) / shares);
+    losses.push_back(Get(sums_, kSumZLoss) / shares);
+    return losses;
+  }
+  // The norm of the gradient.
+  double Update() {
+    Buf square(DType::kF64, {1});
+    optimizer_->SumOfSquares(square, ctx_);
+    if (groups_.has_value()) groups_->stage().AllReduceSum("norm", square, ctx_);
+    optimizer_->Update(kRate, sums().Slice(0, 0, kSumImbalance), square, control_, ctx_);
+    return Get(control_, kAdamWNorm);
+  }
+
+  Weights& weights() { return weights_; }
+  const ParamTable& table() const { return table_; }
+  HybridModel& model() { return *model_; }
+  int64_t overflow_rounds() const { return overflow_rounds_; }
+
+ private:
+  Tensor sums() { return sums_.tensor().Slice(0, 0, model_->SumsSize()); }
+  const BucketExchange* exchange() const { return exchange_.has_value() ? &*exchange_ : nullptr; }
+
+  Mesh mesh_;
+  ParamTable table_;
+  Arena arena_;
+  TestContext ctx_;
+  Weights weights_;
+  std::optional<Groups> groups_;
+  std::optional<BucketExchange> exchange_;
+  std::optional<OptimizerState> optimizer_;
+  std::optional<HybridModel> model_;
+  Buf sums_, loss_scale_, control_;
+  int64_t overflow_rounds_ = 0;
+};
+
+void Compare(const std::string& what, double actual, double expected) {
+  EXPECT_LE(std::abs(actual - expected), kBound * std::max(1.0, std::abs(expected)))
+      << what << " " << actual << " instead of " << expected;
+}
+
+// What one rank makes of a step's rows, whatever the layout of the others.
+struct Reference {
+  // Documents of uneven lengths; every fourth sequence has no target at all, so that a data rank of
+  // a pass may have none.
+  Reference(const Variant& variant, int64_t pass)
+      : whole(variant, {}, nullptr),
+        batch(kPasses * pass, kSeqLen, variant.spec.vocab_size, /*seed=*/5, Documents(pass)) {
+    RandomiseWeights(whole.weights(), /*seed=*/3, /*router_scale=*/2);
+    const auto params = static_cast<int>(whole.table().params().size());
+    for (int p = 0; p < params; ++p) start.push_back(Values(whole.weights().Param(p)));
+    for (int64_t i = 0; i < kPasses * pass * kSeqLen; ++i) {
+      if (i / kSeqLen % 4 == 3) Set(batch.value().targets, i, -1);
+      targets += Get(batch.value().targets, i) >= 0 ? 1 : 0;
+    }
+    for (Step& step : steps) {
+      step.losses = whole.Gradients(batch, pass, targets);
+      for (int p = 0; p < params; ++p) {
+        step.gradients.push_back(Values(whole.weights().ParamGrad(p)));
+      }
+      step.norm = whole.Update();
+    }
+    for (int p = 0; p < params; ++p) end.push_back(Values(whole.weights().Param(p)));
+  }
+  static std::vector<std::vector<int>> Documents(int64_t pass) {
+    std::vector<std::vector<int>> documents;
+    for (int i = 0; i < kPasses * pass; ++i) {
+      documents.push_back(i % 3 == 0 ? std::vector<int>{} : std::vector<int>{i % 4 + 1, 5});
+    }
+    return documents;
+  }
+
+  struct Step {
+    std::vector<double> losses;
+    std::vector<std::vector<double>> gradients;  // of each published tensor
+    double norm = 0;
+  };
+  Rank whole;
+  TestBatch batch;
+  int64_t targets = 0;
+  std::vector<std::vector<double>> start, end;  // weights
+  std::array<Step, 5> steps;
+};
+
+// The largest difference of a box of a published tensor from its reference, relative to the largest
+// value of the whole tensor.
+double BoxDifference(const Param& param, const ParamBox& box, Tensor flat,
+                     const std::vector<double>& reference) {
+  double most = 1e-30, different = 0;
+  for (const double value : reference) most = std::max(most, std::abs(value));
+  ForElements(param, box, [&](int64_t from, int64_t to) {
+    const double off = std::abs(Get(flat, box.begin + to) - reference[static_cast<size_t>(from)]);
+    different = off <= different ? different : off;  // NaN comes through
+  });
+  return different / most;
+}
+
+void RunLayout(const Variant& variant, const Reference& reference, int64_t pass, Mesh mesh) {
+  World* const world = TestWorld();
+  mesh.rank = world->rank();
+  SCOPED_TRACE(variant.name + ", " + MeshName(mesh));
+  Rank part(variant, mesh, world);
+  const Layout& layout = part.weights().layout();
+  const auto& params = part.table().params();
+  // The published tensors' places do not depend on the layout.
+  ASSERT_EQ(params.size(), reference.start.size());
+  for (const LocalStorage& storage : layout.storages()) {
+    const Tensor flat = part.weights().FlatWeight(storage.flat);
+    for (const ParamBox& box : storage.boxes) {
+      ForElements(params[static_cast<size_t>(box.param)], box, [&](int64_t from, int64_t to) {
+        Set(flat, box.begin + to,
+            reference.start[static_cast<size_t>(box.param)][static_cast<size_t>(from)]);
+      });
+    }
+  }
+  for (const Reference::Step& step : reference.steps) {
+    SCOPED_TRACE("step " + std::to_string(&step - reference.steps.data()));
+    const std::vector<double> losses =
+        part.Gradients(reference.batch, pass / mesh.data, reference.targets);
+    Compare("cross-entropy", losses[0], step.losses[0]);
+    Compare("aux loss", losses[1], step.losses[1]);
+    Compare("z-loss", losses[2], step.losses[2]);
+    for (const OwnedBox& owned : layout.Owned()) {
+      const auto p = static_cast<size_t>(owned.box.param);
+      const int flat = layout.buckets()[static_cast<size_t>(owned.bucket)].flat;
+      EXPECT_LE(
+          BoxDifference(params[p], owned.box, part.weights().FlatGrad(flat), step.gradients[p]),
+          kBound)
+          << "gradient of " << params[p].name;
+    }
+    Compare("norm", part.Update(), step.norm);
+    if (::testing::Test::HasFailure()) return;
+  }
+  for (const LocalStorage& storage : layout.storages()) {
+    for (const ParamBox& box : storage.boxes) {
+      const auto p = static_cast<size_t>(box.param);
+      EXPECT_LE(
+          BoxDifference(params[p], box, part.weights().FlatWeight(storage.flat), reference.end[p]),
+          kBound)
+          << params[p].name << " after all steps";
+    }
+  }
+  if (variant.expert_slack < 1 && mesh.expert > 1) {
+    EXPECT_GE(part.overflow_rounds(), 2);
+  }
+}
+
+TEST(Layouts, EqualOneRank) {
+  const int world = TestWorld()->size();
+  int count = 0;
+  for (const Variant& variant : Variants()) {
+    std::map<int64_t, std::unique_ptr<Reference>> references;
+    for (int tensor = 1; tensor <= world; ++tensor) {
+      for (int expert = 1; expert <= world; ++expert) {
+        if (world % tensor != 0 || world % expert != 0) continue;
+        const Mesh mesh{.data = world / tensor, .tensor = tensor, .expert = expert};
+        // The sequences of a pass; its tokens are cut anywhere in a sequence.
+        const int64_t pass = 4 % mesh.data == 0 ? 4 : mesh.data;
+        if (pass * kSeqLen / mesh.data % tensor != 0) continue;
+        if (!CheckMesh(variant.spec, mesh).ok()) continue;
+        auto& reference = references[pass];
+        if (reference == nullptr) reference = std::make_unique<Reference>(variant, pass);
+        RunLayout(variant, *reference, pass, mesh);
+        if (HasFailure()) return;
+        ++count;
+      }
+    }
+  }
+  EXPECT_GT(count, 5);
+  if (TestWorld()->first()) std::printf("%d layouts\n", count);
+}
+
+}  // namespace
+}  // namespace krait::testing
