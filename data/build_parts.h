@@ -26,7 +26,7 @@ struct BuildMark {
   int64_t records = 0;          // of it that were taken
   int64_t input_documents = 0;  // of it that were written
   int64_t tokens = 0, documents = 0;
-  BuildReport report;          // counts of what was read
+  BuildReport report;  // counts of what was read
 };
 
 class BuildParts {

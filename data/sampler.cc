@@ -11,7 +11,9 @@ namespace krait {
 
 absl::Status CheckSameTokenizer(const TokenFile& file, const std::string& other,
                                 const std::string& tokenizer) {
-  if (file.tokenizer() == tokenizer) return absl::OkStatus();
+  if (file.tokenizer() == tokenizer || file.tokenizer().empty() || tokenizer.empty()) {
+    return absl::OkStatus();
+  }
   return Error(ExitCode::kData,
                absl::StrFormat("%s: its tokenizer is %s, that of %s is %s; all must be the same",
                                file.path(), file.tokenizer(), other, tokenizer));
@@ -55,9 +57,10 @@ absl::StatusOr<std::unique_ptr<Dataset>> Dataset::Open(const std::vector<SourceS
                 absl::StrFormat("%s: its vocab_size %d is above the model's vocab_size %d",
                                 source.path, file.vocab_size(), model_vocab)));
     }
-    if (!result->files_.empty()) {
-      const TokenFile& first = *result->files_.front();
-      add(CheckSameTokenizer(file, first.path(), first.tokenizer()));
+    for (const auto& known : result->files_) {
+      if (known->tokenizer().empty()) continue;
+      add(CheckSameTokenizer(file, known->path(), known->tokenizer()));
+      break;
     }
     result->files_.push_back(*std::move(opened));
   }
@@ -226,6 +229,13 @@ absl::Status Dataset::ReadStored(int64_t first, int64_t count, TokenBatch* batch
     KRAIT_RETURN_IF_ERROR(ReadRow(source, sequence, row, batch));
   }
   return absl::OkStatus();
+}
+
+std::string Dataset::tokenizer() const {
+  for (const auto& file : files_) {
+    if (!file->tokenizer().empty()) return file->tokenizer();
+  }
+  return "";
 }
 
 std::string Dataset::Fingerprint() const {

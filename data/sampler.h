@@ -50,7 +50,8 @@ struct TokenBatch {
   void FillUp(int64_t rows);
 };
 
-// kData unless the file's tokens are of `tokenizer`, which is that of `other`.
+// kData unless the file's tokens are of `tokenizer`, which is that of `other`, or one of the two is
+// not known ("").
 absl::Status CheckSameTokenizer(const TokenFile& file, const std::string& other,
                                 const std::string& tokenizer);
 
@@ -90,6 +91,8 @@ class Dataset {
 
   int64_t seq_len() const { return seq_len_; }
   const std::vector<std::unique_ptr<TokenFile>>& files() const { return files_; }
+  // Of all files; "" where none says it.
+  std::string tokenizer() const;
   // Paths, weights and content hashes, a line per source.
   std::string Fingerprint() const;
   // The content hashes.

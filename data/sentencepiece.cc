@@ -35,6 +35,10 @@ int SentencePieceModel::size() const { return library_->processor.GetPieceSize()
 int SentencePieceModel::end_id() const { return library_->processor.eos_id(); }
 int SentencePieceModel::start_id() const { return library_->processor.bos_id(); }
 
+std::string SentencePieceModel::Piece(int32_t id) const {
+  return id >= 0 && id < size() ? library_->processor.IdToPiece(id) : "";
+}
+
 int SentencePieceModel::Find(const std::string& piece) const {
   const int id = library_->processor.PieceToId(piece);
   if (id < 0 || id >= size() || library_->processor.IdToPiece(id) != piece) return -1;

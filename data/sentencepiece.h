@@ -21,6 +21,7 @@ class SentencePieceModel {
   int size() const;
   int end_id() const;                        // -1: none
   int start_id() const;                      // -1: none
+  std::string Piece(int32_t id) const;       // as the model has it; "" where there is none
   int Find(const std::string& piece) const;  // -1: none
   // Appends the ids of a text. An empty string, or the reason why not.
   std::string Encode(std::string_view text, std::vector<int32_t>* ids) const;

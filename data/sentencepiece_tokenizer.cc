@@ -40,6 +40,8 @@ class SentencePieceTokenizer : public Tokenizer {
     return model_->Decode(id, at_start);
   }
 
+  std::string TokenText(int32_t id) const override { return model_->Piece(id); }
+
   std::unique_ptr<Tokenizer> Share() const override {
     return std::make_unique<SentencePieceTokenizer>(model_, name_, end_token_);
   }

@@ -134,6 +134,12 @@ absl::StatusOr<TokenizerFiles> TokenFile::ReadTokenizerFiles() const {
   return files;
 }
 
+absl::Status KeepTokenizer(const TokenFile& file, const std::string& folder) {
+  KRAIT_ASSIGN_OR_RETURN(const TokenizerFiles files, file.ReadTokenizerFiles());
+  if (files.empty()) return absl::OkStatus();
+  return WriteTokenizerFiles(files, folder, ExitCode::kCannotSave);
+}
+
 absl::Status TokenFile::ReadDocuments() {
   H5File::Info info;
   KRAIT_ASSIGN_OR_RETURN(info, file_.Stat("documents"));

@@ -76,8 +76,11 @@ class TokenFile {
   std::vector<uint64_t> document_starts_;
 };
 
+// Writes the files of the token file's tokenizer, if it holds any, into `folder`: kCannotSave.
+absl::Status KeepTokenizer(const TokenFile& file, const std::string& folder);
+
 struct BuildOptions {
-  std::string tokenizer = "bytes";
+  std::string tokenizer = "bytes";  // or a path (ReadTokenizerFiles)
   std::string out;
   std::vector<std::string> paths;  // text files, .jsonl and .json(.gz|.zst), folders (recursively)
   uint64_t seed = 1234;            // of the document shuffle

@@ -47,6 +47,8 @@ class Tokenizer {
   // token of text came before it (SentencePiece begins a text with a space that is none). A
   // character may reach over several ids.
   virtual std::string Decode(int32_t id, bool at_start) const = 0;
+  // The text that a special token stands for ("</s>"), which Decode may leave out.
+  virtual std::string TokenText(int32_t id) const { return Decode(id, /*at_start=*/false); }
   // Another one over the same vocabulary, for a further thread.
   virtual std::unique_ptr<Tokenizer> Share() const = 0;
 

@@ -10,6 +10,7 @@
 #include "absl/strings/string_view.h"
 #include "data/added_tokens.h"
 #include "data/bpe.h"
+#include "data/byte_alphabet.h"
 #include "data/json_node.h"
 #include "data/text_steps.h"
 #include "data/tokenizer_kinds.h"
@@ -20,42 +21,6 @@ namespace krait {
 namespace {
 
 constexpr int32_t kMaxId = int32_t{1} << 22;
-
-std::string Utf8Of(unsigned code) {  // below U+0800
-  if (code < 0x80) return {static_cast<char>(code)};
-  return {static_cast<char>(0xC0U | code >> 6), static_cast<char>(0x80U | (code & 0x3FU))};
-}
-
-// The characters that stand for bytes in the vocabulary of a byte-level BPE, as GPT-2 chose them:
-// printable characters of Latin-1 for themselves, the other bytes in order from U+0100 on.
-class ByteAlphabet {
- public:
-  ByteAlphabet() {
-    unsigned next = 0x100;
-    for (unsigned byte = 0; byte < 256; ++byte) {
-      const bool itself = (byte >= 0x21 && byte <= 0x7E) || (byte >= 0xA1 && byte != 0xAD);
-      characters_[byte] = Utf8Of(itself ? byte : next++);
-      bytes_.emplace(characters_[byte], static_cast<char>(byte));
-    }
-  }
-  // The bytes of a token; none where it holds a character that stands for no byte.
-  std::optional<std::string> Bytes(std::string_view token) const {
-    std::string bytes;
-    for (size_t i = 0; i < token.size();) {
-      const size_t length = std::max<size_t>(1, Utf8Length(token, i));
-      const auto found = bytes_.find(absl::string_view(token.data() + i, length));
-      if (found == bytes_.end()) return std::nullopt;
-      bytes += found->second;
-      i += length;
-    }
-    return bytes;
-  }
-  const std::string& character(size_t byte) const { return characters_[byte]; }
-
- private:
-  std::array<std::string, 256> characters_;
-  absl::flat_hash_map<std::string, char> bytes_;
-};
 
 // How tokens become text again.
 struct Decoding {

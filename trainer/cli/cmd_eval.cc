@@ -68,7 +68,7 @@ absl::StatusOr<Figures> EvaluateFile(const Arguments& arguments, const SourceSpe
                  model->checkpoint().path + " on " + source.path + ": the loss is not finite");
   }
   return Figures{source.path, result.loss, result.targets, result.sequences,
-                 BitsPerByte(result.loss, data->files().front()->tokenizer())};
+                 BitsPerByte(result.loss, data->files().front()->tokens_per_byte())};
 }
 
 // By their targets.
