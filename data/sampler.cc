@@ -41,6 +41,7 @@ absl::StatusOr<std::unique_ptr<Dataset>> Dataset::Open(const std::vector<SourceS
       add(opened.status());
       continue;
     }
+    (*opened)->ExpectVocabulary(model_vocab);
     const TokenFile& file = **opened;
     if (file.tokens() < seq_len) {
       add(Error(ExitCode::kData,

@@ -4,6 +4,9 @@
 // byte) and tokenizer_files (names, one a line), with the content of each in /tokenizer_file:NAME
 // u8.
 //
+// Files of Megatron-LM and llm.c are read too (foreign_tokens.h): they say neither tokenizer nor,
+// the former, how large the vocabulary is.
+//
 // Sequence k is tokens [k*seq_len, (k+1)*seq_len) in stored order; the tail is dropped.
 #ifndef KRAIT_DATA_TOKEN_FILE_H_
 #define KRAIT_DATA_TOKEN_FILE_H_
@@ -15,6 +18,7 @@
 #include <vector>
 
 #include "data/tokenizer.h"
+#include "kernels/base/file.h"
 #include "kernels/base/h5.h"
 #include "kernels/base/progress.h"
 #include "kernels/base/status.h"
@@ -38,8 +42,13 @@ class TokenFile {
 
   int64_t tokens() const { return tokens_; }
   int64_t documents() const { return static_cast<int64_t>(document_starts_.size()) - 1; }
-  const std::string& tokenizer() const { return tokenizer_; }
-  int64_t vocab_size() const { return vocab_size_; }
+  const std::string& format() const { return format_; }        // "Krait", "Megatron", "llm.c"
+  const std::string& tokenizer() const { return tokenizer_; }  // "": not known
+  int64_t vocab_size() const { return vocab_size_; }           // 0: not known
+  // Bounds the ids of a file that does not know its vocabulary.
+  void ExpectVocabulary(int64_t vocab_size) {
+    if (vocab_size_ == 0) vocab_size_ = vocab_size;
+  }
   const std::string& content_hash() const { return content_hash_; }  // hex
   std::optional<int64_t> end_token() const { return end_token_; }
   // Mean tokens per byte of text, where the file knows it.
@@ -57,18 +66,26 @@ class TokenFile {
   // For each token of the range the position within the range of its document's first token (0 when
   // the document began before the range). O(count + log documents).
   void DocumentStarts(int64_t begin, int64_t count, int32_t* doc_start) const;
-  // Reads everything and compares it with content_hash.
+  // Reads everything and compares it with content_hash; of a foreign file, which keeps none, it
+  // reads everything.
   absl::Status Verify() const;
 
  private:
   TokenFile() = default;
+  static absl::StatusOr<std::unique_ptr<TokenFile>> OpenForeign(const std::string& path);
   absl::Status CheckAttributes();
   absl::Status ReadDocuments();
   // An error for the first of `count` stored ids at `raw` that is outside the vocabulary; `begin`
   // is the position of the first.
   absl::Status CheckIds(const void* raw, int64_t begin, int64_t count) const;
 
+  // `count` tokens as they are stored.
+  absl::Status ReadStored(int64_t begin, int64_t count, void* raw) const;
+
   H5File file_;
+  File foreign_;  // open instead
+  int64_t foreign_begin_ = 0;
+  std::string format_ = "Krait";
   std::string path_, tokenizer_, content_hash_, tokenizer_files_;
   std::optional<int64_t> end_token_, text_bytes_;
   DType dtype_ = DType::kU8;
