@@ -110,7 +110,11 @@ TokenizerFiles FilesForHf(const ModelTokenizer& tokenizer) {
   nlohmann::ordered_json config = {
       {"tokenizer_class", json ? "PreTrainedTokenizerFast" : "LlamaTokenizer"},
       {"clean_up_tokenization_spaces", false}};
-  if (!json) config["legacy"] = true;
+  if (!json) {
+    config["legacy"] = true;
+    config["add_bos_token"] = !tokenizer.tokenizer->prefix().empty();
+    config["add_eos_token"] = false;
+  }
   const auto name = [&](const char* key, int32_t id) {
     const std::string text = tokenizer.tokenizer->TokenText(id);
     if (!text.empty()) config[key] = text;
