@@ -199,7 +199,10 @@ absl::Status Dataset::ReadRow(int source, int64_t sequence, int64_t row, TokenBa
     std::fill(doc_start, doc_start + seq_len_, 0);
   }
   for (int64_t t = 0; t < seq_len_; ++t) {
-    const bool has_target = t + 1 < seq_len_ && doc_start[t + 1] != t + 1;
+    const int64_t context = t + 1 - doc_start[t], token = begin + t + 1;
+    const bool has_target = t + 1 < seq_len_ && doc_start[t + 1] != t + 1 &&
+                            context >= only_.context_begin && context < only_.context_end &&
+                            token >= only_.token_begin && token < only_.token_end;
     targets[t] = has_target ? tokens[t + 1] : -1;
     batch->target_count += has_target;
   }

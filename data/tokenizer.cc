@@ -79,9 +79,16 @@ std::string TokenizerHash(std::string_view content) {
   return hash.Finish({}, "", 0);
 }
 
+std::string TextDecoder::Next(int32_t id) {
+  std::string text = tokenizer_.Decode(id, at_start_);
+  at_start_ = at_start_ && tokenizer_.Decode(id, /*at_start=*/false).empty();
+  return text;
+}
+
 std::string DecodeAll(const Tokenizer& tokenizer, const std::vector<int32_t>& ids) {
+  TextDecoder decoder(tokenizer);
   std::string text;
-  for (size_t i = 0; i < ids.size(); ++i) text += tokenizer.Decode(ids[i], i == 0);
+  for (const int32_t id : ids) text += decoder.Next(id);
   return text;
 }
 

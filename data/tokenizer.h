@@ -59,6 +59,20 @@ class Tokenizer {
   std::vector<int32_t> prefix_, suffix_;
 };
 
+// Turns ids into the bytes of a text, one after another.
+class TextDecoder {
+ public:
+  // `at_start`: the ids begin the text. The tokenizer outlives it.
+  explicit TextDecoder(const Tokenizer& tokenizer, bool at_start = true)
+      : tokenizer_(tokenizer), at_start_(at_start) {}
+  // What the next id adds.
+  std::string Next(int32_t id);
+
+ private:
+  const Tokenizer& tokenizer_;
+  bool at_start_;  // only tokens without a text of their own came so far
+};
+
 // The text of `ids`.
 std::string DecodeAll(const Tokenizer& tokenizer, const std::vector<int32_t>& ids);
 

@@ -141,6 +141,10 @@ TEST(TokenizerTest, DecodesTokenByToken) {
     EXPECT_EQ(DecodeAll(*tokenizer, ids), "the") << name;
     EXPECT_EQ(tokenizer->Decode(ids.front(), /*at_start=*/false).front(), ' ') << name;
     EXPECT_EQ(tokenizer->Decode(-1, true), "");
+    TextDecoder decoder(*tokenizer);
+    for (const int32_t id : tokenizer->prefix()) EXPECT_EQ(decoder.Next(id), "") << name;
+    EXPECT_EQ(decoder.Next(ids.front()).front(), 't') << name;
+    EXPECT_EQ(decoder.Next(ids.front()).front(), ' ') << name;
     EXPECT_EQ(tokenizer->Decode(1 << 30, true), "");
   }
 }

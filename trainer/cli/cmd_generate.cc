@@ -5,7 +5,6 @@
 #include <cstdio>
 #include <cstring>
 #include <optional>
-#include <utility>
 
 #include "absl/strings/str_format.h"
 #include "kernels/base/number.h"
@@ -98,11 +97,10 @@ absl::StatusOr<ExitCode> Run(const Arguments& arguments) {
   } else if (!status.ok()) {
     return status;
   }
-  bool at_start = text.empty();
-  const auto generated = Generate(
-      model.get(), prompt, fits, vocab, EndTokens(tokenizer, model->checkpoint().meta),
-      arguments.sampling,
-      [&](int32_t id) { return output.Add(tokenizer.Decode(id, std::exchange(at_start, false))); });
+  TextDecoder decoder(tokenizer, /*at_start=*/text.empty());
+  const auto generated =
+      Generate(model.get(), prompt, fits, vocab, EndTokens(tokenizer, model->checkpoint().meta),
+               arguments.sampling, [&](int32_t id) { return output.Add(decoder.Next(id)); });
   if (absl::IsCancelled(generated.status())) return ExitCode::kOk;
   KRAIT_RETURN_IF_ERROR(generated.status());
   const GenerateStats& stats = *generated;
