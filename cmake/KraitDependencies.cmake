@@ -142,6 +142,13 @@ endif()
 
 # The C library: in C++ code, MPI::MPI_CXX would bring MPI's abandoned C++ bindings along.
 set(MPI_CXX_SKIP_MPICXX TRUE)
+set(krait_mpi ${krait_unpacked}/usr/lib/${CMAKE_LIBRARY_ARCHITECTURE}/openmpi)
+if(EXISTS ${krait_mpi}/lib/libmpi.so)
+  # An unpacked compiler wrapper would name the folders that it was made for.
+  set(MPI_C_HEADER_DIR ${krait_mpi}/include CACHE PATH "")
+  set(MPI_C_LIB_NAMES mpi CACHE STRING "")
+  set(MPI_mpi_LIBRARY ${krait_mpi}/lib/libmpi.so CACHE FILEPATH "")
+endif()
 find_package(MPI QUIET COMPONENTS C)
 if(MPI_C_FOUND)
   krait_require(MPI "${MPI_C_VERSION} (${MPI_C_LIBRARIES})" "libopenmpi-dev openmpi-bin")

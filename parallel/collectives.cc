@@ -54,8 +54,8 @@ void AddInRankOrder(Tensor out, Tensor parts, const Context& ctx) {
   if (sum.raw() != out.raw()) Copy(out, sum, ctx);
 }
 
-Communicator::Communicator(World* world, std::vector<int> ranks, int self)
-    : world_(world), ranks_(std::move(ranks)) {
+Communicator::Communicator(World* world, std::vector<int> ranks, int self, int64_t* planned)
+    : world_(world), ranks_(std::move(ranks)), planned_(planned) {
   const auto at = std::lower_bound(ranks_.begin(), ranks_.end(), self);
   KRAIT_CHECK(at != ranks_.end() && *at == self);
   rank_ = static_cast<int>(at - ranks_.begin());
@@ -65,7 +65,7 @@ void Communicator::AllGather(const char* what, Tensor out, Tensor in, const Cont
   const OpScope op(ctx, OpFamily::kCommunication, what, {{"out", out}, {"in", in}});
   KRAIT_CHECK(out.contiguous() && in.contiguous() && out.dtype() == in.dtype() &&
               out.numel() == in.numel() * size());
-  if (op.planning()) return;
+  if (op.planning()) return Plan(in.bytes() * (size() - 1));
   const int64_t n = in.numel();
   std::vector<Message> sends, receives;
   for (int r = 0; r < size(); ++r) {
@@ -77,7 +77,7 @@ void Communicator::AllGather(const char* what, Tensor out, Tensor in, const Cont
     sends.push_back({ranks_[static_cast<size_t>(r)], in.raw(), in.bytes()});
     receives.push_back({ranks_[static_cast<size_t>(r)], part.raw(), part.bytes()});
   }
-  world_->Exchange(sends, receives);
+  world_->Exchange(sends, receives, what);
 }
 
 void Communicator::AllReduceSum(const char* what, Tensor x, const Context& ctx) const {
@@ -104,7 +104,9 @@ void Communicator::ReduceScatterSum(const char* what, Tensor out, Tensor in,
               in.numel() == n * size());
   const ArenaScope scope(ctx.scratch);
   const Tensor parts = ctx.scratch->Alloc(in.dtype(), {size() * n});
-  if (!op.planning()) {
+  if (op.planning()) {
+    Plan(out.bytes() * (size() - 1));
+  } else {
     std::vector<Message> sends, receives;
     for (int r = 0; r < size(); ++r) {
       const Tensor from = Elements(in, r * n, r * n + n), to = Elements(parts, r * n, r * n + n);
@@ -115,7 +117,7 @@ void Communicator::ReduceScatterSum(const char* what, Tensor out, Tensor in,
       sends.push_back({ranks_[static_cast<size_t>(r)], from.raw(), from.bytes()});
       receives.push_back({ranks_[static_cast<size_t>(r)], to.raw(), to.bytes()});
     }
-    world_->Exchange(sends, receives);
+    world_->Exchange(sends, receives, what);
   }
   AddInRankOrder(out.View({n}), parts, ctx);
 }
@@ -124,9 +126,15 @@ void Communicator::ExchangeRows(const char* what, Tensor out,
                                 const std::vector<RowMessage>& receives, Tensor in,
                                 const std::vector<RowMessage>& sends, const Context& ctx) const {
   const OpScope op(ctx, OpFamily::kCommunication, what, {{"out", out}, {"in", in}});
-  if (op.planning()) return;
   KRAIT_CHECK(out.contiguous() && in.contiguous() && out.dtype() == in.dtype());
   const int64_t row_bytes = in.stride(0) * SizeOf(in.dtype());
+  if (op.planning()) {
+    int64_t bytes = 0;
+    for (const RowMessage& send : sends) bytes += send.rank == rank_ ? 0 : send.rows * row_bytes;
+    // Messages that depend on data: all rows, evenly over the ranks.
+    if (sends.empty()) bytes = std::min(in.bytes(), out.bytes()) / size() * (size() - 1);
+    return Plan(bytes);
+  }
   KRAIT_CHECK(out.stride(0) * SizeOf(out.dtype()) == row_bytes);
   std::vector<Message> to, from;
   std::vector<RowMessage> own;
@@ -154,7 +162,7 @@ void Communicator::ExchangeRows(const char* what, Tensor out,
     }
   }
   KRAIT_CHECK(next == own.size());
-  world_->Exchange(to, from);
+  world_->Exchange(to, from, what);
 }
 
 }  // namespace krait

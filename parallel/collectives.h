@@ -25,8 +25,9 @@ struct RowMessage {
 
 class Communicator {
  public:
-  // `ranks` of `world`, ascending, `self` among them. world null: for planning runs alone.
-  Communicator(World* world, std::vector<int> ranks, int self);
+  // `ranks` of `world`, ascending, `self` among them. world null: for planning runs alone, which
+  // add the bytes that this rank would send to `planned`, where that is not null and outlives it.
+  Communicator(World* world, std::vector<int> ranks, int self, int64_t* planned = nullptr);
 
   int rank() const { return rank_; }  // place in the set
   int size() const { return static_cast<int>(ranks_.size()); }
@@ -46,9 +47,14 @@ class Communicator {
                     Tensor in, const std::vector<RowMessage>& sends, const Context& ctx) const;
 
  private:
+  void Plan(int64_t bytes) const {
+    if (planned_ != nullptr) *planned_ += bytes;
+  }
+
   World* world_;
   std::vector<int> ranks_;
   int rank_ = 0;
+  int64_t* planned_;
 };
 
 // out [n] = the sum of parts [size*n], one part after the other in Wide, rounded once. Parts of

@@ -7,9 +7,14 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "kernels/base/check.h"
+#include "parallel/collective_log.h"
+#include "parallel/watchdog.h"
 
 namespace krait {
 namespace {
@@ -22,10 +27,15 @@ void Check(int result, const char* call) {
   Fatal(ExitCode::kCollective, __FILE__, __LINE__, std::string(call) + ": " + text);
 }
 
+constexpr int kAbortSeconds = 5;
+// Until the config says otherwise: the default of train.hang_timeout.
+constexpr double kHangSeconds = 600;
+
 int g_rank = 0;  // for AbortAll
 
 // Ends all ranks. MPI_Abort is the one call that may come from any thread at any time.
 void AbortAll(ExitCode code) {
+  ExitWithin(kAbortSeconds, code);  // where MPI_Abort does not return
   std::fprintf(stderr, "krait: rank %d ends all ranks (exit code %d)\n", g_rank,
                static_cast<int>(code));
   MPI_Abort(MPI_COMM_WORLD, static_cast<int>(code));
@@ -34,21 +44,39 @@ void AbortAll(ExitCode code) {
 
 class MpiWorld : public World {
  public:
-  MpiWorld(int rank, int size, int local_rank, int local_size)
-      : World(rank, size, local_rank, local_size) {}
+  MpiWorld(int rank, int size, int local_rank, int local_size, std::unique_ptr<Watchdog> watchdog)
+      : World(rank, size, local_rank, local_size), watchdog_(std::move(watchdog)) {}
   ~MpiWorld() override {
+    // Other ranks may still be at work on their own. They are waited for by messages, which say who
+    // is missing, and not in MPI_Finalize: mpirun can crash when ranks fail while others are there.
+    const LongPhase phase;
+    Barrier();
+    const CollectiveScope scope("MPI_Finalize", {.last_rank = size() - 1, .ranks = size()});
     SetFatalHook(nullptr);
     MPI_Finalize();
   }
 
-  void Exchange(const std::vector<Message>& sends, const std::vector<Message>& receives) override {
+  void SetHangTimeout(double seconds, const std::string& folder) override {
+    watchdog_->Set(seconds, folder);
+  }
+
+  [[noreturn]] void Abort(ExitCode code) override {
+    AbortAll(code);
+    std::abort();
+  }
+
+ private:
+  void Transfer(const std::vector<Message>& sends, const std::vector<Message>& receives,
+                const std::function<void(int)>& waits_for) override {
     // Counts are int: large messages travel in parts.
     constexpr int64_t kPart = int64_t{1} << 30;
     std::vector<MPI_Request> requests;
+    std::vector<int> ranks;  // of the requests
     const auto parts = [&](const Message& message, const auto& start) {
       KRAIT_CHECK(message.rank != rank() && message.rank >= 0 && message.rank < size());
       for (int64_t begin = 0; begin < message.bytes; begin += kPart) {
         const auto bytes = static_cast<int>(std::min(kPart, message.bytes - begin));
+        ranks.push_back(message.rank);
         start(static_cast<char*>(message.data) + begin, bytes, message.rank,
               &requests.emplace_back(MPI_REQUEST_NULL));
       }
@@ -65,14 +93,22 @@ class MpiWorld : public World {
               "MPI_Isend");
       });
     }
-    Check(MPI_Waitall(static_cast<int>(requests.size()), requests.data(), MPI_STATUSES_IGNORE),
-          "MPI_Waitall");
+    // In steps, not by MPI_Waitall: who is missing is known while it is missing.
+    const auto count = static_cast<int>(requests.size());
+    std::vector<int> done(requests.size());
+    for (size_t first = 0; first < requests.size();) {
+      if (requests[first] == MPI_REQUEST_NULL) {
+        ++first;
+        continue;
+      }
+      waits_for(ranks[first]);
+      int ready = 0;
+      Check(MPI_Waitsome(count, requests.data(), &ready, done.data(), MPI_STATUSES_IGNORE),
+            "MPI_Waitsome");
+    }
   }
 
-  [[noreturn]] void Abort(ExitCode code) override {
-    AbortAll(code);
-    std::abort();
-  }
+  std::unique_ptr<Watchdog> watchdog_;  // from before MPI starts to after its end
 };
 
 }  // namespace
@@ -86,6 +122,10 @@ std::string MpiLibrary() {
 }
 
 std::unique_ptr<World> StartMpiWorld(int* argc, char*** argv) {
+  const Launch launch = LaunchOfThisProcess();
+  auto watchdog = std::make_unique<Watchdog>(launch.rank, kHangSeconds, ".");
+  auto start = std::make_unique<CollectiveScope>(
+      "MPI_Init", CollectiveShape{.last_rank = launch.ranks - 1, .ranks = launch.ranks});
   int provided = 0;
   Check(MPI_Init_thread(argc, argv, MPI_THREAD_MULTIPLE, &provided), "MPI_Init_thread");
   Check(MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN), "MPI_Comm_set_errhandler");
@@ -100,7 +140,8 @@ std::unique_ptr<World> StartMpiWorld(int* argc, char*** argv) {
   Check(MPI_Comm_free(&machine), "MPI_Comm_free");
   g_rank = rank;
   SetFatalHook(AbortAll);
-  return std::make_unique<MpiWorld>(rank, size, local_rank, local_size);
+  start.reset();
+  return std::make_unique<MpiWorld>(rank, size, local_rank, local_size, std::move(watchdog));
 }
 
 }  // namespace krait

@@ -3,14 +3,10 @@
 #define KRAIT_PARALLEL_MPI_H_
 
 #include <memory>
-#include <string>
 
 #include "parallel/world.h"
 
 namespace krait {
-
-// Its name and version: "Open MPI v4.1.4". Any time, any thread.
-std::string MpiLibrary();
 
 // Initialises MPI; once per process, and only under a launcher.
 std::unique_ptr<World> StartMpiWorld(int* argc, char*** argv);

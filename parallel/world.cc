@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "kernels/base/check.h"
+#include "parallel/collective_log.h"
 #include "parallel/mpi.h"
 
 namespace krait {
@@ -15,8 +16,11 @@ namespace {
 class SingleWorld : public World {
  public:
   SingleWorld() : World(0, 1, 0, 1) {}
-  void Exchange(const std::vector<Message>& sends, const std::vector<Message>& receives) override {
-    KRAIT_CHECK(sends.empty() && receives.empty());
+
+ private:
+  void Transfer(const std::vector<Message>&, const std::vector<Message>&,
+                const std::function<void(int)>&) override {
+    KRAIT_FATAL("a message of the only rank");
   }
 };
 
@@ -30,6 +34,28 @@ std::string Packed(const absl::Status& status) {
 
 }  // namespace
 
+void World::Exchange(const std::vector<Message>& sends, const std::vector<Message>& receives,
+                     const char* what) {
+  if (sends.empty() && receives.empty()) return;
+  CollectiveShape shape = {.first_rank = rank_, .last_rank = rank_};
+  std::vector<int> others;
+  const auto count = [&](const std::vector<Message>& messages, int64_t* bytes) {
+    for (const Message& message : messages) {
+      *bytes += message.bytes;
+      shape.first_rank = std::min(shape.first_rank, message.rank);
+      shape.last_rank = std::max(shape.last_rank, message.rank);
+      others.push_back(message.rank);
+    }
+  };
+  count(sends, &shape.bytes_sent);
+  count(receives, &shape.bytes_received);
+  std::sort(others.begin(), others.end());
+  others.erase(std::unique(others.begin(), others.end()), others.end());
+  shape.ranks = static_cast<int>(others.size()) + 1;
+  CollectiveScope scope(what, shape);
+  Transfer(sends, receives, [&scope](int rank) { scope.WaitsFor(rank); });
+}
+
 void World::Abort(ExitCode code) { _exit(static_cast<int>(code)); }
 
 std::vector<int64_t> World::AllGather(int64_t mine) {
@@ -41,7 +67,7 @@ std::vector<int64_t> World::AllGather(int64_t mine) {
     sends.push_back({r, &mine, sizeof mine});
     receives.push_back({r, &all[static_cast<size_t>(r)], sizeof mine});
   }
-  Exchange(sends, receives);
+  Exchange(sends, receives, "gather of numbers");
   return all;
 }
 
@@ -61,7 +87,7 @@ std::vector<std::string> World::AllGather(std::string_view mine) {
     }
     if (!part.empty()) receives.push_back({r, part.data(), static_cast<int64_t>(part.size())});
   }
-  Exchange(sends, receives);
+  Exchange(sends, receives, "gather of texts");
   return all;
 }
 

@@ -8,6 +8,7 @@
 #define KRAIT_PARALLEL_WORLD_H_
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <string_view>
@@ -38,12 +39,18 @@ class World {
   bool first() const { return rank_ == 0; }
 
   // All messages travel at once; complete on return. The n-th message of a to b is received by b's
-  // n-th receive from a, which has as many bytes. None goes to the rank itself.
-  virtual void Exchange(const std::vector<Message>& sends,
-                        const std::vector<Message>& receives) = 0;
+  // n-th receive from a, which has as many bytes. None goes to the rank itself. `what` is for the
+  // report about a job that hangs.
+  void Exchange(const std::vector<Message>& sends, const std::vector<Message>& receives,
+                const char* what = "messages");
 
   // Ends all ranks with `code`, at once and from any thread.
   [[noreturn]] virtual void Abort(ExitCode code);
+
+  // Of several ranks: this process ends with kCollective after so many seconds without progress,
+  // its report goes to the folder (parallel/watchdog.h). Before the first call, which needs no
+  // agreement: ten minutes, and the working folder.
+  virtual void SetHangTimeout(double /*seconds*/, const std::string& /*folder*/) {}
 
   // Every rank's bytes, in rank order, on every rank.
   std::vector<std::string> AllGather(std::string_view mine);
@@ -58,6 +65,10 @@ class World {
       : rank_(rank), size_(size), local_rank_(local_rank), local_size_(local_size) {}
 
  private:
+  // Exchange of at least one message. `waits_for` is called with ranks that are waited for.
+  virtual void Transfer(const std::vector<Message>& sends, const std::vector<Message>& receives,
+                        const std::function<void(int)>& waits_for) = 0;
+
   int rank_, size_, local_rank_, local_size_;
 };
 
@@ -70,6 +81,9 @@ struct Launch {
   int rank = 0, ranks = 1;
 };
 Launch LaunchOfThisProcess();
+
+// The MPI that this build uses: "Open MPI v4.1.4". Any time, any thread.
+std::string MpiLibrary();
 
 // The world that this process was started into: MPI's where a launcher started several ranks, else
 // a single rank. Fatal paths end all ranks from here on. Call once; the world ends with the object

@@ -76,18 +76,75 @@ __attribute__((target("sse4.2,pclmul"))) uint32_t Hardware(uint32_t crc, const u
   for (; size > 0; --size, ++p) crc = _mm_crc32_u8(crc, *p);
   return crc;
 }
+
+// Where there are carry-less products of 512 bits, data are folded instead (Gopal et al., "Fast CRC
+// computation for generic polynomials using PCLMULQDQ instruction", 2009): 128 bits that have
+// `bits` more behind them are replaced by as many at the end of those with the same remainder.
+// Their two halves are multiplied by x^(bits + 63) and x^(bits - 1), since, as above, a product
+// carries one factor x; the constants lie in the upper halves of 64 bits.
+#define KRAIT_WIDE __attribute__((target("avx512f,vpclmulqdq,pclmul,sse4.2")))
+template <int kBits>
+KRAIT_WIDE inline __m512i FoldFactors() {
+  constexpr auto kFirst = static_cast<int64_t>(uint64_t{PowerOfX(kBits + 63)} << 32);
+  constexpr auto kSecond = static_cast<int64_t>(uint64_t{PowerOfX(kBits - 1)} << 32);
+  return _mm512_set_epi64(kSecond, kFirst, kSecond, kFirst, kSecond, kFirst, kSecond, kFirst);
+}
+KRAIT_WIDE inline __m512i Fold(__m512i data, __m512i factors, __m512i behind) {
+  const __m512i first = _mm512_clmulepi64_epi128(data, factors, 0x00);
+  const __m512i second = _mm512_clmulepi64_epi128(data, factors, 0x11);
+  return _mm512_ternarylogic_epi64(first, second, behind, 0x96);  // the sum
+}
+
+constexpr size_t kWide = 256;  // bytes of a step
+// At least kWide bytes.
+KRAIT_WIDE uint32_t Wide(uint32_t crc, const unsigned char* p, size_t size) {
+  __m512i part[4];
+  for (int i = 0; i < 4; ++i) part[i] = _mm512_loadu_si512(p + 64 * i);
+  part[0] =
+      _mm512_xor_si512(part[0], _mm512_zextsi128_si512(_mm_cvtsi32_si128(static_cast<int>(crc))));
+  const __m512i step = FoldFactors<8 * kWide>();
+  for (p += kWide, size -= kWide; size >= kWide; p += kWide, size -= kWide) {
+    for (int i = 0; i < 4; ++i) part[i] = Fold(part[i], step, _mm512_loadu_si512(p + 64 * i));
+  }
+  const __m512i next = FoldFactors<512>();
+  for (int i = 1; i < 4; ++i) part[i] = Fold(part[i - 1], next, part[i]);
+  // What is left are 64 bytes before the rest.
+  alignas(64) unsigned char last[64];
+  _mm512_store_si512(last, part[3]);
+  return Hardware(Hardware(0, last, sizeof(last)), p, size);
+}
+#undef KRAIT_WIDE
+#endif
+
+uint32_t BySoftware(const unsigned char* p, size_t size, uint32_t crc) {
+  return ~Software(~crc, p, size);
+}
+#if defined(__x86_64__)
+uint32_t ByHardware(const unsigned char* p, size_t size, uint32_t crc) {
+  return ~Hardware(~crc, p, size);
+}
+uint32_t ByFolding(const unsigned char* p, size_t size, uint32_t crc) {
+  return size < kWide ? ByHardware(p, size, crc) : ~Wide(~crc, p, size);
+}
 #endif
 
 }  // namespace
 
-uint32_t Crc32c(const void* data, size_t size, uint32_t crc) {
-  const auto* p = static_cast<const unsigned char*>(data);
+std::vector<Crc32cWay> Crc32cWays() {
+  std::vector<Crc32cWay> ways = {BySoftware};
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("pclmul")) {
-    return ~Hardware(~crc, p, size);
+  if (!__builtin_cpu_supports("sse4.2") || !__builtin_cpu_supports("pclmul")) return ways;
+  ways.push_back(ByHardware);
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("vpclmulqdq")) {
+    ways.push_back(ByFolding);
   }
 #endif
-  return ~Software(~crc, p, size);
+  return ways;
+}
+
+uint32_t Crc32c(const void* data, size_t size, uint32_t crc) {
+  static const Crc32cWay way = Crc32cWays().back();
+  return way(static_cast<const unsigned char*>(data), size, crc);
 }
 
 }  // namespace krait

@@ -4,12 +4,17 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 namespace krait {
 
 // The CRC of `size` bytes appended to data whose CRC is `crc` (0 for none). Thread-safe. Uses the
-// SSE4.2 instruction where the processor has it.
+// SSE4.2 instruction, or wide carry-less products, where the processor has them.
 uint32_t Crc32c(const void* data, size_t size, uint32_t crc = 0);
+
+// The ways of this processor to compute it, the one in use last; for tests.
+using Crc32cWay = uint32_t (*)(const unsigned char* data, size_t size, uint32_t crc);
+std::vector<Crc32cWay> Crc32cWays();
 
 }  // namespace krait
 

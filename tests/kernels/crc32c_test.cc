@@ -44,12 +44,18 @@ TEST(Crc32c, Rfc3720Vectors) {
 
 TEST(Crc32c, EqualsTheDefinitionAtEverySizeAndAlignment) {
   const std::vector<unsigned char> data = Noise(20000);
-  // Around the lane borders (1024 and 3072 bytes), and unaligned starts.
-  for (const size_t size :
-       {1, 7, 8, 9, 1023, 1024, 3071, 3072, 3073, 3080, 6143, 6144, 6145, 9999}) {
+  // Around the borders of lanes (1024 and 3072 bytes) and of wide steps (256), and unaligned
+  // starts.
+  const std::vector<Crc32cWay> ways = Crc32cWays();
+  for (const size_t size : {1,    7,    8,    9,    255,  256,  257,  511,  512,  513,
+                            1023, 1024, 3071, 3072, 3073, 3080, 6143, 6144, 6145, 9999}) {
     for (size_t begin = 0; begin < 9; ++begin) {
-      ASSERT_EQ(Crc32c(data.data() + begin, size), Slow(data, begin, begin + size))
-          << size << " bytes from " << begin;
+      const uint32_t expected = Slow(data, begin, begin + size);
+      ASSERT_EQ(Crc32c(data.data() + begin, size), expected) << size << " bytes from " << begin;
+      for (size_t way = 0; way < ways.size(); ++way) {
+        ASSERT_EQ(ways[way](data.data() + begin, size, 0), expected)
+            << size << " bytes from " << begin << ", way " << way;
+      }
     }
   }
 }

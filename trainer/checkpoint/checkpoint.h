@@ -70,8 +70,9 @@ struct SaveOptions {
   // Then `latest` is not written and nothing is pruned, and only a checkpoint is replaced.
   std::string name;
   int64_t keep_every = 0;  // those of every so many steps stay for good; 0: none
-  // Larger boxes are cut, so that a reader of a part reads, for the CRC, little else.
-  int64_t box_bytes = int64_t{64} << 20;
+  // Larger boxes are cut, into parts of at most so many bytes: a reader of another layout reads,
+  // for the CRC, all of a box that it needs a row of. 64 MiB is the most that the format allows.
+  int64_t box_bytes = int64_t{16} << 20;
 };
 
 // Writes step-N.SAVEID.tmp/ (each rank a file with its boxes, if it has any, and fsync; then the
@@ -142,12 +143,11 @@ absl::Status VerifyCheckpoint(const Checkpoint& checkpoint);
 
 // Fills the wanted boxes from those stored (any tiling), checking the CRC of every stored box that
 // is touched while reading it, and the bytes outside boxes of the files touched; opens no others. A
-// box is read
-// once, in pieces below 1 MiB; pieces for device memory are uploaded one by one on ctx.stream,
-// behind earlier work, and have arrived when the call returns. f32 and bf16 are converted into each
-// other, rounded to nearest even. kNoCheckpoint for damage; kConfig for what does not fit: tensors
-// that the checkpoint lacks, has in another shape, or in a dtype that cannot be converted. After an
-// error the targets hold garbage. `progress` counts bytes.
+// box is read once, in pieces below 1 MiB; pieces for device memory are uploaded one by one on
+// ctx.stream, behind earlier work, and have arrived when the call returns. f32 and bf16 are
+// converted into each other, rounded to nearest even. kNoCheckpoint for damage; kConfig for what
+// does not fit: tensors that the checkpoint lacks, has in another shape, or in a dtype that cannot
+// be converted. After an error the targets hold garbage. `progress` counts bytes.
 absl::Status LoadBoxes(const Checkpoint& checkpoint, const std::vector<CheckpointBox>& wanted,
                        const Context& ctx = Context(), const Progress& progress = nullptr);
 

@@ -17,6 +17,7 @@
 namespace krait {
 
 inline constexpr int64_t kMaxTableBytes = int64_t{64} << 20;
+inline constexpr int64_t kMaxBoxBytes = int64_t{64} << 20;  // that a save writes
 
 // The dataset of a rank's file that holds its table of boxes.
 inline constexpr char kTableDataset[] = "/boxes";

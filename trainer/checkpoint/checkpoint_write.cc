@@ -386,7 +386,7 @@ absl::StatusOr<BegunSave> BeginSave(const SaveOptions& options, const Checkpoint
                                     const std::vector<CheckpointBox>& boxes,
                                     std::vector<std::string>* warnings, World* given) {
   KRAIT_CHECK(options.keep >= 2 || !options.name.empty());
-  KRAIT_CHECK(options.box_bytes > 0);
+  KRAIT_CHECK(options.box_bytes > 0 && options.box_bytes <= kMaxBoxBytes);
   IgnoreFileSizeSignal();
   World* const world = OrAlone(given);
   BegunSave save{options, meta, "", 0};
@@ -399,10 +399,9 @@ absl::StatusOr<BegunSave> BeginSave(const SaveOptions& options, const Checkpoint
   KRAIT_RETURN_IF_ERROR(StatusOfFirst(world, status));
   save.save_id = world->Broadcast(save.save_id);
   const std::string temporary = SaveNames(save).temporary();
-  if (!IsDirectory(temporary)) {
-    status = Error(kCode, temporary +
-                              ", which the first rank has made, is not there for this one: "
-                              "checkpoint.dir must be one folder for all ranks");
+  if (!world->first() && !IsDirectory(temporary)) {
+    status = Failed(save, Error(kCode, temporary + ", which the first rank has made, is not there"),
+                    ": checkpoint.dir must be one folder for all ranks");
   }
   status = Agree(world, status);
   if (!status.ok() && world->first()) Warn(warnings, RemoveAll(temporary, kCode));

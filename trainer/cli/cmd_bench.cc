@@ -69,16 +69,20 @@ void AddBenchCommands(CLI::App* app, CommandLine* line) {
            "tokens of a document (default: as long as a sequence)");
   AddJson(step_command, &step->json);
   step_command->callback([line, step] {
-    line->on_several_ranks = false;
+    line->on_several_ranks = true;
     line->run = [line, step]() -> absl::StatusOr<ExitCode> {
-      if (step->steps < 1) return Error(ExitCode::kConfig, "--steps 0: at least 1 is measured");
-      KRAIT_RETURN_IF_ERROR(CheckJson(step->json, {step->config.path}));
+      World* const world = line->world;
+      KRAIT_RETURN_IF_ERROR(Agree(
+          world, step->steps < 1 ? Error(ExitCode::kConfig, "--steps 0: at least 1 is measured")
+                                 : CheckJson(step->json, {step->config.path})));
       RunConfig config;
       KRAIT_ASSIGN_OR_RETURN(config, LoadNamedConfig(step->config, ConfigUse::kPlan, line->world));
       StepBench result;
-      KRAIT_ASSIGN_OR_RETURN(result, RunStepBench(config, step->steps, step->documents));
-      KRAIT_RETURN_IF_ERROR(
-          PrintFigures(StepBenchText(result), StepBenchJson(result), step->json.path));
+      KRAIT_ASSIGN_OR_RETURN(result, RunStepBench(config, step->steps, step->documents, world));
+      if (world->first()) {
+        KRAIT_RETURN_IF_ERROR(
+            PrintFigures(StepBenchText(result), StepBenchJson(result), step->json.path));
+      }
       return ExitCode::kOk;
     };
   });

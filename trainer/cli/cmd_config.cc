@@ -76,7 +76,7 @@ void AddConfigCommands(CLI::App* app, CommandLine* line) {
       line->run = [arguments]() -> absl::StatusOr<ExitCode> {
         std::string text;
         KRAIT_ASSIGN_OR_RETURN(
-            text, ExplainConfig(arguments->config.path, arguments->config.overrides, 1));
+            text, ExplainConfig(arguments->config.path, arguments->config.overrides, /*ranks=*/0));
         KRAIT_RETURN_IF_ERROR(Print(text));
         return ExitCode::kOk;
       };

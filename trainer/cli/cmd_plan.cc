@@ -8,7 +8,8 @@ namespace krait {
 void AddPlanCommand(CLI::App* app, CommandLine* line) {
   struct Arguments {
     ConfigArguments config;
-    PlanOptions options;
+    PlanOptions options = {.ranks = 0};
+    const CLI::Option* ranks_given = nullptr;
     bool json = false;
   };
   auto arguments = std::make_shared<Arguments>();
@@ -17,7 +18,9 @@ void AddPlanCommand(CLI::App* app, CommandLine* line) {
       "What a config means: parameters, FLOPs, memory per rank, caches. Exit 1 when it does not "
       "fit.");
   AddConfigArguments(plan, &arguments->config);
-  AddCount(plan, "--ranks", &arguments->options.ranks, "plan for so many ranks (default 1)");
+  AddCount(plan, "--ranks", &arguments->options.ranks,
+           "plan for so many ranks (default: as few as the config's layout has)");
+  arguments->ranks_given = plan->get_option("--ranks");
   AddCount(plan, "--context", &arguments->options.context,
            "context length of caches and states (default: seq_len and 262,144)");
   plan->add_option_function<std::string>(
@@ -33,12 +36,18 @@ void AddPlanCommand(CLI::App* app, CommandLine* line) {
   plan->add_flag("--json", arguments->json, "one JSON object");
   plan->callback([line, arguments] {
     line->run = [arguments]() -> absl::StatusOr<ExitCode> {
-      if (arguments->options.ranks < 1) {
+      int64_t& ranks = arguments->options.ranks;
+      if (ranks < 1 && arguments->ranks_given->count() > 0) {
         return Error(ExitCode::kConfig, "--ranks 0: a plan is for at least 1 rank");
       }
       RunConfig config;
-      KRAIT_ASSIGN_OR_RETURN(
-          config, LoadNamedConfig(arguments->config, ConfigUse::kPlan, arguments->options.ranks));
+      if (ranks == 0) {
+        KRAIT_ASSIGN_OR_RETURN(config,
+                               LoadConfig(arguments->config.path, arguments->config.overrides,
+                                          ConfigUse::kPlan, /*ranks=*/0));
+        ranks = LeastRanks(config.parallel);
+      }
+      KRAIT_ASSIGN_OR_RETURN(config, LoadNamedConfig(arguments->config, ConfigUse::kPlan, ranks));
       PlanReport report;
       KRAIT_ASSIGN_OR_RETURN(report, MakePlan(config, arguments->options));
       KRAIT_RETURN_IF_ERROR(Print(arguments->json ? PlanJson(report) + "\n" : PlanText(report)));

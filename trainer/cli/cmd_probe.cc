@@ -20,7 +20,7 @@ void AddProbeCommand(CLI::App* app, CommandLine* line) {
   AddCount(probe, "--steps", &options->steps, "optimizer steps to take, one per batch");
   AddOverrides(probe, &options->overrides);
   probe->callback([line, options] {
-    line->on_several_ranks = false;
+    line->on_several_ranks = true;
     line->run = [line, options]() -> absl::StatusOr<ExitCode> {
       options->world = line->world;
       KRAIT_RETURN_IF_ERROR(RunProbe(*options, PrintNotice));

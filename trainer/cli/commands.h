@@ -68,7 +68,8 @@ void AddInteropCommands(CLI::App* app, CommandLine* line);  // import, export
 void AddCheckpointCommands(CLI::App* app, CommandLine* line);
 void AddProbeCommand(CLI::App* app, CommandLine* line);
 void AddBenchCommands(CLI::App* app, CommandLine* line);
-void AddLaterCommands(CLI::App* app, CommandLine* line);  // ablate, doctor
+void AddDoctorCommand(CLI::App* app, CommandLine* line);
+void AddLaterCommands(CLI::App* app, CommandLine* line);  // ablate
 
 }  // namespace krait
 

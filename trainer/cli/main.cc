@@ -96,6 +96,7 @@ absl::StatusOr<ExitCode> Run(int argc, char** argv, World* world) {
   AddCheckpointCommands(&app, &line);
   AddProbeCommand(&app, &line);
   AddBenchCommands(&app, &line);
+  AddDoctorCommand(&app, &line);
   AddLaterCommands(&app, &line);
   try {
     app.parse(argc, argv);
@@ -171,8 +172,7 @@ void AddLaterCommands(CLI::App* app, CommandLine* line) {
     const char* name;
     const char* help;
   };
-  for (const Later& later : {Later{"ablate", "architecture ablations (not there yet)"},
-                             Later{"doctor", "what this machine lacks (not there yet)"}}) {
+  for (const Later& later : {Later{"ablate", "architecture ablations (not there yet)"}}) {
     CLI::App* command = app->add_subcommand(later.name, later.help)->allow_extras();
     command->callback([line, name = std::string(later.name)] {
       line->run = [name]() -> absl::StatusOr<ExitCode> {

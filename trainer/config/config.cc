@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <filesystem>
+#include <numeric>
 #include <optional>
 #include <utility>
 
@@ -291,11 +292,6 @@ absl::StatusOr<RunConfig> Read(const ConfigNode& root, bool complete, const std:
   if (train.precision == Precision::kAuto) {
     train.precision = train.device == DevicePreference::kCuda ? Precision::kBf16 : Precision::kFp32;
   }
-  if (use == ConfigUse::kTrain && ranks > 1 && train.device == DevicePreference::kCuda) {
-    reader.Fail("train.device",
-                "several ranks on GPUs are not supported yet: use train.device: cpu");
-    return errors->ToStatus();
-  }
   return config;
 }
 
@@ -326,7 +322,11 @@ Placement PlacementOf(const RunConfig& config) {
           .compute = bf16 ? DType::kBF16 : DType::kF32};
 }
 
-absl::Status CheckDevice(const RunConfig& config) {
+absl::Status CheckDevice(const RunConfig& config, int ranks) {
+  if (ranks > 1 && config.train.device == DevicePreference::kCuda) {
+    return Error(ExitCode::kConfig,
+                 "train.device: several ranks on GPUs are not supported yet: use train.device=cpu");
+  }
   std::string reason;
   if (config.train.device != DevicePreference::kCuda || cuda::Available(&reason)) {
     return PrepareDevice(PlacementOf(config).device);
@@ -344,32 +344,36 @@ Mesh MeshOf(const ParallelConfig& parallel, int ranks, int rank) {
   return mesh;
 }
 
+int64_t LeastRanks(const ParallelConfig& parallel) {
+  const int64_t ranks = parallel.tensor * std::max<int64_t>(1, parallel.data);
+  return parallel.data > 0 ? ranks : std::lcm(ranks, parallel.expert);
+}
+
 DType ReduceDType(const RunConfig& config) {
   return config.parallel.reduce == GradReduce::kBf16 ? DType::kBF16
                                                      : Wide(PlacementOf(config).compute);
 }
 
-std::string WithoutEffect(const RunConfig& config) {
+std::string WithoutEffect(const RunConfig& config, int64_t ranks) {
   const RunConfig defaults;
-  std::vector<std::string> keys;
-  if (config.train.hang_timeout != defaults.train.hang_timeout) {
-    keys.push_back("train.hang_timeout");
+  std::vector<std::string> sentences;
+  if (config.train.hang_timeout != defaults.train.hang_timeout && ranks == 1) {
+    sentences.push_back("train.hang_timeout: no effect on a run of one process");
   }
   if (config.parallel.expert == 1 &&
       config.parallel.expert_slack != defaults.parallel.expert_slack) {
-    keys.push_back("parallel.expert_slack");
+    sentences.push_back("parallel.expert_slack: no effect where no experts are shared");
   }
-  std::string text;
-  if (!keys.empty()) text = absl::StrJoin(keys, " and ") + ": no effect in this version";
   // Elsewhere there is nothing that is faster in another order.
   const bool choice =
       config.train.device == DevicePreference::kCuda && config.model.Has(SublayerKind::kAttention);
   if (!config.train.deterministic && !choice) {
-    absl::StrAppend(
-        &text, text.empty() ? "" : "; ", "train.deterministic: false changes nothing ",
-        config.train.device == DevicePreference::kCuda ? "without attention layers" : "on the CPU");
+    sentences.push_back(absl::StrCat("train.deterministic: false changes nothing ",
+                                     config.train.device == DevicePreference::kCuda
+                                         ? "without attention layers"
+                                         : "on the CPU"));
   }
-  return text;
+  return absl::StrJoin(sentences, "; ");
 }
 
 absl::StatusOr<std::string> ExplainConfig(const std::string& path,

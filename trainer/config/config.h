@@ -111,8 +111,8 @@ enum class ConfigUse : uint8_t { kTrain, kPlan, kStored };
 
 // Reads base files, the file, then "key.path=value" words. All errors at once, each with
 // file:line:column (or the word), what was found and what would be right; exit code kConfig.
-// `ranks` is the world size that the batch and the mesh are checked against (1 without mpirun).
-// Touches no GPU and opens no data file.
+// `ranks` is the world size that the batch and the mesh are checked against (1 without mpirun; 0:
+// it is not known). Touches no GPU and opens no data file.
 absl::StatusOr<RunConfig> LoadConfig(const std::string& path,
                                      const std::vector<std::string>& overrides, ConfigUse use,
                                      int64_t ranks);
@@ -126,17 +126,19 @@ absl::StatusOr<RunConfig> ParseConfig(const std::string& text, const std::string
 // has resolved `auto`: CUDA in a build with it where a GPU can be used).
 Placement PlacementOf(const RunConfig& config);
 // Readies the device (kernels/hardware.h). kConfig when the run asks for CUDA and this build or
-// machine has none. `plan` needs none.
-absl::Status CheckDevice(const RunConfig& config);
+// machine has none, or for several ranks on it. `plan` needs none.
+absl::Status CheckDevice(const RunConfig& config, int ranks = 1);
 
 // The mesh of a run on `ranks` ranks, as `rank` sees it. The config was read for that many.
 Mesh MeshOf(const ParallelConfig& parallel, int ranks, int rank);
+// The fewest ranks that a mesh of these sizes has.
+int64_t LeastRanks(const ParallelConfig& parallel);
 // The dtype in which gradients travel.
 DType ReduceDType(const RunConfig& config);
 
-// One sentence on the settings that the user gave and that change nothing in this version or on
-// this device; "" when there are none.
-std::string WithoutEffect(const RunConfig& config);
+// What the user set and what changes nothing in this version, on this device or with so many ranks,
+// in one line; "" when there is nothing.
+std::string WithoutEffect(const RunConfig& config, int64_t ranks = 1);
 
 // The resolved config as YAML, each line with where its value came from as a comment:
 // file:line:column, a word of the command line, a key that it is derived from, or the default. Its

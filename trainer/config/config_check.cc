@@ -238,8 +238,10 @@ void CheckModel(const ModelSpec& model, ConfigReader* reader) {
 void CheckRun(const RunConfig& config, ConfigUse use, int64_t ranks, ConfigReader* reader) {
   if (use != ConfigUse::kStored) {
     CheckMoments(config.optimizer, reader);
-    CheckParallel(config, ranks, reader);
-    CheckBatch(config, std::max<int64_t>(1, ranks / config.parallel.tensor), reader);
+    if (ranks > 0) {
+      CheckParallel(config, ranks, reader);
+      CheckBatch(config, std::max<int64_t>(1, ranks / config.parallel.tensor), reader);
+    }
     CheckAuxSequences(config, reader);
     CheckSchedule(config, reader);
     CheckKeepEvery(config.checkpoint, reader);

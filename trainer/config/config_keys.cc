@@ -126,7 +126,11 @@ void VisitTrain(TrainConfig* train, ConfigVisitor* v) {
   train->seed = static_cast<uint64_t>(seed);
   v->Enum({"train.recompute", "what the backward pass computes again to save memory"},
           &train->recompute, {"none", "norms", "mixers", "layer"});
-  v->Number({"train.hang_timeout", "a step that takes longer ends the run", "seconds"},
+  v->Number({"train.hang_timeout",
+             "a rank of several that makes no progress for so long ends the job (ten times as long "
+             "while it "
+             "loads, saves or evaluates)",
+             "seconds"},
             &train->hang_timeout, kPositive);
 }
 

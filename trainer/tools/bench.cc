@@ -16,6 +16,7 @@
 #include "kernels/gemm.h"
 #include "kernels/random_fill.h"
 #include "nlohmann/json.hpp"
+#include "trainer/checkpoint/checkpoint_ranks.h"
 #include "trainer/report/environment.h"
 #include "trainer/train/trainer.h"
 
@@ -31,13 +32,16 @@ constexpr const char* kCpuPeak = "fp32 matrix product 2048^3, same run and threa
 constexpr const char* kCudaPeak = "dense bf16 products by the datasheet";
 
 // Uniform random tokens in documents of `document` tokens (0: of a row); every token that another
-// one of its document follows has a target.
-TokenBatch SyntheticBatch(const RunConfig& config, uint64_t step, int64_t document) {
+// one of its document follows has a target. The rows of the mesh's rank.
+TokenBatch SyntheticBatch(const RunConfig& config, const Mesh& mesh, uint64_t step,
+                          int64_t document) {
   TokenBatch batch;
-  batch.sequences = config.accumulation(1) * config.train.micro_batch;
+  batch.sequences = config.accumulation(mesh.data) * config.train.micro_batch;
   batch.seq_len = config.data.seq_len;
   const int64_t n = batch.sequences * batch.seq_len;
-  const RandomStream random(config.train.seed, RandomPurpose::kSynthetic, step);
+  const RandomStream random(
+      config.train.seed, RandomPurpose::kSynthetic,
+      step * static_cast<uint64_t>(mesh.data) + static_cast<uint64_t>(mesh.data_index()));
   batch.tokens.resize(static_cast<size_t>(n));
   batch.targets.assign(batch.tokens.size(), -1);
   batch.doc_start.assign(batch.tokens.size(), 0);
@@ -200,9 +204,12 @@ void SetParts(const Profile& profile, double seconds, double steps, StepBench* b
 
 }  // namespace
 
-absl::StatusOr<StepBench> RunStepBench(const RunConfig& config, int64_t steps, int64_t document) {
-  KRAIT_RETURN_IF_ERROR(CheckDevice(config));
+absl::StatusOr<StepBench> RunStepBench(const RunConfig& config, int64_t steps, int64_t document,
+                                       World* given) {
+  World* const world = OrAlone(given);
+  KRAIT_RETURN_IF_ERROR(Agree(world, CheckDevice(config, world->size())));
   StepBench bench;
+  bench.ranks = world->size();
   bench.config = config.path;
   bench.steps = steps;
   const Device device = PlacementOf(config).device;
@@ -210,12 +217,13 @@ absl::StatusOr<StepBench> RunStepBench(const RunConfig& config, int64_t steps, i
   bench.device = on_cuda ? cuda::Info().name : "cpu";
   bench.copy_gbytes_per_s = CopyBytesPerSecond(device) / 1e9;
   const int64_t taken = MemoryBefore(device);
-  Trainer trainer(config);
+  Trainer trainer(config, world);
+  const Mesh& mesh = trainer.mesh();
   trainer.Init();
   uint64_t step = 0;
   const double warm = MonotonicSeconds() + (on_cuda ? kWarmUpSeconds : 0);
   while (step < kWarmUpSteps || MonotonicSeconds() < warm) {
-    trainer.Step(SyntheticBatch(config, step++, document));
+    trainer.Step(SyntheticBatch(config, mesh, step++, document));
   }
   bench.params_total = trainer.weights().table().total();
   bench.params_active = trainer.weights().table().active(config.model);
@@ -232,7 +240,7 @@ absl::StatusOr<StepBench> RunStepBench(const RunConfig& config, int64_t steps, i
   Profile profile;
   double profiled_seconds = 0, profiled_steps = 0;
   const auto run = [&] {
-    const TokenBatch batch = SyntheticBatch(config, step++, document);
+    const TokenBatch batch = SyntheticBatch(config, mesh, step++, document);
     const double start = MonotonicSeconds();
     trainer.Step(batch);
     const double seconds = MonotonicSeconds() - start;
@@ -267,7 +275,7 @@ absl::StatusOr<StepBench> RunStepBench(const RunConfig& config, int64_t steps, i
   }
   bench.tokens_per_s = static_cast<double>(config.train.batch_tokens) / median;
   bench.flops_per_token = FlopsPerToken(config.model, config.data.seq_len);
-  bench.tflops = bench.flops_per_token * bench.tokens_per_s / 1e12;
+  bench.tflops = bench.flops_per_token * bench.tokens_per_s / bench.ranks / 1e12;
   bench.peak_tflops = (sgemm.has_value() ? sgemm->FlopsPerSecond() : trainer.peak_flops()) / 1e12;
   bench.mfu = bench.peak_tflops > 0 ? bench.tflops / bench.peak_tflops : 0;
   SetParts(profile, profiled_seconds, profiled_steps, &bench);
@@ -293,7 +301,8 @@ std::string StepBenchJson(const StepBench& b) {
                                        {"threads", MaxThreads()},
                                        {"steps", b.steps},
                                        {"tokens_per_s", b.tokens_per_s},
-                                       {"tokens_per_s_per_rank", b.tokens_per_s},
+                                       {"ranks", b.ranks},
+                                       {"tokens_per_s_per_rank", b.tokens_per_s / b.ranks},
                                        {"step_ms", b.step_ms},
                                        {"step_ms_mean", b.step_ms_mean},
                                        {"flops_per_token", b.flops_per_token},
@@ -310,7 +319,7 @@ std::string StepBenchJson(const StepBench& b) {
                                        {"routing", "natural"},
                                        {"breakdown_ms", breakdown},
                                        {"ops", ops},
-                                       {"exposed_comm_ms", 0}};
+                                       {"exposed_comm_ms", b.exposed_comm_ms()}};
   return json.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
 }
 
@@ -319,13 +328,14 @@ std::string StepBenchText(const StepBench& b) {
   std::string text = absl::StrFormat(
       "%s: %s parameters (%s active), %s\n"
       "  step          %.1f ms (median of %d; mean %.1f)\n"
-      "  tokens/s      %s\n"
+      "  tokens/s      %s%s\n"
       "  TFLOP/s       %.4f of %.4f (%s): MFU %.1f%%\n"
       "  peak memory   %s\n",
       b.config, PrintShort(static_cast<double>(b.params_total)),
       PrintShort(static_cast<double>(b.params_active)),
       cpu ? absl::StrFormat("%d threads", MaxThreads()) : b.device, b.step_ms, b.steps,
-      b.step_ms_mean, PrintShort(b.tokens_per_s), b.tflops, b.peak_tflops,
+      b.step_ms_mean, PrintShort(b.tokens_per_s),
+      b.ranks > 1 ? absl::StrFormat(" on %d ranks", b.ranks) : "", b.tflops, b.peak_tflops,
       cpu ? kCpuPeak : kCudaPeak, b.mfu * 100, PrintBytes(b.peak_memory_bytes));
   if (b.watts > 0) {
     text += absl::StrFormat("  mean load     %.0f MHz, %.0f W\n", b.clock_mhz, b.watts);

@@ -54,18 +54,25 @@ struct StepBench {
   std::string config;
   std::string device;  // "cpu", or the GPU's name
   int64_t steps = 0;
+  int ranks = 1;
   double tokens_per_s = 0, step_ms = 0, step_ms_mean = 0, flops_per_token = 0, tflops = 0;
   double peak_tflops = 0, copy_gbytes_per_s = 0, mfu = 0;
   double clock_mhz = 0, watts = 0;  // of the GPU, means over the measured steps
   int64_t peak_memory_bytes = 0, params_total = 0, params_active = 0;
   std::array<StepPart, kOpFamilies> families{};  // kOther: with what no op accounts for
   std::vector<StepPart> ops;                     // the longest first
+  // Of the first rank. On the CPU nothing is computed while ranks exchange something, so all of it,
+  // the waiting for slower ranks included, is exposed.
+  double exposed_comm_ms() const {
+    return families[static_cast<size_t>(OpFamily::kCommunication)].ms;
+  }
 };
 // Synthetic tokens in documents of `document` tokens (0: of a whole sequence); steps to warm up, on
 // CUDA for 3 seconds, so that the card is as hot as in a run; then `steps` (at least 1), of which
-// the figures are medians.
-absl::StatusOr<StepBench> RunStepBench(const RunConfig& config, int64_t steps,
-                                       int64_t document = 0);
+// the figures are medians. On several ranks all of them call it, and the first one's figures count;
+// tflops and peak are those of a rank.
+absl::StatusOr<StepBench> RunStepBench(const RunConfig& config, int64_t steps, int64_t document = 0,
+                                       World* world = nullptr);
 std::string StepBenchJson(const StepBench& bench);
 std::string StepBenchText(const StepBench& bench);
 

@@ -109,13 +109,22 @@ absl::StatusOr<PlanReport> MakePlan(const RunConfig& config, const PlanOptions& 
   }
 
   report.micro_batch = config.train.micro_batch;
-  report.data_ranks = options.ranks;
-  report.accumulation = config.accumulation(options.ranks);
+  report.mesh = MeshOf(config.parallel, static_cast<int>(options.ranks), /*rank=*/0);
+  report.data_ranks = report.mesh.data;
+  report.accumulation = config.accumulation(report.data_ranks);
   report.batch_tokens = config.train.batch_tokens;
   report.steps = config.train.steps;
 
   report.placement = PlacementOf(config);
-  report.memory = PlanTraining(config);
+  // Ranks differ by a few rows of their shares, and by the padding of a vocabulary: those at the
+  // ends of their tensor and expert groups are looked at.
+  Mesh mesh = report.mesh;
+  const int group = std::max(mesh.tensor, mesh.expert);
+  for (const int rank : {0, mesh.tensor - 1, group - 1, mesh.world() - 1}) {
+    mesh.rank = rank;
+    const MemoryPlan memory = PlanTraining(config, mesh);
+    if (rank == 0 || memory.total() > report.memory.total()) report.memory = memory;
+  }
   const bool elsewhere = report.placement.device == Device::kCuda && !cuda::Available();
   report.memory_limit = options.memory > 0 ? options.memory
                         : elsewhere        ? kUnknownMemory
@@ -123,10 +132,6 @@ absl::StatusOr<PlanReport> MakePlan(const RunConfig& config, const PlanOptions& 
   report.fits = report.memory.total() <= report.memory_limit;
   report.checkpoint_bytes = CheckpointBytes(table, config.optimizer);
   report.checkpoints_kept = config.checkpoint.keep;
-  // (N - 1)/N of the fp32 gradients reduce-scattered and as much of the weights gathered.
-  const double share = static_cast<double>(options.ranks - 1) / static_cast<double>(options.ranks);
-  report.wire_bytes_per_step =
-      std::llround(2 * share * static_cast<double>(report.params_total * SizeOf(DType::kF32)));
   return report;
 }
 
@@ -164,6 +169,7 @@ void AddMemory(const PlanReport& report, std::string* out) {
         {"scratch", memory.scratch},
         {"batches", memory.batches},
         {"scalars", memory.scalars},
+        {"communication", memory.communication},
         {memory.device == Device::kCuda ? "staging (on the host)" : "staging", memory.staging},
         {"total", memory.total()}}) {
     absl::StrAppendFormat(out, "  %-24s %12s\n", name, PrintBytes(bytes));
@@ -173,10 +179,6 @@ void AddMemory(const PlanReport& report, std::string* out) {
   } else {
     absl::StrAppendFormat(out, "  %-24s %12s   %s\n", "available", PrintBytes(report.memory_limit),
                           report.fits ? "fits" : "DOES NOT FIT");
-  }
-  if (report.data_ranks > 1) {
-    absl::StrAppend(
-        out, "  every rank as if alone: sharing out the optimizer state is not planned yet\n");
   }
 }
 
@@ -223,8 +225,17 @@ std::string PlanText(const PlanReport& report) {
   AddMemory(report, &out);
   absl::StrAppendFormat(&out, "\ncheckpoint    %s each, %d kept and one being written\n",
                         PrintBytes(report.checkpoint_bytes), report.checkpoints_kept);
-  absl::StrAppendFormat(&out, "wire          %s sent per rank and step\n",
-                        PrintBytes(report.wire_bytes_per_step));
+  if (report.mesh.world() > 1) {
+    const Groups::Traffic& sent = report.memory.sent;
+    absl::StrAppendFormat(
+        &out,
+        "ranks         %d = data %d x tensor %d, experts over %d\n"
+        "wire          %s sent per rank and step: tensor %s, experts %s (balanced "
+        "routing), gradients and weights %s\n",
+        report.mesh.world(), report.mesh.data, report.mesh.tensor, report.mesh.expert,
+        PrintBytes(report.wire_bytes_per_step()), PrintBytes(sent.tensor), PrintBytes(sent.expert),
+        PrintBytes(sent.data));
+  }
   return out;
 }
 
@@ -268,14 +279,24 @@ std::string PlanJson(const PlanReport& report) {
         {"activations", memory.activations},
         {"scratch", memory.scratch},
         {"batches", memory.batches},
+        {"communication", memory.communication},
         {"staging", memory.staging},
         {"total", memory.total()}}},
+      {"ranks",
+       {{"world", report.mesh.world()},
+        {"data", report.mesh.data},
+        {"tensor", report.mesh.tensor},
+        {"expert", report.mesh.expert}}},
+      {"wire_bytes",
+       {{"tensor", memory.sent.tensor},
+        {"expert", memory.sent.expert},
+        {"data", memory.sent.data}}},
       {"memory_limit_bytes",
        report.memory_limit == kUnknownMemory ? ordered_json() : ordered_json(report.memory_limit)},
       {"fits", report.fits},
       {"checkpoint_bytes", report.checkpoint_bytes},
       {"checkpoints_kept", report.checkpoints_kept},
-      {"wire_bytes_per_step", report.wire_bytes_per_step}};
+      {"wire_bytes_per_step", report.wire_bytes_per_step()}};
   // A path need not be UTF-8.
   return json.dump(2, ' ', false, ordered_json::error_handler_t::replace);
 }

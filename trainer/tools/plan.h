@@ -13,7 +13,7 @@
 namespace krait {
 
 struct PlanOptions {
-  int64_t ranks = 1;    // data-parallel ranks; the config must have been loaded for as many
+  int64_t ranks = 1;    // the config must have been loaded for as many
   int64_t context = 0;  // tokens; 0: report at data.seq_len and at 262,144
   int64_t memory = 0;   // bytes that one rank may take; 0: the memory of this machine
 };
@@ -51,14 +51,16 @@ struct PlanReport {
   int64_t steps = 0;
 
   Placement placement;
-  MemoryPlan memory;         // per rank
+  MemoryPlan memory;         // of the rank that takes most
   int64_t memory_limit = 0;  // bytes
   bool fits = true;          // memory.total() <= memory_limit
   int64_t checkpoint_bytes = 0;
   int64_t checkpoints_kept = 0;
-  // Sent by each rank per step: gradients reduce-scattered and weights all-gathered over the data
-  // ranks, (N - 1)/N of their bytes each. 0 for one rank.
-  int64_t wire_bytes_per_step = 0;
+  Mesh mesh;
+  // Sent by a rank per step over all axes (MemoryPlan::sent). 0 for one rank.
+  int64_t wire_bytes_per_step() const {
+    return memory.sent.tensor + memory.sent.expert + memory.sent.data;
+  }
 };
 
 // Touches no data file and no memory to speak of, whatever the model's size.

@@ -3,12 +3,15 @@
 #include <algorithm>
 #include <filesystem>
 #include <map>
+#include <optional>
 #include <system_error>
 
 #include "absl/strings/str_format.h"
 #include "kernels/base/output.h"
 #include "kernels/base/safetensors.h"
 #include "kernels/transfer.h"
+#include "trainer/checkpoint/checkpoint_ranks.h"
+#include "trainer/tools/gathered.h"
 #include "trainer/tools/hf_folder.h"
 #include "trainer/train/trainer.h"
 
@@ -93,9 +96,26 @@ absl::StatusOr<ProbeBatches> ReadBatches(const ProbeOptions& options, int64_t vo
   return Error(ExitCode::kData, MessageOf(batches.status()));
 }
 
-// The contract's defaults with the batch of the file: one pass of B sequences per step.
+// The rows of a data rank: the consecutive B / data from data_index * B / data on.
+TokenBatch RowsOf(const TokenBatch& batch, const Mesh& mesh) {
+  TokenBatch rows;
+  rows.sequences = batch.sequences / mesh.data;
+  rows.seq_len = batch.seq_len;
+  const int64_t n = rows.sequences * rows.seq_len, first = mesh.data_index() * n;
+  const auto cut = [&](const std::vector<int32_t>& all) {
+    return std::vector<int32_t>(all.begin() + first, all.begin() + first + n);
+  };
+  rows.tokens = cut(batch.tokens);
+  rows.targets = cut(batch.targets);
+  rows.doc_start = cut(batch.doc_start);
+  rows.target_count = rows.sequences * (rows.seq_len - 1);
+  return rows;
+}
+
+// The contract's defaults with the batch of the file: one pass of B sequences per step, over all
+// data ranks.
 absl::StatusOr<RunConfig> ProbeConfig(const ModelSpec& spec, const TokenBatch& batch,
-                                      const ProbeOptions& options) {
+                                      const ProbeOptions& options, int ranks) {
   RunConfig config;
   config.model = spec;
   config.run_dir = "probe";
@@ -106,9 +126,22 @@ absl::StatusOr<RunConfig> ProbeConfig(const ModelSpec& spec, const TokenBatch& b
   config.train.steps = std::max<int64_t>(1, options.steps);
   config.schedule.kind = ScheduleKind::kConstant;
   config.schedule.warmup_steps = 0;
+  if (ranks > 1) {
+    // What the words make of the mesh, before the rows of a rank are known.
+    RunConfig asked;
+    KRAIT_ASSIGN_OR_RETURN(
+        asked, ParseConfig(config.ToYaml(), "probe", options.overrides, ConfigUse::kStored, ranks));
+    const int64_t data = std::max<int64_t>(1, ranks / asked.parallel.tensor);
+    if (batch.sequences % data != 0) {
+      return Error(ExitCode::kConfig,
+                   absl::StrFormat("the %d sequences of a batch do not divide among %d data ranks",
+                                   batch.sequences, data));
+    }
+    config.train.micro_batch = batch.sequences / data;
+  }
   const std::string text = config.ToYaml();
   KRAIT_ASSIGN_OR_RETURN(config,
-                         ParseConfig(text, "probe", options.overrides, ConfigUse::kPlan, 1));
+                         ParseConfig(text, "probe", options.overrides, ConfigUse::kPlan, ranks));
   if (config.data.seq_len != batch.seq_len ||
       config.train.batch_tokens != batch.sequences * batch.seq_len) {
     return Error(ExitCode::kConfig,
@@ -123,11 +156,12 @@ struct NamedValues {
   std::vector<float> values;
 };
 
-// Collects the probe's tensors; chunks of rows, and passes, follow one another.
+// Collects the probe's tensors of one pass; chunks of rows follow one another.
 class ForwardValues {
  public:
-  ForwardValues(const ModelSpec& spec, const TokenBatch& batch, const Context& ctx)
-      : spec_(spec), batch_(batch), ctx_(ctx) {}
+  ForwardValues(const ModelSpec& spec, const TokenBatch& batch, const Mesh& mesh,
+                const Gathered& gathered, const Context& ctx)
+      : spec_(spec), batch_(batch), mesh_(mesh), gathered_(gathered), ctx_(ctx) {}
 
   ProbeSink Sink() {
     return {[this](const std::string& name, Tensor value) {
@@ -139,7 +173,29 @@ class ForwardValues {
   }
 
   const std::vector<std::string>& names() const { return order_; }
-  const std::vector<float>& values(const std::string& name) const { return values_.at(name); }
+  // Those of all ranks, on the first one. All ranks call it alike.
+  std::vector<float> Whole(const std::string& name) const {
+    const std::vector<std::vector<float>> parts = gathered_.OfRanks(values_.at(name));
+    std::vector<float> whole;
+    if (name != "logits") {
+      // Ranks own consecutive rows, tensor ranks those of one pass.
+      for (const auto& part : parts) whole.insert(whole.end(), part.begin(), part.end());
+      return whole;
+    }
+    // Each tensor rank has all rows of its pass, for its part of the vocabulary.
+    const auto tensor = static_cast<size_t>(mesh_.tensor);
+    const auto rows = static_cast<size_t>(batch_.sequences * batch_.seq_len / mesh_.data);
+    for (size_t first = 0; first < parts.size(); first += tensor) {
+      for (size_t row = 0; row < rows; ++row) {
+        for (size_t r = first; r < first + tensor; ++r) {
+          const auto columns = static_cast<int64_t>(parts[r].size() / rows);
+          const auto begin = parts[r].begin() + static_cast<int64_t>(row) * columns;
+          whole.insert(whole.end(), begin, begin + columns);
+        }
+      }
+    }
+    return whole;
+  }
   std::vector<int64_t> Shape(const std::string& name) const {
     const int64_t b = batch_.sequences, t = batch_.seq_len;
     if (name == "logits") return {b, t, spec_.vocab_size};
@@ -149,7 +205,9 @@ class ForwardValues {
 
  private:
   const ModelSpec& spec_;
-  const TokenBatch& batch_;
+  const TokenBatch& batch_;  // of all data ranks
+  const Mesh& mesh_;
+  const Gathered& gathered_;
   const Context& ctx_;
   std::vector<std::string> order_;
   std::map<std::string, std::vector<float>> values_;
@@ -172,83 +230,109 @@ std::vector<SafetensorsWriter::Item> Items(const ForwardValues& forward, const P
   return items;
 }
 
-absl::Status LoadWeights(const HfFolder& folder, Trainer* trainer) {
+absl::Status LoadWeights(const HfFolder& folder, const Gathered& gathered, Trainer* trainer) {
   constexpr int64_t kPiece = int64_t{4} << 20;  // elements
   std::vector<float> values;
-  const auto count = static_cast<int>(trainer->weights().table().params().size());
-  for (int p = 0; p < count; ++p) {
-    const Tensor master = trainer->optimizer().Master(p);
-    for (int64_t at = 0; at < master.numel(); at += kPiece) {
-      const int64_t n = std::min(kPiece, master.numel() - at);
-      values.resize(static_cast<size_t>(n));
-      KRAIT_RETURN_IF_ERROR(folder.Read(p, at, n, values.data()));
-      Upload(master.Slice(0, at, n), values.data(), trainer->ctx());
-    }
+  for (const OwnedBox& owned : trainer->weights().layout().Owned()) {
+    const Tensor master = gathered.Master(owned);
+    const Param& param = trainer->weights().table().params()[static_cast<size_t>(owned.box.param)];
+    const auto read = [&](int64_t from, int64_t count, int64_t to) -> absl::Status {
+      for (int64_t at = 0; at < count; at += kPiece) {
+        const int64_t n = std::min(kPiece, count - at);
+        values.resize(static_cast<size_t>(n));
+        KRAIT_RETURN_IF_ERROR(folder.Read(owned.box.param, from + at, n, values.data()));
+        Upload(master.Slice(0, to + at, n), values.data(), trainer->ctx());
+      }
+      return absl::OkStatus();
+    };
+    KRAIT_RETURN_IF_ERROR(ForRuns(param, owned.box, read));
   }
   return absl::OkStatus();
 }
 
-absl::Status WriteFloats(SafetensorsWriter* writer, const std::vector<float>& values) {
-  return writer->Write(values.data(), static_cast<int64_t>(values.size() * sizeof(float)));
-}
+// What the first rank writes; on the others nothing.
+class ProbeWriter {
+ public:
+  explicit ProbeWriter(World* world) : world_(world) {}
+  absl::Status Open(const std::string& path, const std::vector<SafetensorsWriter::Item>& items) {
+    absl::Status status;
+    if (world_->first()) {
+      auto writer = SafetensorsWriter::Create(path, items, {});
+      status = writer.status();
+      if (writer.ok()) writer_.emplace(*std::move(writer));
+    }
+    return StatusOfFirst(world_, status);
+  }
+  // Its errors are told at the end.
+  void Write(const std::vector<float>& values) {
+    if (!world_->first() || !status_.ok()) return;
+    status_ = writer_->Write(values.data(), static_cast<int64_t>(values.size() * sizeof(float)));
+  }
+  absl::Status Finish() {
+    if (world_->first() && status_.ok()) status_ = writer_->Finish();
+    return StatusOfFirst(world_, status_);
+  }
+
+ private:
+  World* world_;
+  std::optional<SafetensorsWriter> writer_;
+  absl::Status status_;
+};
 
 }  // namespace
 
 absl::Status RunProbe(const ProbeOptions& options, const Notice& notice) {
+  World* const world = OrAlone(options.world);
   std::vector<std::string> inputs = {options.batches};
   std::error_code unreadable;  // said when the folder is read
   for (const auto& entry : std::filesystem::directory_iterator(options.hf, unreadable)) {
     inputs.push_back(entry.path().string());
   }
-  KRAIT_RETURN_IF_ERROR(CheckOutput(options.out, FileKind::kSafetensors, inputs, options.force));
+  KRAIT_RETURN_IF_ERROR(
+      Agree(world, CheckOutput(options.out, FileKind::kSafetensors, inputs, options.force)));
   auto folder = HfFolder::Open(options.hf);
-  if (!folder.ok()) return folder.status();
+  KRAIT_RETURN_IF_ERROR(Agree(world, folder.status()));
   for (const std::string& note : folder->notes()) {
-    if (notice != nullptr) notice(note);
+    if (notice != nullptr && world->first()) notice(note);
   }
-  ProbeBatches batches;
-  KRAIT_ASSIGN_OR_RETURN(batches, ReadBatches(options, folder->spec().vocab_size));
-  RunConfig config;
-  KRAIT_ASSIGN_OR_RETURN(config, ProbeConfig(folder->spec(), batches.forward, options));
-  KRAIT_RETURN_IF_ERROR(CheckDevice(config));
+  auto batches = ReadBatches(options, folder->spec().vocab_size);
+  KRAIT_RETURN_IF_ERROR(Agree(world, batches.status()));
+  auto config = ProbeConfig(folder->spec(), batches->forward, options, world->size());
+  KRAIT_RETURN_IF_ERROR(Agree(world, config.status()));
+  KRAIT_RETURN_IF_ERROR(Agree(world, CheckDevice(*config, world->size())));
   // The overrides may have changed the model.
-  KRAIT_RETURN_IF_ERROR(folder->Locate(config.model, ParamTable(config.model)));
+  KRAIT_RETURN_IF_ERROR(Agree(world, folder->Locate(config->model, ParamTable(config->model))));
 
-  Trainer trainer(config);
+  Trainer trainer(*config, world);
   const ParamTable& table = trainer.weights().table();
-  KRAIT_RETURN_IF_ERROR(LoadWeights(*folder, &trainer));
+  const auto params = static_cast<int>(table.params().size());
+  const Gathered gathered(&trainer, world);
+  KRAIT_RETURN_IF_ERROR(Agree(world, LoadWeights(*folder, gathered, &trainer)));
   trainer.Loaded();
-  ForwardValues forward(trainer.config().model, batches.forward, trainer.ctx());
+  ForwardValues forward(trainer.config().model, batches->forward, trainer.mesh(), gathered,
+                        trainer.ctx());
   const ProbeSink sink = forward.Sink();
-  const StepReport first = trainer.Gradients(batches.forward, &sink);
+  const StepReport first = trainer.Gradients(RowsOf(batches->forward, trainer.mesh()), &sink);
 
-  auto writer = SafetensorsWriter::Create(options.out, Items(forward, table, options.steps), {});
-  if (!writer.ok()) return writer.status();
-  for (const std::string& name : forward.names()) {
-    KRAIT_RETURN_IF_ERROR(WriteFloats(&*writer, forward.values(name)));
-  }
+  ProbeWriter writer(world);
+  KRAIT_RETURN_IF_ERROR(writer.Open(options.out, Items(forward, table, options.steps)));
+  for (const std::string& name : forward.names()) writer.Write(forward.Whole(name));
   for (double loss : {first.loss, first.aux_loss, first.total_loss}) {
-    KRAIT_RETURN_IF_ERROR(WriteFloats(&*writer, {static_cast<float>(loss)}));
+    writer.Write({static_cast<float>(loss)});
   }
-  for (size_t p = 0; p < table.params().size(); ++p) {
-    const Tensor grad = trainer.weights().ParamGrad(static_cast<int>(p));
-    KRAIT_RETURN_IF_ERROR(WriteFloats(&*writer, DownloadFloats(grad, trainer.ctx())));
-  }
+  for (int p = 0; p < params; ++p) writer.Write(gathered.WholeGradient(p));
   if (options.steps > 0) {
     std::vector<float> losses, norms;
-    for (const TokenBatch& batch : batches.steps) {
-      const StepReport report = trainer.Step(batch);
+    for (const TokenBatch& batch : batches->steps) {
+      const StepReport report = trainer.Step(RowsOf(batch, trainer.mesh()));
       losses.push_back(static_cast<float>(report.total_loss));
       norms.push_back(static_cast<float>(report.grad_norm));
     }
-    KRAIT_RETURN_IF_ERROR(WriteFloats(&*writer, losses));
-    KRAIT_RETURN_IF_ERROR(WriteFloats(&*writer, norms));
-    for (size_t p = 0; p < table.params().size(); ++p) {
-      const Tensor weight = trainer.optimizer().Master(static_cast<int>(p));
-      KRAIT_RETURN_IF_ERROR(WriteFloats(&*writer, DownloadFloats(weight, trainer.ctx())));
-    }
+    writer.Write(losses);
+    writer.Write(norms);
+    for (int p = 0; p < params; ++p) writer.Write(gathered.WholeMaster(p));
   }
-  return writer->Finish();
+  return writer.Finish();
 }
 
 }  // namespace krait

@@ -68,13 +68,20 @@ MemoryPlan PlanTraining(const RunConfig& config, const Mesh& mesh) {
   weights.BeginPass(ctx, /*first=*/true, /*last=*/true, exchanged);
   model.Forward(batch, scalars.loss_scale, scalars.sums, activations.get(), ctx);
   model.Backward(batch, /*aux_scale=*/1, activations.get(), ctx);
+  MemoryPlan plan;
+  const auto sent = [&] { return groups != nullptr ? groups->planned() : Groups::Traffic(); };
+  plan.sent = sent();
+  // Of every pass of a step; the gradients of the last one.
+  plan.sent.tensor *= config.accumulation(mesh.data);
+  plan.sent.expert *= config.accumulation(mesh.data);
   KRAIT_CHECK(optimizer.Init(config.model, config.train.seed, ctx).ok());
+  const int64_t before_update = sent().data;
   optimizer.SumOfSquares(scalars.sum_of_squares, ctx);
   if (groups != nullptr) groups->stage().AllReduceSum("step", scalars.shared, ctx);
   optimizer.Update(/*lr=*/0, scalars.sums, scalars.sum_of_squares, scalars.control, ctx);
+  plan.sent.data += sent().data - before_update;
   model.Evaluate(batch, scalars.sums, ctx);
 
-  MemoryPlan plan;
   plan.device = placement.device;
   plan.weights = weight_arena.high_water();
   plan.gradients = grad_arena.high_water();

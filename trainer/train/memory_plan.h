@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "parallel/groups.h"
 #include "parallel/mesh.h"
 #include "trainer/config/config.h"
 
@@ -23,6 +24,7 @@ struct MemoryPlan {
   int64_t scalars = 0;      // losses, norm and other numbers of a step
   int64_t communication = 0;  // gradients of other ranks on their way to their sum
   int64_t staging = 0;        // copy of the state in host memory for checkpoints
+  Groups::Traffic sent;       // over each axis by an optimizer step
   // Of the device's memory; on CUDA the staging copy is not in it.
   int64_t total() const {
     return weights + gradients + optimizer + activations + scratch + batches + scalars +

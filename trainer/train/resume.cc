@@ -106,19 +106,26 @@ absl::Status CheckResume(const ResumeOptions& options, const RunData& data,
   return absl::OkStatus();
 }
 
-// Restores everything from `checkpoint`, after its config and data have been compared with the
-// run's.
+// What a checkpoint's config and data say about how the run goes on.
+struct Resumed {
+  RunConfig saved;
+  Continuation continuation;
+};
+
+// Loads weights and moments, after the checkpoint's config and data have been compared with the
+// run's. What does not fit one rank, or is damaged for it, fails on that rank alone: so nothing
+// else changes before all ranks agree (GoOn).
 absl::Status Restore(const ResumeOptions& options, const RunData& data,
                      const Checkpoint& checkpoint, Trainer* trainer, const Notice& notice,
-                     const Progress& progress) {
+                     const Progress& progress, Resumed* resumed) {
   const RunConfig& now = trainer->config();
-  RunConfig saved;
+  RunConfig& saved = resumed->saved;
   KRAIT_ASSIGN_OR_RETURN(
       saved, ParseConfig(checkpoint.meta.config_yaml, checkpoint.path + "/manifest.json: config",
                          {}, ConfigUse::kStored, 1));
-  Continuation continuation;
-  KRAIT_ASSIGN_OR_RETURN(continuation, ContinueData(checkpoint, saved, *data.train));
-  KRAIT_RETURN_IF_ERROR(CheckResume(options, data, checkpoint, saved, continuation, now, notice));
+  KRAIT_ASSIGN_OR_RETURN(resumed->continuation, ContinueData(checkpoint, saved, *data.train));
+  KRAIT_RETURN_IF_ERROR(
+      CheckResume(options, data, checkpoint, saved, resumed->continuation, now, notice));
   if (now.model.Has(SublayerKind::kMoe) && now.model.moe.aux_sequences == 0 &&
       saved.train.micro_batch != now.train.micro_batch) {
     notice(
@@ -127,28 +134,35 @@ absl::Status Restore(const ResumeOptions& options, const RunData& data,
                         "without the change (not with model.moe.aux_sequences)",
                         saved.train.micro_batch, now.train.micro_batch));
   }
-  const std::vector<CheckpointBox> boxes = trainer->Boxes();
-  KRAIT_RETURN_IF_ERROR(
-      Misfit(LoadBoxes(checkpoint, boxes, trainer->ctx(), progress),
-             checkpoint.path + " does not hold the weights and moments that this run goes on with; "
-                               "--init starts another run_dir from weights alone"));
+  return Misfit(LoadBoxes(checkpoint, trainer->Boxes(), trainer->ctx(), progress),
+                checkpoint.path +
+                    " does not hold the weights and moments that this run goes on "
+                    "with; --init starts another run_dir from weights alone");
+}
+
+// The run stands where `checkpoint` stood, from which Restore has loaded.
+void GoOn(const RunData& data, const Checkpoint& checkpoint, Resumed resumed, Trainer* trainer,
+          const Notice& notice) {
+  const RunConfig& now = trainer->config();
+  trainer->Loaded();
   const std::string here = HardwareName(trainer->ctx().device);
   if (!checkpoint.meta.hardware.empty() && checkpoint.meta.hardware != here) {
     notice("the last steps ran on " + checkpoint.meta.hardware + "; this is " + here +
            ": the results are as good, but not the bits of a run that goes on there");
   }
   trainer->state() = checkpoint.meta;
-  data.train->Seek(std::move(continuation));
-  if (now.train.tokens > 0 && saved.train.batch_tokens != now.train.batch_tokens) {
+  data.train->Seek(std::move(resumed.continuation));
+  const int64_t before = resumed.saved.train.batch_tokens;
+  if (now.train.tokens > 0 && before != now.train.batch_tokens) {
     const int64_t left = trainer->last_step() - checkpoint.meta.step;
     notice(absl::StrFormat(
         "train.tokens: %d of %d were seen, %d steps of %d are left; the next learning rate is %.3g",
         checkpoint.meta.tokens, now.train.tokens, left, now.train.batch_tokens,
         trainer->learning_rate()));
   }
-  return absl::OkStatus();
 }
 
+// Loads weights alone; as Restore, it changes nothing else.
 absl::Status RestoreWeights(const RunData& data, const Checkpoint& checkpoint, Trainer* trainer,
                             const Notice& notice, const Progress& progress) {
   const std::string& tokenizer = checkpoint.meta.tokenizer;
@@ -169,14 +183,10 @@ absl::Status RestoreWeights(const RunData& data, const Checkpoint& checkpoint, T
   }
   std::vector<CheckpointBox> boxes = trainer->Boxes();
   std::erase_if(boxes, [](const CheckpointBox& box) { return box.slot != "weight"; });
-  KRAIT_RETURN_IF_ERROR(Misfit(LoadBoxes(checkpoint, boxes, trainer->ctx(), progress),
-                               "--init " + checkpoint.path +
-                                   " does not fit this run's model; give the run the "
-                                   "model of the checkpoint, or take another one"));
-  // What an imported folder said beyond its weights goes with them.
-  trainer->state().hf_config = checkpoint.meta.hf_config;
-  trainer->state().hf_generation_config = checkpoint.meta.hf_generation_config;
-  return absl::OkStatus();
+  return Misfit(LoadBoxes(checkpoint, boxes, trainer->ctx(), progress),
+                "--init " + checkpoint.path +
+                    " does not fit this run's model; give the run the model of the checkpoint, or "
+                    "take another one");
 }
 
 // Sets checkpoints newer than `step` aside (never deletes them): the run continues on another path
@@ -235,56 +245,6 @@ std::string FollowedPath(const std::string& resume) {
   return error ? resume : path.string();
 }
 
-// What the first rank finds that a run may start from: the word for --resume that counts, then the
-// checkpoints, newest first. Moves older ones aside where they are not to count.
-absl::StatusOr<std::vector<std::string>> FindStart(const ResumeOptions& asked,
-                                                   const RunConfig& config,
-                                                   const std::optional<RunRecord>& record,
-                                                   const Notice& notice) {
-  const std::string& dir = config.checkpoint.dir;
-  const std::string& run_dir = config.run_dir;
-  std::string resume = asked.resume;
-  if (resume != "auto" && resume != "never" && record.has_value() &&
-      record->followed == FollowedPath(resume) && record->step > record->followed_step) {
-    notice(absl::StrFormat(
-        "--resume %s was followed before, to step %d: this run's own checkpoints since then go "
-        "first (to go back once more, remove %s)",
-        resume, record->followed_step, RunRecordPath(run_dir)));
-    resume = "auto";
-  }
-  std::vector<std::string> candidates;
-  if (resume == "never") {
-    KRAIT_RETURN_IF_ERROR(SetAllAside(dir, notice));
-    KRAIT_RETURN_IF_ERROR(RemoveFile(RunRecordPath(run_dir), ExitCode::kCannotSave));
-  } else if (resume != "auto") {
-    KRAIT_ASSIGN_OR_RETURN(candidates, FindCheckpoints(resume));
-  } else {
-    KRAIT_ASSIGN_OR_RETURN(candidates, ListCheckpoints(dir));
-    if (record.has_value()) KRAIT_RETURN_IF_ERROR(CheckRecorded(*record, dir, candidates));
-  }
-  candidates.insert(candidates.begin(), resume);
-  return candidates;
-}
-
-// After `checkpoint` was loaded: the record of it, and other checkpoints out of the way.
-absl::Status RecordStart(const std::string& resume, const RunConfig& config,
-                         const Checkpoint& checkpoint, const std::vector<PassedOver>& passed_over,
-                         const std::optional<RunRecord>& record, const Notice& notice) {
-  RunRecord now = record.value_or(RunRecord());
-  now.path = checkpoint.path;
-  now.save_id = checkpoint.save_id;
-  now.step = checkpoint.meta.step;
-  if (resume != "auto") {
-    // Before the record: a start that is cut off here is told that a checkpoint is missing, and
-    // does not jump back to the newer ones.
-    KRAIT_RETURN_IF_ERROR(SetNewerAside(config.checkpoint.dir, checkpoint.meta.step, notice));
-    now.followed = FollowedPath(resume);
-    now.followed_step = checkpoint.meta.step;
-  }
-  if (now != record) KRAIT_RETURN_IF_ERROR(WriteRunRecord(config.run_dir, now));
-  return resume == "auto" ? SetDamagedAside(passed_over, notice) : absl::OkStatus();
-}
-
 }  // namespace
 
 absl::Status CheckChanges(const RunConfig& saved, const RunConfig& now,
@@ -312,49 +272,94 @@ absl::Status CheckChanges(const RunConfig& saved, const RunConfig& now,
   return errors.ToStatus();
 }
 
-absl::Status StartRun(const ResumeOptions& options, const RunData& data, Trainer* trainer,
-                      const Notice& notice, const StartProgress& progress, World* given) {
-  World* const world = OrAlone(given);
-  const RunConfig& config = trainer->config();
-  KRAIT_RETURN_IF_ERROR(Agree(world, CheckAllowWords(options.allow_change)));
-  std::optional<RunRecord> record;  // the first rank's
-  absl::StatusOr<std::vector<std::string>> found = std::vector<std::string>();
-  if (world->first()) {
-    absl::StatusOr<std::optional<RunRecord>> read = ReadRunRecord(config.run_dir);
-    if (read.ok()) {
-      record = *std::move(read);
-      found = FindStart(options, config, record, notice);
-    } else {
-      found = read.status();
-    }
+namespace {
+
+// The checkpoints that the run may go on from, newest first; none where it starts anew. Moves those
+// aside that --resume never leaves behind. `options` become those that the record asks for.
+absl::StatusOr<std::vector<std::string>> Candidates(const RunConfig& config, ResumeOptions* options,
+                                                    std::optional<RunRecord>* record,
+                                                    const Notice& notice) {
+  const std::string& dir = config.checkpoint.dir;
+  KRAIT_ASSIGN_OR_RETURN(*record, ReadRunRecord(config.run_dir));
+  if (options->resume != "auto" && options->resume != "never" && record->has_value() &&
+      (*record)->followed == FollowedPath(options->resume) &&
+      (*record)->step > (*record)->followed_step) {
+    notice(absl::StrFormat(
+        "--resume %s was followed before, to step %d: this run's own checkpoints since then go "
+        "first (to go back once more, remove %s)",
+        options->resume, (*record)->followed_step, RunRecordPath(config.run_dir)));
+    options->resume = "auto";
   }
   std::vector<std::string> candidates;
-  KRAIT_ASSIGN_OR_RETURN(candidates, PathsOfFirst(world, found));
-  const std::string resume = candidates.front();
-  candidates.erase(candidates.begin());
+  if (options->resume == "never") {
+    KRAIT_RETURN_IF_ERROR(SetAllAside(dir, notice));
+    KRAIT_RETURN_IF_ERROR(RemoveFile(RunRecordPath(config.run_dir), ExitCode::kCannotSave));
+  } else if (options->resume != "auto") {
+    KRAIT_ASSIGN_OR_RETURN(candidates, FindCheckpoints(options->resume));
+  } else {
+    KRAIT_ASSIGN_OR_RETURN(candidates, ListCheckpoints(dir));
+    if (record->has_value()) KRAIT_RETURN_IF_ERROR(CheckRecorded(**record, dir, candidates));
+  }
+  return candidates;
+}
 
-  // The same lines come for each checkpoint that is tried.
+// The record and the folders after `checkpoint` was loaded.
+absl::Status Settle(const RunConfig& config, const ResumeOptions& options,
+                    const Checkpoint& checkpoint, const std::optional<RunRecord>& record,
+                    const std::vector<PassedOver>& passed_over, const Notice& notice) {
+  RunRecord now = record.value_or(RunRecord());
+  now.path = checkpoint.path;
+  now.save_id = checkpoint.save_id;
+  now.step = checkpoint.meta.step;
+  if (options.resume != "auto") {
+    // Before the record: a start that is cut off here is told that a checkpoint is missing, and
+    // does not jump back to the newer ones.
+    KRAIT_RETURN_IF_ERROR(SetNewerAside(config.checkpoint.dir, checkpoint.meta.step, notice));
+    now.followed = FollowedPath(options.resume);
+    now.followed_step = checkpoint.meta.step;
+  }
+  if (now != record) KRAIT_RETURN_IF_ERROR(WriteRunRecord(config.run_dir, now));
+  return options.resume == "auto" ? SetDamagedAside(passed_over, notice) : absl::OkStatus();
+}
+
+}  // namespace
+
+absl::Status StartRun(const ResumeOptions& asked, const RunData& data, Trainer* trainer,
+                      const Notice& tell, const StartProgress& progress, World* given) {
+  World* const world = OrAlone(given);
+  const RunConfig& config = trainer->config();
+  // The same lines come from each rank, and for each checkpoint that is tried.
   std::set<std::string> said;
+  const Notice notice = [&](const std::string& line) {
+    if (world->first()) tell(line);
+  };
   const Notice once = [&](const std::string& line) {
     if (said.insert(line).second) notice(line);
   };
+  KRAIT_RETURN_IF_ERROR(Agree(world, CheckAllowWords(asked.allow_change)));
+  ResumeOptions options = asked;
+  std::optional<RunRecord> record;
+  absl::StatusOr<std::vector<std::string>> found;
+  if (world->first()) found = Candidates(config, &options, &record, notice);
+  std::vector<std::string> candidates;
+  KRAIT_ASSIGN_OR_RETURN(candidates, PathsOfFirst(world, found));
   if (!candidates.empty()) {
     Checkpoint checkpoint;
+    Resumed resumed;
+    const auto restore = [&](const Checkpoint& c) {
+      return Restore(options, data, c, trainer, once, progress.loading, &resumed);
+    };
     std::vector<PassedOver> passed_over;
-    ResumeOptions now = options;
-    now.resume = resume;
-    auto loaded = LoadNewest(
-        candidates,
-        [&](const Checkpoint& c) { return Restore(now, data, c, trainer, once, progress.loading); },
-        notice, &passed_over, world);
+    auto loaded = LoadNewest(candidates, restore, notice, &passed_over, world);
     if (!loaded.ok() && ExitCodeOf(loaded.status()) == ExitCode::kNoCheckpoint) {
-      return StatusOfFirst(world, Error(ExitCode::kNoCheckpoint,
-                                        MessageOf(loaded.status()) +
-                                            "\nnothing was started; to train anew use another "
-                                            "run_dir, or add --resume never"));
+      return StatusOfFirst(
+          world, Error(ExitCode::kNoCheckpoint,
+                       MessageOf(loaded.status()) +
+                           "\nnothing was started; to train anew use another run_dir, or add "
+                           "--resume never"));
     }
     KRAIT_ASSIGN_OR_RETURN(checkpoint, std::move(loaded));
-    trainer->Loaded();
+    GoOn(data, checkpoint, std::move(resumed), trainer, once);
     if (checkpoint.meta.step < trainer->last_step()) {
       notice(absl::StrFormat("resuming at step %d from %s", checkpoint.meta.step, checkpoint.path));
       for (const std::string& line : data.train->StandingAt(checkpoint.meta.sequences)) {
@@ -362,28 +367,29 @@ absl::Status StartRun(const ResumeOptions& options, const RunData& data, Trainer
       }
     }
     if (!options.init.empty()) notice("--init is ignored: this run has a checkpoint of its own");
-    return StatusOfFirst(world, !world->first() ? absl::OkStatus()
-                                                : RecordStart(resume, config, checkpoint,
-                                                              passed_over, record, notice));
+    absl::Status settled;
+    if (world->first()) {
+      settled = Settle(config, options, checkpoint, record, passed_over, notice);
+    }
+    return StatusOfFirst(world, settled);
   }
 
   if (!options.init.empty()) {
-    found = std::vector<std::string>();
     if (world->first()) found = FindCheckpoints(options.init);
     KRAIT_ASSIGN_OR_RETURN(candidates, PathsOfFirst(world, found));
+    const auto restore = [&](const Checkpoint& c) {
+      return RestoreWeights(data, c, trainer, notice, progress.loading);
+    };
     Checkpoint checkpoint;
-    KRAIT_ASSIGN_OR_RETURN(checkpoint, LoadNewest(
-                                           candidates,
-                                           [&](const Checkpoint& c) {
-                                             return RestoreWeights(data, c, trainer, once,
-                                                                   progress.loading);
-                                           },
-                                           notice, /*passed_over=*/nullptr, world));
+    KRAIT_ASSIGN_OR_RETURN(checkpoint, LoadNewest(candidates, restore, notice, nullptr, world));
     trainer->Loaded();
+    // What an imported folder said beyond its weights goes with them.
+    trainer->state().hf_config = checkpoint.meta.hf_config;
+    trainer->state().hf_generation_config = checkpoint.meta.hf_generation_config;
     notice("starting at step 0 with the weights of " + checkpoint.path);
     return absl::OkStatus();
   }
-  return trainer->Init(progress.initialising);
+  return Agree(world, trainer->Init(progress.initialising));
 }
 
 }  // namespace krait

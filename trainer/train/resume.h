@@ -33,8 +33,9 @@ struct RunData {
 // Brings `trainer` to its starting point: weights, moments and state, and the training data to
 // where it stands. Errors: kConfig for a config or data that do not fit the checkpoint, kData for
 // data of another tokenizer, kNoCheckpoint when checkpoints exist and none is whole (a run never
-// starts anew beside them by itself). On several ranks all of them call it: the first one decides
-// what of the disk counts and moves it, and errors are those of all.
+// starts anew beside them by itself). Of several ranks all call it with the same options; the first
+// one alone looks at folders, moves them and has the notices, and an error is one that all agree
+// on.
 absl::Status StartRun(const ResumeOptions& options, const RunData& data, Trainer* trainer,
                       const Notice& notice, const StartProgress& progress = {},
                       World* world = nullptr);

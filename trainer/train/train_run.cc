@@ -3,127 +3,25 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
-#include <memory>
-#include <optional>
+#include <utility>
 
-#include "absl/strings/str_format.h"
-#include "kernels/base/clock.h"
 #include "kernels/base/file.h"
 #include "kernels/base/number.h"
-#include "kernels/base/shell.h"
-#include "kernels/base/stop_signals.h"
 #include "kernels/hardware.h"
-#include "trainer/checkpoint/checkpoint.h"
-#include "trainer/checkpoint/checkpoint_async.h"
-#include "trainer/checkpoint/checkpoint_ranks.h"
-#include "trainer/checkpoint/run_record.h"
+#include "parallel/watchdog.h"
 #include "trainer/report/environment.h"
-#include "trainer/report/metrics.h"
 #include "trainer/report/progress_line.h"
-#include "trainer/train/evaluate.h"
-#include "trainer/train/trainer.h"
+#include "trainer/train/run.h"
 
 namespace krait {
 namespace {
 
-constexpr int64_t kMaxSkippedInRow = 10;
-constexpr double kRedrawSeconds = 0.1;  // of the live line, at most this often
 // From so many on, a line of the log says that they are being initialised.
 constexpr int64_t kManyParameters = 1'000'000'000;
 constexpr int64_t kMaxRecordBytes = int64_t{64} << 20;  // of command.txt and environment.json
 
-bool Due(int64_t every, int64_t step) { return every > 0 && step % every == 0; }
-
-// On several ranks every rank has one and goes the same way through it: what one rank finds, and
-// what the first rank alone does (the run folder, the log, what is printed), is agreed upon where
-// it happens, so that all errors here are those of all ranks.
-class Run {
- public:
-  Run(const RunConfig& config, const TrainOptions& options)
-      : config_(config),
-        options_(options),
-        world_(OrAlone(options.world)),
-        mesh_(MeshOf(config.parallel, world_->size(), world_->rank())),
-        signals_("stopping after this step; once more to end at once", world_->size() > 1),
-        saver_(world_) {}
-
-  absl::Status Open();
-  // After an Open that failed: a run folder that it made goes again.
-  void RemoveEmptyFolder();
-  absl::StatusOr<ExitCode> Loop();
-
- private:
-  bool first() const { return world_->first(); }
-  // What the first rank does alone, for all.
-  template <typename Work>
-  absl::Status OnFirst(const Work& work) {
-    return StatusOfFirst(world_, first() ? work() : absl::OkStatus());
-  }
-  absl::Status CheckMemory();
-  absl::Status OpenData();
-  absl::Status OpenFolder();
-  absl::Status TakeStaging();
-  absl::Status LockCheckpoints();
-  absl::Status CheckFolder() const;
-  Progress ShowProgress(const std::string& what);
-  absl::Status WriteRunFolder();
-  std::string DataLine() const;
-  absl::Status Describe();
-  absl::Status Steps();
-  // What the ranks tell each other before and after a step.
-  struct Boundary {
-    int64_t targets = 0;       // of all ranks' rows
-    bool stop = false;         // some rank was asked to
-    bool saver_ready = false;  // on all ranks
-  };
-  absl::StatusOr<Boundary> Exchange(const absl::Status& mine, int64_t targets);
-  absl::Status Report(StepReport report, double seconds);
-  bool EvaluationDue() const;
-  absl::Status Evaluate();
-  absl::Status Save(bool wait);
-  absl::Status SaveState(bool wait);
-  absl::Status SaveEnded(const absl::Status& result, const std::vector<std::string>& warnings);
-  absl::Status RecordSave(const std::vector<std::string>& warnings);
-  absl::Status SaveBeforeEnding(const absl::Status& error);
-  absl::Status Diverged(const std::string& what);
-  absl::Status PrintSummary();
-  absl::Status Say(const std::string& line) {
-    return first() ? console_.Line(line) : absl::OkStatus();
-  }
-  void Show(const std::string& status) {
-    if (first()) console_.Status(status);
-  }
-  CheckpointMeta& state() const { return trainer_->state(); }
-  std::string CheckpointPath(int64_t step) const {
-    return absl::StrFormat("%s/step-%08d", config_.checkpoint.dir, step);
-  }
-
-  const RunConfig& config_;
-  const TrainOptions& options_;
-  World* const world_;
-  const Mesh mesh_;
-  bool made_run_folder_ = false;
-  RunLock lock_, checkpoint_lock_;  // the first rank's, as the next three
-  StopSignals signals_;
-  Console console_;
-  std::optional<MetricsLog> metrics_;
-  std::unique_ptr<Dataset> train_data_, validation_;
-  std::unique_ptr<Trainer> trainer_;
-  std::optional<Arena> staging_;  // the copy that saver_ writes from
-  AsyncSaver saver_;
-
-  int64_t first_step_ = 0, first_tokens_ = 0;  // of this process
-  int64_t saving_step_ = 0;                    // of the save under way, or the last one
-  int64_t saved_step_ = -1;                    // the last one that is in place
-  bool sound_ = true;                          // the last step was not skipped
-  bool evaluation_missed_ = false;             // of the last step: a stop request came first
-  double start_ = MonotonicSeconds();
-  double drawn_ = 0;           // the live line
-  double window_seconds_ = 0;  // since the last log line
-  int64_t window_steps_ = 0;
-};
+}  // namespace
 
 // Before anything is allocated: a plan that does not fit is refused.
 absl::Status Run::CheckMemory() {
@@ -174,7 +72,7 @@ Progress Run::ShowProgress(const std::string& what) {
 }
 
 absl::Status Run::OpenData() {
-  KRAIT_RETURN_IF_ERROR(CheckDevice(config_));
+  KRAIT_RETURN_IF_ERROR(CheckDevice(config_, world_->size()));
   KRAIT_RETURN_IF_ERROR(CheckMemory());
   ErrorList errors;
   const auto open = [&](const std::vector<SourceSpec>& sources, std::unique_ptr<Dataset>* data) {
@@ -204,8 +102,10 @@ absl::Status Run::OpenFolder() {
 }
 
 absl::Status Run::Open() {
+  const LongPhase phase;
   KRAIT_RETURN_IF_ERROR(Agree(world_, OpenData()));
   KRAIT_RETURN_IF_ERROR(OnFirst([&] { return OpenFolder(); }));
+  world_->SetHangTimeout(config_.train.hang_timeout, config_.run_dir);
   trainer_ = std::make_unique<Trainer>(config_, world_);
   absl::Status said;
   const Notice notice = [&](const std::string& line) { said.Update(Say(line)); };
@@ -347,7 +247,7 @@ absl::Status Run::Describe() {
   if (config_.log.tensorboard) {
     KRAIT_RETURN_IF_ERROR(Say("curves: tensorboard --logdir " + config_.run_dir + "/tensorboard"));
   }
-  if (const std::string idle = WithoutEffect(config_); !idle.empty()) {
+  if (const std::string idle = WithoutEffect(config_, world_->size()); !idle.empty()) {
     KRAIT_RETURN_IF_ERROR(Say("note: " + idle));
   }
   if (config_.model.pad_token >= 0) {
@@ -360,323 +260,6 @@ absl::Status Run::Describe() {
   return Say(
       absl::StrFormat("warning: that is more than the %s of this machine", PrintBytes(there)));
 }
-
-absl::StatusOr<ExitCode> Run::Loop() {
-  const int64_t steps = trainer_->last_step();
-  // An evaluation that a stop request cut short is made up, so that the metrics are those of a run
-  // without it.
-  const bool make_up =
-      world_->AllGather(int64_t{first() && state().step > 0 && state().step <= steps &&
-                                EvaluationDue() &&
-                                !IsRecorded(config_.run_dir, state().step, "val/loss")})[0] != 0;
-  if (state().step >= steps && !make_up) {
-    const auto finish = [&]() -> absl::Status {
-      KRAIT_RETURN_IF_ERROR(
-          Say(absl::StrFormat("this run is finished: step %d of %d; to train on, raise train.%s",
-                              state().step, steps, config_.train.tokens > 0 ? "tokens" : "steps")));
-      return PrintSummary();
-    };
-    KRAIT_RETURN_IF_ERROR(OnFirst(finish));
-    return ExitCode::kOk;
-  }
-  const auto write = [&]() -> absl::Status {
-    KRAIT_RETURN_IF_ERROR(WriteRunFolder());
-    return Describe();
-  };
-  KRAIT_RETURN_IF_ERROR(OnFirst(write));
-  start_ = MonotonicSeconds();
-  absl::Status status = make_up ? Evaluate() : absl::OkStatus();
-  if (status.ok()) status = Steps();
-  if (!status.ok()) return SaveBeforeEnding(status);
-  KRAIT_RETURN_IF_ERROR(OnFirst([&] { return PrintSummary(); }));
-  return state().step < steps || evaluation_missed_ ? ExitCode::kStopped : ExitCode::kOk;
-}
-
-absl::StatusOr<Run::Boundary> Run::Exchange(const absl::Status& mine, int64_t targets) {
-  constexpr int64_t kFailed = 1, kStop = 2, kSaverReady = 4, kFlags = 8;
-  const int64_t word = targets * kFlags + (mine.ok() ? 0 : kFailed) +
-                       (StopRequested() ? kStop : 0) + (saver_.ready() ? kSaverReady : 0);
-  const std::vector<int64_t> words = world_->AllGather(word);
-  Boundary boundary;
-  boundary.saver_ready = true;
-  bool failed = false;
-  for (size_t r = 0; r < words.size(); ++r) {
-    failed |= (words[r] & kFailed) != 0;
-    boundary.stop |= (words[r] & kStop) != 0;
-    boundary.saver_ready &= (words[r] & kSaverReady) != 0;
-    // Tensor ranks have the same rows.
-    if (r % static_cast<size_t>(mesh_.tensor) == 0) boundary.targets += words[r] / kFlags;
-  }
-  if (failed) KRAIT_RETURN_IF_ERROR(Agree(world_, mine));
-  return boundary;
-}
-
-// To the last step, or to that of a stop request.
-absl::Status Run::Steps() {
-  const int64_t steps = trainer_->last_step();
-  // This rank's rows of each pass.
-  const int64_t rows = config_.train.micro_batch, pass_rows = rows * mesh_.data;
-  TokenBatch batch;
-  Boundary boundary;
-  KRAIT_ASSIGN_OR_RETURN(boundary, Exchange(absl::OkStatus(), 0));
-  bool stop = boundary.stop, save = false;
-  while (state().step < steps && !(stop && !save)) {
-    const double begin = MonotonicSeconds();
-    const absl::Status read =
-        train_data_->ReadTraining(state().sequences + mesh_.data_index() * rows,
-                                  config_.accumulation(mesh_.data), pass_rows, rows, &batch);
-    KRAIT_ASSIGN_OR_RETURN(boundary, Exchange(read, batch.target_count));
-    const StepReport report = trainer_->Step(batch, boundary.targets);
-    sound_ = !report.was_skipped;
-    const absl::Status reported =
-        first() ? Report(report, MonotonicSeconds() - begin) : absl::OkStatus();
-    if (report.skipped_in_row >= kMaxSkippedInRow) {
-      return Diverged(
-          absl::StrFormat("%d steps in a row without a finite loss and gradient (the "
-                          "last is %d)",
-                          report.skipped_in_row, report.step));
-    }
-    const bool last = state().step == steps;
-    if (reported.ok() && EvaluationDue()) KRAIT_RETURN_IF_ERROR(Evaluate());
-    KRAIT_ASSIGN_OR_RETURN(boundary, Exchange(reported, 0));
-    if (!stop && boundary.stop) {
-      stop = true;
-      if (report.was_skipped && !last) {
-        KRAIT_RETURN_IF_ERROR(OnFirst(
-            [&] { return Say("the last step was skipped: stopping after one that is not"); }));
-      }
-    }
-    if (boundary.saver_ready) {
-      const auto ended = saver_.Advance();
-      if (ended.has_value()) KRAIT_RETURN_IF_ERROR(SaveEnded(*ended, saver_.warnings()));
-    }
-    // Skipped steps may be the end of good weights: until one is not skipped, no checkpoint of them
-    // takes the place of an older one.
-    save = save || Due(config_.checkpoint.every, state().step) || last || stop;
-    if (save && (!report.was_skipped || last)) {
-      KRAIT_RETURN_IF_ERROR(Save(/*wait=*/last || stop));
-      save = false;
-    }
-  }
-  return absl::OkStatus();
-}
-
-absl::Status Run::Report(StepReport report, double seconds) {
-  window_seconds_ += seconds;
-  ++window_steps_;
-  const double step_seconds = window_seconds_ / static_cast<double>(window_steps_);
-  report.tokens_per_s = static_cast<double>(config_.train.batch_tokens) / step_seconds;
-  report.step_ms = step_seconds * 1000;
-  report.eta_seconds = step_seconds * static_cast<double>(report.steps - report.step);
-  const bool log = report.step == 1 || report.step == report.steps || report.was_skipped ||
-                   Due(config_.log.every, report.step);
-  const bool draw = MonotonicSeconds() - drawn_ >= kRedrawSeconds;
-  if (!log && !draw) return absl::OkStatus();
-  // Asked for lines only: it reads files, or asks the driver.
-  const MemoryUse memory = MemoryOf(trainer_->ctx().device);
-  report.peak_memory = memory.used;
-  report.total_memory = memory.total;
-  if (trainer_->peak_flops() > 0) {
-    report.mfu = FlopsPerToken(config_.model, config_.data.seq_len) * report.tokens_per_s /
-                 trainer_->peak_flops();
-  }
-  if (draw) {
-    drawn_ = MonotonicSeconds();
-    Show(FormatLiveLine(report));
-  }
-  if (!log) return absl::OkStatus();
-  KRAIT_RETURN_IF_ERROR(CheckFolder());
-  window_seconds_ = 0;
-  window_steps_ = 0;
-  KRAIT_RETURN_IF_ERROR(Say(FormatLogLine(report)));
-  return metrics_->Write(report.step, StepMetrics(report));
-}
-
-bool Run::EvaluationDue() const {
-  return validation_ != nullptr &&
-         (Due(config_.evaluation.every, state().step) || state().step == trainer_->last_step());
-}
-
-// Every validation source, and all of them by tokens. Ends without a result on a stop request.
-absl::Status Run::Evaluate() {
-  KRAIT_RETURN_IF_ERROR(OnFirst([&] { return CheckFolder(); }));
-  const std::vector<EvalShare> shares =
-      EvalShares(*validation_, config_.data.validation, config_.evaluation.tokens);
-  int64_t before = 0, total = 0;
-  for (const EvalShare& share : shares) total += share.count;
-  const Progress show = ShowProgress("evaluating");
-  std::vector<Metric> metrics;
-  std::vector<std::string> lines;
-  // NaN, and nothing in the line, where a file says nothing about bytes.
-  const auto add = [&](const std::string& name, const std::string& said, double loss,
-                       std::optional<double> tokens_per_byte) {
-    const std::optional<double> bpb = BitsPerByte(loss, tokens_per_byte);
-    metrics.push_back({name + "/loss", loss});
-    metrics.push_back({name + "/bpb", bpb.value_or(std::nan(""))});
-    lines.push_back(absl::StrFormat("step %5d/%d | %s loss %.4f", state().step,
-                                    trainer_->last_step(), said, loss));
-    if (bpb.has_value()) lines.back() += absl::StrFormat(" | %s bpb %.4f", said, *bpb);
-  };
-  double sum = 0, bytes = 0;
-  int64_t targets = 0;
-  for (const EvalShare& share : shares) {
-    const auto result = EvaluateStored(
-        trainer_->evaluator(), *validation_, share.first, share.count, config_.train.micro_batch,
-        [&](int64_t done, int64_t /*total*/) { return show(before + done, total); });
-    if (ExitCodeOf(result.status()) == ExitCode::kStopped) {
-      evaluation_missed_ = true;
-      return absl::OkStatus();
-    }
-    KRAIT_RETURN_IF_ERROR(result.status());
-    before += share.count;
-    if (shares.size() > 1) {
-      add("val/" + share.name, "val " + share.name, result->loss, share.tokens_per_byte);
-    }
-    if (result->targets == 0) continue;
-    sum += result->loss * static_cast<double>(result->targets);
-    targets += result->targets;
-    bytes += static_cast<double>(result->targets) / share.tokens_per_byte.value_or(std::nan(""));
-  }
-  std::optional<double> tokens_per_byte;
-  if (std::isfinite(bytes)) tokens_per_byte = static_cast<double>(targets) / bytes;
-  add("val", "val", sum / static_cast<double>(targets), tokens_per_byte);
-  metrics.push_back({"tokens", state().tokens});
-  return OnFirst([&]() -> absl::Status {
-    for (const std::string& line : lines) KRAIT_RETURN_IF_ERROR(Say(line));
-    return metrics_->Write(state().step, metrics);
-  });
-}
-
-// The end of a run whose numbers are of no use any more.
-absl::Status Run::Diverged(const std::string& what) {
-  if (saver_.busy()) KRAIT_RETURN_IF_ERROR(SaveEnded(saver_.Wait(), saver_.warnings()));
-  return OnFirst([&]() -> absl::Status {
-    std::optional<RunRecord> record;
-    KRAIT_ASSIGN_OR_RETURN(record, ReadRunRecord(config_.run_dir));
-    std::string message = what + ": lower optimizer.lr, or look at the data. ";
-    message += record.has_value()
-                   ? absl::StrFormat("The last good step is %d, in %s; to resume there: %s",
-                                     record->step, record->path, options_.continue_line)
-                   : "No step was saved before";
-    return Error(ExitCode::kNumerics, message);
-  });
-}
-
-// Saves the state at this step boundary, and what was reported up to it; in the background unless
-// `wait`.
-absl::Status Run::Save(bool wait) {
-  if (saver_.busy()) KRAIT_RETURN_IF_ERROR(SaveEnded(saver_.Wait(), saver_.warnings()));
-  const auto look = [&]() -> absl::Status {
-    KRAIT_RETURN_IF_ERROR(CheckFolder());
-    // A folder that somebody removed is made again.
-    if (!checkpoint_lock_.Holds()) KRAIT_RETURN_IF_ERROR(LockCheckpoints());
-    return metrics_->Sync();
-  };
-  KRAIT_RETURN_IF_ERROR(OnFirst(look));
-  return SaveState(wait);
-}
-
-// The last step that is worth it, before the run ends with an error that has nothing to do with it:
-// a disk that fails under data, evaluation or logs. Gives the error back, with what became of it.
-absl::Status Run::SaveBeforeEnding(const absl::Status& error) {
-  if (first()) console_.ClearStatus();
-  if (saver_.busy()) SaveEnded(saver_.Wait(), saver_.warnings()).IgnoreError();
-  const int64_t step = state().step;
-  const bool tried = saving_step_ == step || ExitCodeOf(error) == ExitCode::kNumerics;
-  const bool locked = world_->AllGather(int64_t{checkpoint_lock_.Holds()})[0] != 0;
-  if (tried || !sound_ || !locked) return error;
-  const absl::Status saved = SaveState(/*wait=*/true);
-  const std::string what =
-      saved_step_ == step
-          ? absl::StrFormat("step %d was saved before the end: %s", step, CheckpointPath(step))
-          : absl::StrFormat("step %d could not be saved: %s", step, MessageOf(saved));
-  return StatusOfFirst(world_, Error(ExitCodeOf(error), MessageOf(error) + "\n" + what));
-}
-
-absl::Status Run::SaveState(bool wait) {
-  if (!trainer_->WeightsFinite()) {
-    return Diverged(
-        absl::StrFormat("after step %d there are weights that are not finite", state().step));
-  }
-  SaveOptions options;
-  options.dir = config_.checkpoint.dir;
-  options.keep = config_.checkpoint.keep;
-  options.keep_every = config_.checkpoint.keep_every;
-  saving_step_ = state().step;
-  DataPosition position = train_data_->PositionAt(state().sequences);
-  state().mix_start = position.mix_start;
-  state().sources = std::move(position.sources);
-  const std::vector<CheckpointBox> boxes = trainer_->Boxes();
-  const bool now = wait || !config_.checkpoint.async;
-  if (now) Show("saving ...");
-  if (now && trainer_->ctx().device == Device::kCpu) {
-    std::vector<std::string> warnings;
-    const absl::Status saved =
-        SaveCheckpoint(options, state(), boxes, &warnings, /*source=*/nullptr, world_);
-    return SaveEnded(saved, warnings);
-  }
-  const Tensor copy = staging_->Alloc(DType::kU8, {staging_->capacity()});
-  staging_->Release(0);
-  KRAIT_RETURN_IF_ERROR(
-      saver_.Start(options, state(), boxes, copy.raw(), copy.bytes(), trainer_->ctx()));
-  return now ? SaveEnded(saver_.Wait(), saver_.warnings()) : absl::OkStatus();
-}
-
-absl::Status Run::SaveEnded(const absl::Status& result, const std::vector<std::string>& warnings) {
-  if (!result.ok()) {
-    KRAIT_RETURN_IF_ERROR(OnFirst([&] { return CheckFolder(); }));  // the cause, where it is one
-    return result;
-  }
-  KRAIT_RETURN_IF_ERROR(OnFirst([&] { return RecordSave(warnings); }));
-  saved_step_ = saving_step_;
-  return absl::OkStatus();
-}
-
-absl::Status Run::RecordSave(const std::vector<std::string>& warnings) {
-  for (const std::string& warning : warnings) KRAIT_RETURN_IF_ERROR(Say(warning));
-  const std::string path = CheckpointPath(saving_step_);
-  const auto saved = ReadManifest(path);
-  if (!saved.ok()) return Error(ExitCode::kCannotSave, MessageOf(saved.status()));
-  KRAIT_RETURN_IF_ERROR(CheckFolder());
-  std::optional<RunRecord> record;
-  KRAIT_ASSIGN_OR_RETURN(record, ReadRunRecord(config_.run_dir));
-  if (!record.has_value()) record.emplace();
-  record->path = path;
-  record->save_id = saved->save_id;
-  record->step = saving_step_;
-  KRAIT_RETURN_IF_ERROR(WriteRunRecord(config_.run_dir, *record));
-  return Say("saved " + path);
-}
-
-absl::Status Run::PrintSummary() {
-  console_.ClearStatus();
-  const std::string checkpoint = CheckpointPath(state().step);
-  Summary summary;
-  summary.finished = state().step >= trainer_->last_step();
-  summary.step = state().step;
-  summary.steps = trainer_->last_step();
-  summary.tokens = state().tokens;
-  summary.skipped = state().skipped;
-  summary.session_tokens = state().tokens - first_tokens_;
-  summary.session_seconds = state().step > first_step_ ? MonotonicSeconds() - start_ : 0;
-  summary.val_loss = LastRecorded(config_.run_dir, "val/loss");
-  summary.val_bpb = LastRecorded(config_.run_dir, "val/bpb");
-  if (Exists(checkpoint)) summary.checkpoint = checkpoint;
-  if (!summary.finished || evaluation_missed_) {
-    summary.next_commands = {options_.continue_line};
-  } else if (!summary.checkpoint.empty()) {
-    const std::string quoted = ShellQuoted(checkpoint);
-    summary.next_commands = {options_.program + " generate " + quoted + " --prompt \"...\""};
-    if (validation_ != nullptr) {
-      summary.next_commands.push_back(options_.program + " eval " + quoted + " --data " +
-                                      ShellQuoted(config_.data.validation.front().path));
-    }
-  }
-  for (const std::string& line : FormatSummary(summary)) KRAIT_RETURN_IF_ERROR(Say(line));
-  return absl::OkStatus();
-}
-
-}  // namespace
 
 absl::StatusOr<ExitCode> RunTraining(const RunConfig& config, const TrainOptions& options) {
   Run run(config, options);

@@ -89,10 +89,12 @@ class Trainer {
   const Groups* groups() const { return groups_.has_value() ? &*groups_ : nullptr; }
   HybridModel& model() { return model_; }
   OptimizerState& optimizer() { return optimizer_; }
+  const OptimizerState& optimizer() const { return optimizer_; }
   const MemoryPlan& memory() const { return memory_; }
   // Of the device's bf16 products; 0 where none is stated (the CPU, an unknown GPU, f32).
   double peak_flops() const { return peak_flops_; }
   Context& ctx() { return ctx_; }
+  const Context& ctx() const { return ctx_; }
 
  private:
   // The targets of all ranks' rows: asks the ranks.

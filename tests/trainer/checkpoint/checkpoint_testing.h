@@ -52,11 +52,14 @@ inline uint64_t Mix(uint64_t x) {
 
 // The element of a tensor at a flat global index: 16 or more random bits of (step, slot, name,
 // index), in the upper bits so that bf16 and f32 agree.
-inline uint64_t Element(int64_t step, const std::string& slot, const std::string& name,
-                        int64_t index) {
+inline uint64_t ElementKey(int64_t step, const std::string& slot, const std::string& name) {
   uint64_t key = Mix(static_cast<uint64_t>(step) + 1);
   for (const char c : slot + "/" + name) key = Mix(key ^ static_cast<unsigned char>(c));
-  return Mix(key ^ static_cast<uint64_t>(index));
+  return key;
+}
+inline uint64_t Element(int64_t step, const std::string& slot, const std::string& name,
+                        int64_t index) {
+  return Mix(ElementKey(step, slot, name) ^ static_cast<uint64_t>(index));
 }
 
 // Calls fn(global flat index, pointer to the element) for the box's elements in order.
@@ -77,8 +80,9 @@ void ForElements(const CheckpointBox& box, const Fn& fn) {
 
 inline void Fill(int64_t step, State* state) {
   for (const CheckpointBox& box : state->boxes) {
+    const uint64_t key = ElementKey(step, box.slot, box.name);
     ForElements(box, [&](int64_t global, char* at) {
-      const uint64_t value = Element(step, box.slot, box.name, global);
+      const uint64_t value = Mix(key ^ static_cast<uint64_t>(global));
       std::memcpy(at, &value, static_cast<size_t>(SizeOf(box.dtype)));
     });
   }
@@ -88,8 +92,9 @@ inline void Fill(int64_t step, State* state) {
 inline bool Holds(int64_t step, const State& state) {
   bool equal = true;
   for (const CheckpointBox& box : state.boxes) {
+    const uint64_t key = ElementKey(step, box.slot, box.name);
     ForElements(box, [&](int64_t global, char* at) {
-      const uint64_t value = Element(step, box.slot, box.name, global);
+      const uint64_t value = Mix(key ^ static_cast<uint64_t>(global));
       equal = equal && std::memcmp(at, &value, static_cast<size_t>(SizeOf(box.dtype))) == 0;
     });
   }

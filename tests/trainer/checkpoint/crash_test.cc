@@ -61,9 +61,14 @@ int Execute(const std::vector<std::string>& command, std::string* errors) {
 }
 
 std::vector<std::string> SaveCommand(const std::string& dir, int64_t step, int64_t generation = 0,
-                                     int64_t scale = 1) {
-  return {
-      kDriver, dir, std::to_string(step), "2", std::to_string(generation), std::to_string(scale)};
+                                     int64_t scale = 1, int ranks = 1) {
+  return {kDriver,
+          dir,
+          std::to_string(step),
+          "2",
+          std::to_string(generation),
+          std::to_string(scale),
+          std::to_string(ranks)};
 }
 
 void Save(const std::string& dir, int64_t step, int64_t generation = 0) {
@@ -104,6 +109,11 @@ struct Scenario {
   std::set<int64_t> cut_short;  // contents
   int64_t completed;
   int64_t at_least;  // whole checkpoints, whatever happens
+  int ranks = 1;     // that save
+
+  std::vector<std::string> Command(const std::string& dir) const {
+    return SaveCommand(dir, step, generation, 1, ranks);
+  }
 };
 const std::vector<Scenario>& Scenarios() {
   const std::string id(32, '0');
@@ -121,6 +131,16 @@ const std::vector<Scenario>& Scenarios() {
        {2, 3},
        3,
        2},
+      {"a save of three ranks",
+       {{1, 0}, {2, 0}},
+       {"step-00000003." + id + ".tmp/rank-00002.h5"},
+       3,
+       0,
+       {2, 3},
+       3,
+       2,
+       3},
+      {"a save of two ranks over one of a single rank", {{5, 0}}, {}, 5, 1, {5, 1005}, 1005, 1, 2},
   };
   return scenarios;
 }
@@ -173,9 +193,7 @@ class CrashTest : public ::testing::Test {
       Prepare(scenario);
       const std::string log = root_ + "/trace";
       std::vector<std::string> command = {"strace", "-o", log};
-      for (const auto& word : SaveCommand(dir_, scenario.step, scenario.generation)) {
-        command.push_back(word);
-      }
+      for (const auto& word : scenario.Command(dir_)) command.push_back(word);
       std::string errors;
       EXPECT_EQ(Execute(command, &errors), 0) << errors;
       std::map<std::string, int> count;
@@ -206,9 +224,7 @@ class CrashTest : public ::testing::Test {
         "trace=" + point.call,
         "-e",
         "inject=" + point.call + ":" + what + ":when=" + std::to_string(point.ordinal)};
-    for (const auto& word : SaveCommand(dir_, point.scenario->step, point.scenario->generation)) {
-      command.push_back(word);
-    }
+    for (const auto& word : point.scenario->Command(dir_)) command.push_back(word);
     return Execute(command, errors);
   }
 
@@ -325,12 +341,12 @@ TEST_F(CrashTest, InterruptedCallsAreTakenUpAgain) {
   for (const Point& point : Sample(points, 10)) EXPECT_FALSE(Fail(point, "EINTR"));
 }
 
-// fsync(shard) < fsync(manifest) < fsync(folder) < rename < fsync(parent) < rename of latest.
+// fsync(every shard) < fsync(manifest) < fsync(folder) < rename < fsync(parent) < rename of latest.
 TEST_F(CrashTest, TheOrderOfDurability) {
   Prepare(Scenarios()[1]);
   const std::string log = root_ + "/trace";
   std::vector<std::string> command = {"strace", "-y", "-o", log, "-e", "trace=fsync,rename"};
-  for (const auto& word : SaveCommand(dir_, 3)) command.push_back(word);
+  for (const auto& word : SaveCommand(dir_, 3, 0, 1, /*ranks=*/3)) command.push_back(word);
   std::string errors;
   ASSERT_EQ(Execute(command, &errors), 0) << errors;
   std::vector<std::string> order;
@@ -338,7 +354,7 @@ TEST_F(CrashTest, TheOrderOfDurability) {
   for (std::string line; std::getline(lines, line);) {
     const auto has = [&](const char* text) { return line.find(text) != std::string::npos; };
     if (line.starts_with("fsync")) {
-      order.push_back(has("rank-00000.h5>")          ? "fsync shard"
+      order.push_back(has(".h5>")                    ? "fsync shard"
                       : has("manifest.json>")        ? "fsync manifest"
                       : has(".tmp>") && has("step-") ? "fsync folder"
                       : has("latest.tmp>")           ? "fsync latest"
@@ -350,9 +366,10 @@ TEST_F(CrashTest, TheOrderOfDurability) {
                                        : "rename step");
     }
   }
-  EXPECT_THAT(order, ::testing::ElementsAre("fsync shard", "fsync manifest", "fsync folder",
-                                            "rename step", "fsync parent", "fsync latest",
-                                            "rename latest", "fsync parent", "rename trash"));
+  EXPECT_THAT(order,
+              ::testing::ElementsAre("fsync shard", "fsync shard", "fsync shard", "fsync manifest",
+                                     "fsync folder", "rename step", "fsync parent", "fsync latest",
+                                     "rename latest", "fsync parent", "rename trash"));
 }
 
 // 8 MiB of memory as a file system of this process alone; without root, in a user namespace where

@@ -156,8 +156,9 @@ constexpr Case kCases[] = {
      "optimizer.moments: bf16 takes a beta2 of at most 0.996, not 0.999: second moments rounded to "
      "nearest would stop decaying"},
     {18, "optimizer: {betas: [0.9, 0.996], moments: bf16}", ":18:1: ", nullptr},
-    {0, "parallel: {tensor: 2}", ":21:20: ", "several ranks are not supported yet"},
-    {0, "parallel: {expert: 4}", ":21:20: ", "several ranks are not supported yet"},
+    {0, "parallel: {tensor: 2}",
+     ":21:20: ", "parallel.tensor 2 needs 2 ranks or a multiple of that"},
+    {0, "parallel: {expert: 4}", ":21:20: ", "parallel.expert 4 does not divide the ranks"},
     {0, "parallel: {data: 8}", ":21:18: ", "parallel.data 8 needs 8 ranks, but there is 1"},
     // YAML that is refused
     {7, "  attention: &a {heads: 4}", ":7:14: ", "anchors (&name) are not supported"},

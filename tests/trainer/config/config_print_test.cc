@@ -101,6 +101,7 @@ void ExpectSame(const RunConfig& a, const RunConfig& b) {
   EXPECT_EQ(a.parallel.expert, b.parallel.expert);
   EXPECT_EQ(a.parallel.data, b.parallel.data);
   EXPECT_EQ(a.parallel.expert_slack, b.parallel.expert_slack);
+  EXPECT_EQ(a.parallel.reduce, b.parallel.reduce);
   EXPECT_TRUE(same_sources(a.data.train, b.data.train));
   EXPECT_TRUE(same_sources(a.data.validation, b.data.validation));
   EXPECT_EQ(a.data.seq_len, b.data.seq_len);
@@ -159,9 +160,9 @@ TEST(Config, ResolvedTextReadsBackToTheSame) {
   ASSERT_GE(ShippedConfigs().size(), 7U);
   for (const std::string& path : ShippedConfigs()) {
     SCOPED_TRACE(path);
-    const auto config = LoadConfig(path, {}, ConfigUse::kPlan, 1);
+    const auto config = LoadConfig(path, {}, ConfigUse::kPlan, /*ranks=*/0);
     ASSERT_TRUE(config.ok()) << config.status();
-    ExpectSame(*config, MustParse(config->ToYaml(), {}, ConfigUse::kPlan));
+    ExpectSame(*config, MustParse(config->ToYaml(), {}, ConfigUse::kPlan, /*ranks=*/0));
   }
 }
 

@@ -369,8 +369,19 @@ TEST(Config, WordsAreNamedInMessages) {
 }
 
 TEST(Config, SeveralRanks) {
-  EXPECT_THAT(ErrorOf(Parse(kSmall, {}, ConfigUse::kTrain, 4)),
-              HasSubstr("several ranks are not supported yet"));
+  EXPECT_EQ(MustParse(kSmall, {}, ConfigUse::kTrain, 4).accumulation(4), 1);
+  EXPECT_THAT(ErrorOf(Parse(kSmall, {"parallel.tensor=3"}, ConfigUse::kTrain, 4)),
+              HasSubstr("parallel.tensor 3 needs 3 ranks or a multiple of that, but there are 4"));
+  EXPECT_THAT(ErrorOf(Parse(kSmall, {"parallel.expert=8"}, ConfigUse::kTrain, 4)),
+              HasSubstr("parallel.expert 8 does not divide the ranks of a stage 4"));
+  EXPECT_THAT(
+      ErrorOf(Parse(kSmall, {"parallel.tensor=2", "parallel.data=4"}, ConfigUse::kTrain, 4)),
+      HasSubstr("parallel.data 4 x parallel.tensor 2 needs 8 ranks, but there are 4; use "
+                "auto or 2"));
+  // Where the number of ranks is not known, nothing is said of it.
+  const RunConfig unknown =
+      MustParse(kSmall, {"parallel.tensor=2", "parallel.expert=4"}, ConfigUse::kPlan, 0);
+  EXPECT_EQ(LeastRanks(unknown.parallel), 4);
   const RunConfig c = MustParse(kSmall, {"parallel.data=4"}, ConfigUse::kPlan, 4);
   EXPECT_EQ(c.accumulation(4), 1);
   EXPECT_THAT(ErrorOf(Parse(kSmall, {"parallel.data=2"}, ConfigUse::kPlan, 4)),
@@ -425,7 +436,9 @@ TEST(Config, SettingsWithoutEffectAreNamed) {
   EXPECT_EQ(WithoutEffect(MustParse(kSmall)), "");
   EXPECT_EQ(WithoutEffect(MustParse(kSmall, {"train.hang_timeout=600"})), "");
   EXPECT_EQ(WithoutEffect(MustParse(kSmall, {"train.hang_timeout=60", "parallel.expert_slack=2"})),
-            "train.hang_timeout and parallel.expert_slack: no effect in this version");
+            "train.hang_timeout: no effect on a run of one process; "
+            "parallel.expert_slack: no effect where no experts are shared");
+  EXPECT_EQ(WithoutEffect(MustParse(kSmall, {"train.hang_timeout=60"}), /*ranks=*/2), "");
   EXPECT_EQ(WithoutEffect(MustParse(kSmall, {"train.deterministic=false"})),
             "train.deterministic: false changes nothing on the CPU");
   EXPECT_EQ(WithoutEffect(MustParse(kSmall, {"train.deterministic=false", "train.device=cuda"},

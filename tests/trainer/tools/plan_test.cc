@@ -44,7 +44,7 @@ TEST(Plan, JambaV01) {
   EXPECT_EQ(report.decode[0].ssm_state_bytes, 28 * 8192 * 16 * 4);
   EXPECT_EQ(report.pattern, "m mE m mE a mE m mE");
   EXPECT_EQ(report.checkpoint_bytes, 3 * 4 * report.params_total);
-  EXPECT_EQ(report.wire_bytes_per_step, 0);
+  EXPECT_EQ(report.wire_bytes_per_step(), 0);
 }
 
 // As transformers counts the published configs (tests/golden/README.md).
@@ -162,11 +162,31 @@ TEST(Plan, FitsOrNot) {
 }
 
 TEST(Plan, WireBytesOfDataParallelRanks) {
-  const PlanReport report = Plan(Load("models/jamba-tiny.yaml", {}, 2), {.ranks = 2});
-  // Half of the gradients out, half of the weights out.
-  EXPECT_EQ(report.wire_bytes_per_step, 4 * report.params_total);
+  const RunConfig config = Load("models/jamba-tiny.yaml", {}, 2);
+  const PlanReport report = Plan(config, {.ranks = 2}), alone = Plan(config);
+  // Half of the gradients out, half of the weights out; padding and the numbers of a step beside.
+  const auto bytes = static_cast<double>(4 * report.params_total);
+  EXPECT_NEAR(static_cast<double>(report.wire_bytes_per_step()), bytes, 0.01 * bytes);
+  EXPECT_EQ(report.memory.sent.tensor + report.memory.sent.expert, 0);
   EXPECT_EQ(report.accumulation, 1);
-  EXPECT_THAT(PlanText(report), HasSubstr("is not planned yet"));
+  // ZeRO-1: half of the moments each, all weights and gradients.
+  EXPECT_EQ(report.memory.weights, alone.memory.weights);
+  EXPECT_EQ(report.memory.gradients, alone.memory.gradients);
+  const auto half = static_cast<double>(alone.memory.optimizer) / 2;
+  EXPECT_NEAR(static_cast<double>(report.memory.optimizer), half, 0.01 * half);
+  EXPECT_THAT(PlanText(report), HasSubstr("ranks         2 = data 2 x tensor 1, experts over 1"));
+}
+
+// The layout that the file says it fits.
+TEST(Plan, JambaMiniOnEightGpus) {
+  const RunConfig config = Load("jamba-mini-8gpu.yaml", {}, 8);
+  const PlanReport report = Plan(config, {.ranks = 8, .memory = 141'000'000'000});
+  EXPECT_TRUE(report.fits) << PlanText(report);
+  EXPECT_GT(report.memory.sent.expert, 0);
+  EXPECT_EQ(report.params_total, 51'570'323'328);
+  EXPECT_FALSE(Plan(Load("jamba-mini-8gpu.yaml", {"optimizer.moments=fp32"}, 8),
+                    {.ranks = 8, .memory = 141'000'000'000})
+                   .fits);
 }
 
 TEST(Plan, TextAndJsonSayTheSame) {

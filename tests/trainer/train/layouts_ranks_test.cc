@@ -1,14 +1,17 @@
 // Every layout of the ranks at hand against one rank, in f64: a model with everything, cut in every
 // way. The order of sums differs between layouts, the values do not.
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstring>
 #include <functional>
 #include <map>
 #include <memory>
 #include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -17,6 +20,7 @@
 #include "model/bucket_exchange.h"
 #include "model/support/meshes.h"
 #include "model/support/tiny_model.h"
+#include "parallel/collective_log.h"
 #include "support/ranks.h"
 #include "trainer/train/optimizer_state.h"
 
@@ -152,11 +156,6 @@ class Rank {
   int64_t overflow_rounds_ = 0;
 };
 
-void Compare(const std::string& what, double actual, double expected) {
-  EXPECT_LE(std::abs(actual - expected), kBound * std::max(1.0, std::abs(expected)))
-      << what << " " << actual << " instead of " << expected;
-}
-
 // What one rank makes of a step's rows, whatever the layout of the others.
 struct Reference {
   // Documents of uneven lengths; every fourth sequence has no target at all, so that a data rank of
@@ -213,15 +212,27 @@ double BoxDifference(const Param& param, const ParamBox& box, Tensor flat,
   return different / most;
 }
 
-void RunLayout(const Variant& variant, const Reference& reference, int64_t pass, Mesh mesh) {
-  World* const world = TestWorld();
+// Where a layout's values are not those of the reference: what, and by how much.
+struct Differences {
+  void Add(const std::string& what, double off) {
+    if (!(off <= kBound)) all.push_back(what + ": " + std::to_string(off / kBound) + " bounds");
+  }
+  void Add(const std::string& what, double actual, double expected) {
+    Add(what, std::abs(actual - expected) / std::max(1.0, std::abs(expected)));
+  }
+  std::vector<std::string> all;
+};
+
+// `steps` steps of a layout on the ranks of `world`; this rank's differences.
+Differences Compare(const Variant& variant, const Reference& reference, int64_t pass, Mesh mesh,
+                    World* world, size_t steps = 5) {
   mesh.rank = world->rank();
-  SCOPED_TRACE(variant.name + ", " + MeshName(mesh));
+  Differences differences;
   Rank part(variant, mesh, world);
   const Layout& layout = part.weights().layout();
   const auto& params = part.table().params();
   // The published tensors' places do not depend on the layout.
-  ASSERT_EQ(params.size(), reference.start.size());
+  KRAIT_CHECK(params.size() == reference.start.size());
   for (const LocalStorage& storage : layout.storages()) {
     const Tensor flat = part.weights().FlatWeight(storage.flat);
     for (const ParamBox& box : storage.boxes) {
@@ -231,36 +242,36 @@ void RunLayout(const Variant& variant, const Reference& reference, int64_t pass,
       });
     }
   }
-  for (const Reference::Step& step : reference.steps) {
-    SCOPED_TRACE("step " + std::to_string(&step - reference.steps.data()));
+  for (size_t s = 0; s < steps; ++s) {
+    const Reference::Step& step = reference.steps[s];
+    const std::string at = " of step " + std::to_string(s);
     const std::vector<double> losses =
         part.Gradients(reference.batch, pass / mesh.data, reference.targets);
-    Compare("cross-entropy", losses[0], step.losses[0]);
-    Compare("aux loss", losses[1], step.losses[1]);
-    Compare("z-loss", losses[2], step.losses[2]);
+    differences.Add("cross-entropy" + at, losses[0], step.losses[0]);
+    differences.Add("aux loss" + at, losses[1], step.losses[1]);
+    differences.Add("z-loss" + at, losses[2], step.losses[2]);
     for (const OwnedBox& owned : layout.Owned()) {
       const auto p = static_cast<size_t>(owned.box.param);
       const int flat = layout.buckets()[static_cast<size_t>(owned.bucket)].flat;
-      EXPECT_LE(
-          BoxDifference(params[p], owned.box, part.weights().FlatGrad(flat), step.gradients[p]),
-          kBound)
-          << "gradient of " << params[p].name;
+      differences.Add(
+          "gradient of " + params[p].name + at,
+          BoxDifference(params[p], owned.box, part.weights().FlatGrad(flat), step.gradients[p]));
     }
-    Compare("norm", part.Update(), step.norm);
-    if (::testing::Test::HasFailure()) return;
+    differences.Add("norm" + at, part.Update(), step.norm);
   }
   for (const LocalStorage& storage : layout.storages()) {
+    if (steps < reference.steps.size()) break;
     for (const ParamBox& box : storage.boxes) {
       const auto p = static_cast<size_t>(box.param);
-      EXPECT_LE(
-          BoxDifference(params[p], box, part.weights().FlatWeight(storage.flat), reference.end[p]),
-          kBound)
-          << params[p].name << " after all steps";
+      differences.Add(
+          params[p].name + " at the end",
+          BoxDifference(params[p], box, part.weights().FlatWeight(storage.flat), reference.end[p]));
     }
   }
   if (variant.expert_slack < 1 && mesh.expert > 1) {
     EXPECT_GE(part.overflow_rounds(), 2);
   }
+  return differences;
 }
 
 TEST(Layouts, EqualOneRank) {
@@ -278,7 +289,9 @@ TEST(Layouts, EqualOneRank) {
         if (!CheckMesh(variant.spec, mesh).ok()) continue;
         auto& reference = references[pass];
         if (reference == nullptr) reference = std::make_unique<Reference>(variant, pass);
-        RunLayout(variant, *reference, pass, mesh);
+        SCOPED_TRACE(variant.name + ", " + MeshName(mesh));
+        const Differences differences = Compare(variant, *reference, pass, mesh, TestWorld());
+        EXPECT_THAT(differences.all, ::testing::IsEmpty());
         if (HasFailure()) return;
         ++count;
       }
@@ -286,6 +299,65 @@ TEST(Layouts, EqualOneRank) {
   }
   EXPECT_GT(count, 5);
   if (TestWorld()->first()) std::printf("%d layouts\n", count);
+}
+
+// The ranks of another world, but what collectives of one name bring from the others is lost: zeros
+// arrive.
+class FaultyWorld : public World {
+ public:
+  FaultyWorld(World* world, std::string fault)
+      : World(world->rank(), world->size(), world->local_rank(), world->local_size()),
+        world_(world),
+        fault_(std::move(fault)) {}
+  // Of all collectives so far.
+  const std::set<std::string>& names() const { return names_; }
+
+ private:
+  void Transfer(const std::vector<Message>& sends, const std::vector<Message>& receives,
+                const std::function<void(int)>& /*waits_for*/) override {
+    const std::string current = ReportCollectives().current;
+    const std::string name = current.substr(0, current.find(" ("));
+    names_.insert(name);
+    world_->Exchange(sends, receives, "test");
+    if (name != fault_) return;
+    for (const Message& message : receives) {
+      std::memset(message.data, 0, static_cast<size_t>(message.bytes));
+    }
+  }
+
+  World* world_;
+  std::string fault_;
+  std::set<std::string> names_;
+};
+
+// That a missing exchange would be noticed: each collective of two layouts, one at a time.
+TEST(Layouts, NoCollectiveIsIdle) {
+  World* const world = TestWorld();
+  if (world->size() != 4) return;
+  Variant variant = Variants().front();
+  variant.spec.attention.heads = 4;
+  variant.spec.attention.kv_heads = 2;
+  variant.spec.attention.head_dim = 6;
+  variant.spec.moe.experts = 4;
+  variant.spec.moe.d_ff = variant.spec.mlp_d_ff = 36;
+  variant.expert_slack = 0.4;  // so that rows travel again in the backward
+  const Mesh mesh{.data = 2, .tensor = 2, .expert = 4};
+  ASSERT_TRUE(CheckMesh(variant.spec, mesh).ok());
+  const Reference reference(variant, /*pass=*/4);
+  FaultyWorld sound(world, "");
+  EXPECT_THAT(Compare(variant, reference, 4, mesh, &sound, /*steps=*/2).all, ::testing::IsEmpty());
+  EXPECT_GT(sound.names().size(), 25u);
+  for (const std::string& name : sound.names()) {
+    // Ranks that disagree about these send what nobody awaits.
+    if (name == "moe: counts") continue;
+    FaultyWorld faulty(world, name);
+    const Differences differences = Compare(variant, reference, 4, mesh, &faulty, /*steps=*/2);
+    int64_t found = 0;
+    for (const int64_t on_rank : world->AllGather(static_cast<int64_t>(differences.all.size()))) {
+      found += on_rank;
+    }
+    EXPECT_GT(found, 0) << "nothing depends on: " << name;
+  }
 }
 
 }  // namespace

@@ -123,7 +123,7 @@ TEST(TrainRun, TheStartSaysWhatIsToCome) {
                         "data: %s tokens in 1 file; the run takes 1.28k, %.3g epochs\n",
                         PrintShort(tokens), 1280 / tokens)),
                     HasSubstr("curves: tensorboard --logdir " + (tiny / "run") + "/tensorboard\n"),
-                    HasSubstr("note: train.hang_timeout: no effect in this version\n")));
+                    HasSubstr("note: train.hang_timeout: no effect on a run of one process\n")));
 
   // Of several files each has its share of the mix: here 3 and 1 of 4.
   const std::string mix = "data.train=[{path: " + (tiny / "more.h5") +

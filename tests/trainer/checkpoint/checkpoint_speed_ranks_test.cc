@@ -1,0 +1,170 @@
+// What checkpoint_speed_test measures, with several ranks at once: the state of a model of 100M
+// parameters. By hand: mpirun -n 4 trainer_checkpoint_checkpoint_speed_ranks_test
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <filesystem>
+#include <string>
+#include <vector>
+
+#include "absl/strings/str_format.h"
+#include "kernels/base/file.h"
+#include "model/layout.h"
+#include "support/ranks.h"
+#include "trainer/checkpoint/checkpoint.h"
+#include "trainer/checkpoint/checkpoint_async.h"
+#include "trainer/checkpoint/checkpoint_manifest.h"
+#include "trainer/checkpoint/checkpoint_testing.h"
+#include "trainer/config/config.h"
+
+namespace krait::testing {
+namespace {
+
+constexpr char kModel[] = R"(
+model:
+  vocab_size: 32000
+  d_model: 768
+  n_layers: 8
+  mixer: {ratio: "1:7"}
+  attention: {heads: 12}
+  mlp: {d_ff: 2816}
+data: {train: [{path: x.h5}]}
+train: {steps: 10000}
+)";
+
+// What the rank of a mesh owns.
+testing_checkpoint::State Owned(const ParamTable& table, const Mesh& mesh) {
+  testing_checkpoint::State state;
+  const Layout layout(&table, mesh);
+  for (const char* slot : {"weight", "exp_avg", "exp_avg_sq"}) {
+    for (const OwnedBox& part : layout.Owned()) {
+      const Param& param = table.params()[part.box.param];
+      state.Add(slot, param.name, DType::kF32, param.shape, part.box.offset, part.box.extent);
+    }
+  }
+  for (auto& memory : state.memory) std::fill(memory.begin(), memory.end(), 'x');
+  return state;
+}
+
+double Median(std::vector<double> values) {
+  std::sort(values.begin(), values.end());
+  return values[values.size() / 2];
+}
+
+class CheckpointSpeedRanksTest : public ::testing::Test {
+ protected:
+  // Of the slowest rank, from a common start.
+  template <typename Fn>
+  double Seconds(const Fn& fn) {
+    world_->Barrier();
+    const auto start = std::chrono::steady_clock::now();
+    fn();
+    const auto taken = std::chrono::steady_clock::now() - start;
+    const std::vector<int64_t> all = world_->AllGather(
+        int64_t{std::chrono::duration_cast<std::chrono::nanoseconds>(taken).count()});
+    return static_cast<double>(*std::max_element(all.begin(), all.end())) * 1e-9;
+  }
+  World* const world_ = TestWorld();
+};
+
+TEST_F(CheckpointSpeedRanksTest, AgainstPlainWriteReadAndCopy) {
+  const auto config = ParseConfig(kModel, "model", {}, ConfigUse::kPlan, world_->size());
+  ASSERT_TRUE(config.ok()) << config.status();
+  Mesh mesh{.data = world_->size(), .rank = world_->rank()};
+  const ParamTable table(config->model, mesh.tensor);
+  testing_checkpoint::State state = Owned(table, mesh);
+  // Another layout of as many ranks.
+  Mesh other{.tensor = world_->size(), .rank = world_->rank()};
+  const ParamTable other_table(config->model, other.tensor);
+  testing_checkpoint::State elsewhere = Owned(other_table, other);
+  const std::string root =
+      world_->Broadcast(::testing::TempDir() + "krait_speed_ranks_" + std::to_string(getpid()));
+  if (world_->first()) std::filesystem::create_directories(root);
+  world_->Barrier();
+  const int64_t bytes = AsyncSaver::StagingBytes(state.boxes);
+  int64_t total = 0;
+  for (const int64_t of_rank : world_->AllGather(bytes)) total += of_rank;
+  std::vector<char> staging(static_cast<size_t>(bytes), 0);
+  const std::string plain = root + "/plain-" + std::to_string(world_->rank());
+  const std::string dir = root + "/checkpoints";
+  const CheckpointMeta meta = testing_checkpoint::SmallMeta(1);
+
+  std::vector<double> plain_write, save, plain_read, open, load, load_other, copy, stall;
+  int64_t touched = 0;  // bytes that this rank reads under the other layout
+  for (int round = 0; round < 5; ++round) {
+    plain_write.push_back(Seconds([&] {
+      auto file = File::Create(plain, false, ExitCode::kCannotSave);
+      int64_t at = 0;
+      for (const auto& memory : state.memory) {
+        ASSERT_TRUE(file->WriteAt(memory.data(), memory.size(), at).ok());
+        at += static_cast<int64_t>(memory.size());
+      }
+      ASSERT_TRUE(file->Sync().ok());
+    }));
+    plain_read.push_back(Seconds([&] {
+      auto file = File::OpenRead(plain, ExitCode::kData);
+      int64_t at = 0;
+      for (auto& memory : state.memory) {
+        ASSERT_TRUE(file->ReadAt(memory.data(), memory.size(), at).ok());
+        at += static_cast<int64_t>(memory.size());
+      }
+    }));
+    std::filesystem::remove(plain);
+    save.push_back(Seconds([&] {
+      const absl::Status status =
+          SaveCheckpoint({dir, 2, ""}, meta, state.boxes, nullptr, nullptr, world_);
+      ASSERT_TRUE(status.ok()) << status;
+    }));
+    const auto read = [&](testing_checkpoint::State* into) {
+      const auto checkpoint = OpenCheckpoint(dir + "/" + StepFolderName(1), world_);
+      ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
+      const Progress count = [&](int64_t, int64_t all_bytes) {
+        touched = all_bytes;
+        return absl::OkStatus();
+      };
+      ASSERT_TRUE(LoadBoxes(*checkpoint, into->boxes, Context(), count).ok());
+    };
+    open.push_back(
+        Seconds([&] { ASSERT_TRUE(OpenCheckpoint(dir + "/" + StepFolderName(1), world_).ok()); }));
+    load.push_back(Seconds([&] { read(&state); }));
+    load_other.push_back(Seconds([&] { read(&elsewhere); }));
+    copy.push_back(Seconds([&] {
+      char* to = staging.data();
+      for (const auto& memory : state.memory) {
+        std::memcpy(to, memory.data(), memory.size());
+        to += memory.size();
+      }
+    }));
+    AsyncSaver saver(world_);
+    stall.push_back(Seconds([&] {
+      ASSERT_TRUE(saver.Start({dir, 2, ""}, meta, state.boxes, staging.data(), bytes).ok());
+    }));
+    ASSERT_TRUE(saver.Wait().ok());
+    world_->Barrier();
+    if (world_->first()) std::filesystem::remove_all(dir);
+  }
+  int64_t all_touched = 0;
+  for (const int64_t of_rank : world_->AllGather(touched)) all_touched += of_rank;
+  if (!world_->first()) return;
+  std::filesystem::remove_all(root);
+  const double gb = static_cast<double>(total) * 1e-9;
+  absl::PrintF(
+      "%d ranks, %.3f GB of %.1fM parameters, medians of 5:\n"
+      "  save %.2f GB/s, plain write + fsync %.2f GB/s, ratio %.2f\n"
+      "  load %.2f GB/s, under another layout (which reads %.2f times the "
+      "bytes) %.2f GB/s, plain read %.2f GB/s (page cache), ratios "
+      "%.2f, %.2f; opening takes %.1f ms of it\n"
+      "  stall of a save in the background %.1f ms, plain copy %.1f ms, ratio %.2f\n",
+      world_->size(), gb, static_cast<double>(table.total()) * 1e-6, gb / Median(save),
+      gb / Median(plain_write), Median(plain_write) / Median(save), gb / Median(load),
+      static_cast<double>(all_touched) / static_cast<double>(total), gb / Median(load_other),
+      gb / Median(plain_read), Median(plain_read) / Median(load),
+      Median(plain_read) / Median(load_other), 1e3 * Median(open), 1e3 * Median(stall),
+      1e3 * Median(copy), Median(stall) / Median(copy));
+}
+
+}  // namespace
+}  // namespace krait::testing
