@@ -171,6 +171,23 @@ else()
   krait_require(zstd "" "libzstd-dev")
 endif()
 
+# Of tokenizers: PCRE2 for the patterns of tokenizer.json (look-ahead and Unicode properties, which
+# std::regex and RE2 lack), utf8proc for its normal forms, SentencePiece for its own models.
+foreach(krait_library "PCRE2;pcre2.h;pcre2-8;libpcre2-dev" "utf8proc;utf8proc.h;utf8proc;libutf8proc-dev"
+    "SentencePiece;sentencepiece_processor.h;sentencepiece;libsentencepiece-dev")
+  list(GET krait_library 0 krait_name)
+  list(GET krait_library 1 krait_header)
+  list(GET krait_library 2 krait_file)
+  list(GET krait_library 3 krait_package)
+  find_path(${krait_name}_INCLUDE ${krait_header})
+  find_library(${krait_name}_LIBRARY ${krait_file})
+  if(${krait_name}_INCLUDE AND ${krait_name}_LIBRARY)
+    krait_require(${krait_name} "${${krait_name}_LIBRARY}" "${krait_package}")
+  else()
+    krait_require(${krait_name} "" "${krait_package}")
+  endif()
+endforeach()
+
 find_package(GTest CONFIG QUIET)
 if(TARGET GTest::gmock)
   krait_require(GoogleTest "${GTest_VERSION}" "libgtest-dev libgmock-dev")

@@ -16,6 +16,14 @@ namespace {
 
 constexpr int64_t kPreviewTokens = 100;
 
+// The text of ids, where the file holds its tokenizer.
+std::string Preview(const TokenFile& file, const std::vector<int32_t>& ids) {
+  const auto files = file.ReadTokenizerFiles();
+  if (!files.ok() || (files->empty() && file.tokenizer() != "bytes")) return "";
+  const auto tokenizer = MakeTokenizer(*files, file.path());
+  return tokenizer.ok() ? DecodeAll(**tokenizer, ids) : "";
+}
+
 }  // namespace
 
 absl::StatusOr<TokenFileSummary> InspectTokenFile(const std::string& path, bool verify) {
@@ -23,7 +31,10 @@ absl::StatusOr<TokenFileSummary> InspectTokenFile(const std::string& path, bool 
   KRAIT_ASSIGN_OR_RETURN(file, TokenFile::Open(path));
   TokenFileSummary summary;
   summary.path = path;
+  summary.format = file->format();
   summary.tokenizer = file->tokenizer();
+  summary.end_token = file->end_token();
+  summary.tokens_per_byte = file->tokens_per_byte();
   summary.content_hash = file->content_hash();
   summary.dtype = file->dtype();
   summary.tokens = file->tokens();
@@ -41,10 +52,7 @@ absl::StatusOr<TokenFileSummary> InspectTokenFile(const std::string& path, bool 
   std::vector<int32_t> ids(
       static_cast<size_t>(std::min(kPreviewTokens, static_cast<int64_t>(starts[1]))));
   summary.damage = file->Read(0, static_cast<int64_t>(ids.size()), ids.data());
-  const auto tokenizer = MakeTokenizer(file->tokenizer());
-  if (summary.damage.ok() && tokenizer.ok()) {
-    for (const int32_t id : ids) summary.preview += (*tokenizer)->Decode(id);
-  }
+  if (summary.damage.ok()) summary.preview = Preview(*file, ids);
   if (verify) {
     summary.verified = true;
     summary.damage = file->Verify();
@@ -58,8 +66,14 @@ std::string TokenFileSummary::ToText() const {
   absl::StrAppendFormat(&text, "  documents     %s (%s to %s tokens, mean %.1f)\n",
                         PrintGrouped(documents), PrintGrouped(shortest_document),
                         PrintGrouped(longest_document), mean_document);
-  absl::StrAppendFormat(&text, "  tokenizer     %s (vocabulary %s)\n", tokenizer,
-                        PrintGrouped(vocab_size));
+  if (format != "Krait") absl::StrAppendFormat(&text, "  format        %s\n", format);
+  absl::StrAppendFormat(&text, "  tokenizer     %s (vocabulary %s)\n",
+                        tokenizer.empty() ? "not known" : tokenizer,
+                        vocab_size > 0 ? PrintGrouped(vocab_size) : "not known");
+  if (end_token.has_value()) absl::StrAppendFormat(&text, "  end token     %d\n", *end_token);
+  if (tokens_per_byte.has_value() && tokenizer != "bytes") {
+    absl::StrAppendFormat(&text, "  text          %.2f bytes per token\n", 1 / *tokens_per_byte);
+  }
   absl::StrAppendFormat(&text, "  content hash  %s\n", content_hash);
   if (!preview.empty()) {
     absl::StrAppendFormat(&text, "  begins        \"%s\"\n", absl::Utf8SafeCEscape(preview));
@@ -67,7 +81,8 @@ std::string TokenFileSummary::ToText() const {
   if (!damage.ok()) {
     absl::StrAppendFormat(&text, "  damaged       %s\n", MessageOf(damage));
   } else if (verified) {
-    text += "  verified      the content has this hash\n";
+    text += format == "Krait" ? "  verified      the content has this hash\n"
+                              : "  verified      all ids can be read (the format keeps no hash)\n";
   } else {
     text += "  not verified  ask for it with --verify\n";
   }
@@ -81,12 +96,15 @@ std::string TokenFileSummary::ToJson() const {
                                  {"shortest_document", shortest_document},
                                  {"longest_document", longest_document},
                                  {"mean_document", mean_document},
+                                 {"format", format},
                                  {"tokenizer", tokenizer},
                                  {"vocab_size", vocab_size},
                                  {"dtype", Name(dtype)},
                                  {"content_hash", content_hash},
                                  {"preview", preview},
                                  {"verified", verified && damage.ok()}};
+  if (end_token.has_value()) json["end_token"] = *end_token;
+  if (tokens_per_byte.has_value()) json["tokens_per_byte"] = *tokens_per_byte;
   if (!damage.ok()) json["damage"] = MessageOf(damage);
   // A preview may end inside a UTF-8 character, or be no UTF-8 at all.
   return json.dump(2, ' ', false, nlohmann::ordered_json::error_handler_t::replace);

@@ -3,6 +3,7 @@
 #define KRAIT_DATA_INSPECT_H_
 
 #include <cstdint>
+#include <optional>
 #include <string>
 
 #include "kernels/base/dtype.h"
@@ -11,9 +12,13 @@
 namespace krait {
 
 struct TokenFileSummary {
-  std::string path, tokenizer, content_hash;
+  std::string path, format, content_hash;
+  std::string tokenizer;  // "": not known
   DType dtype = DType::kU8;
-  int64_t tokens = 0, documents = 0, vocab_size = 0;
+  int64_t tokens = 0, documents = 0;
+  int64_t vocab_size = 0;  // 0: not known
+  std::optional<int64_t> end_token;
+  std::optional<double> tokens_per_byte;
   int64_t shortest_document = 0, longest_document = 0;  // in tokens
   double mean_document = 0;
   std::string preview;    // the first bytes of the first document; empty for an unknown tokenizer

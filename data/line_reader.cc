@@ -26,7 +26,7 @@ class PlainSource : public ByteSource {
     position_ += count;
     return count;
   }
-  int64_t position() const { return position_; }
+  int64_t bytes_read() const override { return position_; }
   const std::string& path() const { return file_.path(); }
 
  private:
@@ -50,10 +50,11 @@ class CompressedInput {
   char* data() { return buffer_.data() + used_; }
   int64_t size() const { return size_ - used_; }
   void Use(int64_t bytes) { used_ += bytes; }
+  int64_t bytes_read() const { return source_.bytes_read(); }
 
   absl::Status Fault(const std::string& what) const {
     return Error(ExitCode::kData, absl::StrFormat("%s at byte %d: %s", source_.path(),
-                                                  source_.position() - size(), what));
+                                                  source_.bytes_read() - size(), what));
   }
 
  private:
@@ -75,6 +76,7 @@ class GzipSource : public ByteSource {
     return absl::OkStatus();
   }
 
+  int64_t bytes_read() const override { return input_.bytes_read(); }
   absl::StatusOr<int64_t> Read(char* out, int64_t size) override {
     while (true) {
       KRAIT_RETURN_IF_ERROR(input_.Fill());
@@ -114,6 +116,7 @@ class ZstdSource : public ByteSource {
  public:
   explicit ZstdSource(PlainSource source) : input_(std::move(source)) {}
 
+  int64_t bytes_read() const override { return input_.bytes_read(); }
   absl::StatusOr<int64_t> Read(char* out, int64_t size) override {
     // Windows of up to 2 GiB, as the format allows and zstd --long writes; settled before a frame.
     if (!started_ && (context_ == nullptr || ZSTD_isError(ZSTD_DCtx_setParameter(

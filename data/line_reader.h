@@ -17,6 +17,8 @@ class ByteSource {
   // Up to `size` > 0 bytes; 0 only at the end. A compressed file that ends early, carries other
   // data or has a wrong checksum is an error (kData) that names the byte in the compressed file.
   virtual absl::StatusOr<int64_t> Read(char* out, int64_t size) = 0;
+  // Bytes of the file itself that were read so far.
+  virtual int64_t bytes_read() const = 0;
 };
 
 // By the ending of `path`: .gz, .zst, or anything else for plain bytes.
@@ -33,6 +35,7 @@ class LineReader {
 
   int64_t line_number() const { return line_number_; }  // of the last line, from 1
   int64_t line_begin() const { return line_begin_; }    // its offset, after decompression
+  int64_t bytes_read() const { return source_->bytes_read(); }
 
  private:
   std::string path_;

@@ -11,7 +11,9 @@ namespace krait {
 
 absl::Status CheckSameTokenizer(const TokenFile& file, const std::string& other,
                                 const std::string& tokenizer) {
-  if (file.tokenizer() == tokenizer) return absl::OkStatus();
+  if (file.tokenizer() == tokenizer || file.tokenizer().empty() || tokenizer.empty()) {
+    return absl::OkStatus();
+  }
   return Error(ExitCode::kData,
                absl::StrFormat("%s: its tokenizer is %s, that of %s is %s; all must be the same",
                                file.path(), file.tokenizer(), other, tokenizer));
@@ -39,6 +41,7 @@ absl::StatusOr<std::unique_ptr<Dataset>> Dataset::Open(const std::vector<SourceS
       add(opened.status());
       continue;
     }
+    (*opened)->ExpectVocabulary(model_vocab);
     const TokenFile& file = **opened;
     if (file.tokens() < seq_len) {
       add(Error(ExitCode::kData,
@@ -55,9 +58,10 @@ absl::StatusOr<std::unique_ptr<Dataset>> Dataset::Open(const std::vector<SourceS
                 absl::StrFormat("%s: its vocab_size %d is above the model's vocab_size %d",
                                 source.path, file.vocab_size(), model_vocab)));
     }
-    if (!result->files_.empty()) {
-      const TokenFile& first = *result->files_.front();
-      add(CheckSameTokenizer(file, first.path(), first.tokenizer()));
+    for (const auto& known : result->files_) {
+      if (known->tokenizer().empty()) continue;
+      add(CheckSameTokenizer(file, known->path(), known->tokenizer()));
+      break;
     }
     result->files_.push_back(*std::move(opened));
   }
@@ -195,7 +199,10 @@ absl::Status Dataset::ReadRow(int source, int64_t sequence, int64_t row, TokenBa
     std::fill(doc_start, doc_start + seq_len_, 0);
   }
   for (int64_t t = 0; t < seq_len_; ++t) {
-    const bool has_target = t + 1 < seq_len_ && doc_start[t + 1] != t + 1;
+    const int64_t context = t + 1 - doc_start[t], token = begin + t + 1;
+    const bool has_target = t + 1 < seq_len_ && doc_start[t + 1] != t + 1 &&
+                            context >= only_.context_begin && context < only_.context_end &&
+                            token >= only_.token_begin && token < only_.token_end;
     targets[t] = has_target ? tokens[t + 1] : -1;
     batch->target_count += has_target;
   }
@@ -226,6 +233,13 @@ absl::Status Dataset::ReadStored(int64_t first, int64_t count, TokenBatch* batch
     KRAIT_RETURN_IF_ERROR(ReadRow(source, sequence, row, batch));
   }
   return absl::OkStatus();
+}
+
+std::string Dataset::tokenizer() const {
+  for (const auto& file : files_) {
+    if (!file->tokenizer().empty()) return file->tokenizer();
+  }
+  return "";
 }
 
 std::string Dataset::Fingerprint() const {

@@ -9,6 +9,7 @@
 #define KRAIT_DATA_SAMPLER_H_
 
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <string>
 #include <vector>
@@ -50,7 +51,16 @@ struct TokenBatch {
   void FillUp(int64_t rows);
 };
 
-// kData unless the file's tokens are of `tokenizer`, which is that of `other`.
+// Targets that are kept: those of which the model has seen `context` tokens of the same document
+// and sequence before them, within [context_begin, context_end), and which lie at [token_begin,
+// token_end) of their file.
+struct TargetRange {
+  int64_t context_begin = 0, context_end = std::numeric_limits<int64_t>::max();
+  int64_t token_begin = 0, token_end = std::numeric_limits<int64_t>::max();
+};
+
+// kData unless the file's tokens are of `tokenizer`, which is that of `other`, or one of the two is
+// not known ("").
 absl::Status CheckSameTokenizer(const TokenFile& file, const std::string& other,
                                 const std::string& tokenizer);
 
@@ -90,6 +100,11 @@ class Dataset {
 
   int64_t seq_len() const { return seq_len_; }
   const std::vector<std::unique_ptr<TokenFile>>& files() const { return files_; }
+  // From here on only these targets; the others are -1 (evaluation).
+  void Only(const TargetRange& range) { only_ = range; }
+
+  // Of all files; "" where none says it.
+  std::string tokenizer() const;
   // Paths, weights and content hashes, a line per source.
   std::string Fingerprint() const;
   // The content hashes.
@@ -113,6 +128,7 @@ class Dataset {
   int64_t seq_len_ = 0;
   uint64_t seed_ = 0;
   bool reset_at_documents_ = true;
+  TargetRange only_;
 };
 
 }  // namespace krait

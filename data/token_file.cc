@@ -5,12 +5,15 @@
 #include <limits>
 
 #include "absl/strings/str_format.h"
+#include "absl/strings/str_split.h"
 #include "data/content_hash.h"
+#include "data/foreign_tokens.h"
 #include "kernels/base/check.h"
 
 namespace krait {
 namespace {
 
+constexpr int64_t kMaxTokenizerFile = 100'000'000;  // bytes
 constexpr int64_t kVerifyPiece = int64_t{1} << 20;
 
 // Index of the first of `count` values at `raw` that is not below `limit`; `count` when all are.
@@ -42,11 +45,27 @@ void WidenInPlace(int32_t* out, int64_t count) {
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<TokenFile>> TokenFile::Open(const std::string& path) {
+  if (IsForeignTokenFile(path)) return OpenForeign(path);
   std::unique_ptr<TokenFile> result(new TokenFile);
   result->path_ = path;
   KRAIT_ASSIGN_OR_RETURN(result->file_, H5File::OpenRead(path, ExitCode::kData));
   KRAIT_RETURN_IF_ERROR(result->CheckAttributes());
   KRAIT_RETURN_IF_ERROR(result->ReadDocuments());
+  return result;
+}
+
+absl::StatusOr<std::unique_ptr<TokenFile>> TokenFile::OpenForeign(const std::string& path) {
+  KRAIT_ASSIGN_OR_RETURN(ForeignTokens foreign, OpenForeignTokens(path));
+  std::unique_ptr<TokenFile> result(new TokenFile);
+  result->path_ = path;
+  result->format_ = std::move(foreign.format);
+  result->foreign_ = std::move(foreign.ids);
+  result->foreign_begin_ = foreign.begin;
+  result->dtype_ = foreign.dtype;
+  result->tokens_ = foreign.tokens;
+  result->vocab_size_ = foreign.vocab_size;
+  result->document_starts_ = std::move(foreign.document_starts);
+  result->content_hash_ = std::move(foreign.content_hash);
   return result;
 }
 
@@ -72,6 +91,20 @@ absl::Status TokenFile::CheckAttributes() {
       content_hash_.find_first_not_of("0123456789abcdef") != std::string::npos) {
     return Error(ExitCode::kData, path_ + ": content_hash is not 16 hexadecimal digits");
   }
+  const auto optional = [&](const char* name, std::optional<int64_t>* value) -> absl::Status {
+    if (!file_.HasAttribute(name)) return absl::OkStatus();
+    KRAIT_ASSIGN_OR_RETURN(const uint64_t found, file_.ReadIntAttribute(name));
+    if (found > static_cast<uint64_t>(std::numeric_limits<int64_t>::max())) {
+      return Error(ExitCode::kData, absl::StrFormat("%s: %s is %u", path_, name, found));
+    }
+    *value = static_cast<int64_t>(found);
+    return absl::OkStatus();
+  };
+  KRAIT_RETURN_IF_ERROR(optional("end_token", &end_token_));
+  KRAIT_RETURN_IF_ERROR(optional("text_bytes", &text_bytes_));
+  if (file_.HasAttribute("tokenizer_files")) {
+    KRAIT_ASSIGN_OR_RETURN(tokenizer_files_, file_.ReadStringAttribute("tokenizer_files"));
+  }
   H5File::Info info;
   KRAIT_ASSIGN_OR_RETURN(info, file_.Stat("tokens"));
   if (info.dtype != DType::kU8 && info.dtype != DType::kU16 && info.dtype != DType::kU32) {
@@ -86,6 +119,42 @@ absl::Status TokenFile::CheckAttributes() {
                                                   path_, vocab_size_, Name(dtype_)));
   }
   return absl::OkStatus();
+}
+
+std::optional<double> TokenFile::tokens_per_byte() const {
+  if (tokenizer_ == "bytes") return 1.0;
+  if (!text_bytes_.has_value() || *text_bytes_ == 0) return std::nullopt;
+  return static_cast<double>(tokens_) / static_cast<double>(*text_bytes_);
+}
+
+absl::StatusOr<TokenizerFiles> TokenFile::ReadTokenizerFiles() const {
+  TokenizerFiles files;
+  for (const std::string& name :
+       std::vector<std::string>(absl::StrSplit(tokenizer_files_, '\n', absl::SkipEmpty()))) {
+    if (!IsTokenizerFile(name)) {
+      return Error(ExitCode::kData,
+                   path_ + ": tokenizer_files names " + name + ", which is no file of a tokenizer");
+    }
+    const std::string dataset = "tokenizer_file:" + name;
+    H5File::Info info;
+    KRAIT_ASSIGN_OR_RETURN(info, file_.Stat(dataset));
+    if (info.dtype != DType::kU8 || info.elements > kMaxTokenizerFile) {
+      return Error(
+          ExitCode::kData,
+          absl::StrFormat("%s: /%s is %d elements of %s; at most %d of u8 are possible", path_,
+                          dataset, info.elements, Name(info.dtype), kMaxTokenizerFile));
+    }
+    std::string& content = files[name];
+    content.resize(static_cast<size_t>(info.elements));
+    KRAIT_RETURN_IF_ERROR(file_.Read(dataset, 0, info.elements, content.data()));
+  }
+  return files;
+}
+
+absl::Status KeepTokenizer(const TokenFile& file, const std::string& folder) {
+  KRAIT_ASSIGN_OR_RETURN(const TokenizerFiles files, file.ReadTokenizerFiles());
+  if (files.empty()) return absl::OkStatus();
+  return WriteTokenizerFiles(files, folder, ExitCode::kCannotSave);
 }
 
 absl::Status TokenFile::ReadDocuments() {
@@ -121,30 +190,38 @@ absl::Status TokenFile::ReadDocuments() {
 }
 
 absl::Status TokenFile::CheckIds(const void* raw, int64_t begin, int64_t count) const {
+  // Ids are i32 later on.
+  const int64_t limit = vocab_size_ > 0 ? vocab_size_ : std::numeric_limits<int32_t>::max();
   int64_t bad = count;
   uint32_t id = 0;
   switch (dtype_) {
     case DType::kU8:
-      bad = FirstAtOrAbove<uint8_t>(raw, count, vocab_size_);
+      bad = FirstAtOrAbove<uint8_t>(raw, count, limit);
       break;
     case DType::kU16:
-      bad = FirstAtOrAbove<uint16_t>(raw, count, vocab_size_);
+      bad = FirstAtOrAbove<uint16_t>(raw, count, limit);
       break;
     default:
-      bad = FirstAtOrAbove<uint32_t>(raw, count, vocab_size_);
+      bad = FirstAtOrAbove<uint32_t>(raw, count, limit);
   }
   if (bad == count) return absl::OkStatus();
   const int64_t size = SizeOf(dtype_);
   std::memcpy(&id, static_cast<const unsigned char*>(raw) + bad * size, static_cast<size_t>(size));
   return Error(ExitCode::kData,
                absl::StrFormat("%s: /tokens[%d] is %u; ids are below vocab_size %d", path_,
-                               begin + bad, id, vocab_size_));
+                               begin + bad, id, limit));
+}
+
+absl::Status TokenFile::ReadStored(int64_t begin, int64_t count, void* raw) const {
+  if (foreign_.fd() < 0) return file_.Read("tokens", begin, count, raw);
+  const int64_t size = SizeOf(dtype_);
+  return foreign_.ReadAt(raw, static_cast<size_t>(count * size), foreign_begin_ + begin * size);
 }
 
 absl::Status TokenFile::Read(int64_t begin, int64_t count, int32_t* out) const {
   KRAIT_CHECK(begin >= 0 && count >= 0 && count <= tokens_ && begin <= tokens_ - count);
   auto* raw = reinterpret_cast<unsigned char*>(out) + count * (4 - SizeOf(dtype_));
-  KRAIT_RETURN_IF_ERROR(file_.Read("tokens", begin, count, raw));
+  KRAIT_RETURN_IF_ERROR(ReadStored(begin, count, raw));
   KRAIT_RETURN_IF_ERROR(CheckIds(raw, begin, count));
   if (dtype_ == DType::kU8) WidenInPlace<uint8_t>(out, count);
   if (dtype_ == DType::kU16) WidenInPlace<uint16_t>(out, count);
@@ -172,10 +249,11 @@ absl::Status TokenFile::Verify() const {
       static_cast<size_t>(std::min(tokens_, kVerifyPiece) * SizeOf(dtype_)));
   for (int64_t begin = 0; begin < tokens_; begin += kVerifyPiece) {
     const int64_t count = std::min(kVerifyPiece, tokens_ - begin);
-    KRAIT_RETURN_IF_ERROR(file_.Read("tokens", begin, count, raw.data()));
+    KRAIT_RETURN_IF_ERROR(ReadStored(begin, count, raw.data()));
     KRAIT_RETURN_IF_ERROR(CheckIds(raw.data(), begin, count));
     hash.AddTokens(raw.data(), static_cast<size_t>(count * SizeOf(dtype_)));
   }
+  if (foreign_.fd() >= 0) return absl::OkStatus();
   const std::string found =
       hash.Finish(document_starts_, tokenizer_, static_cast<uint64_t>(vocab_size_));
   if (found != content_hash_) {

@@ -39,6 +39,7 @@ class H5File {
   // Attributes of the root group: scalar fixed-length strings and integers >= 0.
   absl::Status WriteAttribute(std::string_view name, std::string_view value);
   absl::Status WriteAttribute(std::string_view name, uint64_t value);
+  bool HasAttribute(std::string_view name) const;
   absl::StatusOr<std::string> ReadStringAttribute(std::string_view name) const;
   absl::StatusOr<uint64_t> ReadIntAttribute(std::string_view name) const;
 

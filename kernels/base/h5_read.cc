@@ -111,6 +111,12 @@ absl::StatusOr<H5File> H5File::OpenRead(const std::string& path, ExitCode code) 
   return result;
 }
 
+bool H5File::HasAttribute(std::string_view name) const {
+  KRAIT_CHECK(state_ != nullptr);
+  const Session session;
+  return H5Aexists(state_->file.get(), std::string(name).c_str()) > 0;
+}
+
 absl::StatusOr<H5File::Attribute> H5File::OpenAttribute(const std::string& name) const {
   KRAIT_CHECK(state_ != nullptr);
   const hid_t file = state_->file.get();

@@ -45,6 +45,9 @@ edges=(
   '^nlohmann/' '^(kernels/base|data|trainer/(report|tools|cli))/'
   '^CLI/' '^trainer/cli/'
   '^(zlib|zstd)\.h$' '^data/'
+  '^pcre2\.h$' '^data/regex\.cc$'
+  '^utf8proc\.h$' '^data/unicode_form\.cc$'
+  '^sentencepiece' '^data/sentencepiece\.cc$'
   '^omp\.h$' '^kernels/base/parallel_for\.h$'
   '^(gtest|gmock)/' '^tests/'
 )

@@ -338,6 +338,31 @@ TEST_F(SamplerTest, TokenizersMustAgree) {
   EXPECT_THAT(MessageOf(data.status()), HasSubstr("its tokenizer is letters"));
 }
 
+TEST_F(SamplerTest, OnlySomeTargets) {
+  const auto data = Open({{MakeFile("a", 1, 5, 300), 1}}, 16);
+  TokenBatch all, some;
+  ASSERT_TRUE(data->ReadStored(0, data->sequences(), &all).ok());
+  int64_t by_context = 0;
+  for (int64_t context = 1; context < 16; ++context) {
+    data->Only({.context_begin = context, .context_end = context + 1});
+    ASSERT_TRUE(data->ReadStored(0, data->sequences(), &some).ok());
+    by_context += some.target_count;
+    for (size_t i = 0; i < some.targets.size(); ++i) {
+      if (some.targets[i] < 0) continue;
+      EXPECT_EQ(some.targets[i], all.targets[i]);
+      EXPECT_EQ(static_cast<int64_t>(i % 16) + 1 - all.doc_start[i], context);
+    }
+  }
+  EXPECT_EQ(by_context, all.target_count);
+  data->Only({.token_begin = 20, .token_end = 25});
+  ASSERT_TRUE(data->ReadStored(1, 1, &some).ok());
+  for (int64_t t = 0; t < 16; ++t) {
+    const bool inside = 16 + t + 1 >= 20 && 16 + t + 1 < 25;
+    const auto i = static_cast<size_t>(t);
+    EXPECT_EQ(some.targets[i], inside ? all.targets[16 + i] : -1);
+  }
+}
+
 TEST_F(SamplerTest, FingerprintTellsContentsWeightsAndPathsApart) {
   const std::string a = MakeFile("a", 1, 5, 300);
   const std::string b = MakeFile("b", 2, 5, 300);

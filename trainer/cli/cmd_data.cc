@@ -1,4 +1,6 @@
 // krait data build, krait data inspect
+#include <algorithm>
+
 #include "absl/strings/str_format.h"
 #include "data/inspect.h"
 #include "data/token_file.h"
@@ -22,7 +24,11 @@ std::string ReportJson(const BuildOptions& options, const BuildReport& report) {
                                        {"repeated_files", report.repeated_files},
                                        {"repeated_folders", report.repeated_folders},
                                        {"hidden", report.hidden},
-                                       {"skipped_documents", report.skipped_documents}};
+                                       {"skipped_documents", report.skipped_documents},
+                                       {"bad_records", report.bad_records},
+                                       {"bad", report.bad},
+                                       {"text_bytes", report.text_bytes},
+                                       {"resumed_documents", report.resumed_documents}};
   return json.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
 }
 
@@ -40,12 +46,14 @@ std::string ReportText(const BuildOptions& options, const BuildReport& report) {
   add(report.repeated_folders, "links to folders skipped that are read already");
   add(report.hidden, "names passed over that begin with a dot");
   add(report.skipped_documents, "empty texts skipped");
+  add(report.bad_records, "bad records passed over");
+  add(report.resumed_documents, "documents taken over from a build that was cut short");
   return text + "\n";
 }
 
 absl::StatusOr<ExitCode> Build(BuildOptions options, bool as_json) {
   BuildReport report;
-  const StopSignals signals("stopping, nothing is written; once more to end at once");
+  const StopSignals signals("stopping; once more to end at once");
   ProgressLine line("building " + options.out, ProgressLine::OnStandardError());
   options.progress = [&line](int64_t done, int64_t total) {
     line.Update(done, total);
@@ -54,6 +62,7 @@ absl::StatusOr<ExitCode> Build(BuildOptions options, bool as_json) {
   const auto built = BuildTokenFile(options);
   ProgressLine::ClearStandardError();
   KRAIT_ASSIGN_OR_RETURN(report, built);
+  for (const std::string& bad : report.bad) PrintNotice("passed over: " + bad);
   KRAIT_RETURN_IF_ERROR(Print(as_json ? ReportJson(options, report) : ReportText(options, report)));
   return ExitCode::kOk;
 }
@@ -75,6 +84,7 @@ void AddDataCommands(CLI::App* app, CommandLine* line) {
 
   struct BuildArguments {
     BuildOptions options;
+    int64_t threads = 0;
     bool json = false;
   };
   auto build = std::make_shared<BuildArguments>();
@@ -82,16 +92,24 @@ void AddDataCommands(CLI::App* app, CommandLine* line) {
   CLI::App* build_command = data->add_subcommand("build",
                                                  "Make a token file of texts: .txt and other text "
                                                  "files, .jsonl and .json(.gz|.zst), folders.");
-  build_command->add_option("--tokenizer", options.tokenizer, "the tokenizer: bytes")
+  build_command
+      ->add_option("--tokenizer", options.tokenizer,
+                   "bytes, a Hugging Face tokenizer.json, a SentencePiece model, or a folder with "
+                   "one of them")
       ->type_name("bytes|FILE")
       ->capture_default_str();
   AddPath(build_command, "--out", &options.out, "the token file to write", "X.h5")->required();
   AddForce(build_command, &options.force);
   AddSeed(build_command, &options.seed, "of the document shuffle");
+  AddCount(build_command, "--max-bad", &options.max_bad,
+           "pass over up to N bad records, each named (default 0: the first one ends the build)");
+  AddCount(build_command, "--threads", &build->threads, "that encode (default: one per core)");
   AddPaths(build_command, "paths", &options.paths, "files and folders", "PATH")->required();
   build_command->add_flag("--json", build->json, "one JSON object");
-  build_command->callback(
-      [line, build] { line->run = [build] { return Build(build->options, build->json); }; });
+  build_command->callback([line, build] {
+    build->options.threads = static_cast<int>(std::min<int64_t>(build->threads, 1024));
+    line->run = [build] { return Build(build->options, build->json); };
+  });
 
   struct InspectArguments {
     std::string path;

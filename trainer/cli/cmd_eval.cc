@@ -18,6 +18,7 @@ struct Arguments {
   std::string checkpoint;
   std::vector<std::string> data;                     // none: the run's validation files
   int64_t tokens = 0, seq_len = 0, micro_batch = 0;  // 0: all; the checkpoint's
+  std::string by;                                    // "", "context" or "document"
   bool json = false;
 };
 
@@ -26,9 +27,64 @@ struct Figures {
   std::string data;
   double loss = 0;
   int64_t targets = 0, sequences = 0;
-  std::optional<double> bits_per_byte;
+  std::optional<double> tokens_per_byte;
   double perplexity() const { return std::exp(loss); }
+  std::optional<double> bits_per_byte() const { return BitsPerByte(loss, tokens_per_byte); }
+
+  // Of a part of the targets: a range of context lengths, or a document.
+  struct Part {
+    int64_t begin = 0, end = 0;  // tokens of context; of a document in the file
+    double loss = 0;
+    int64_t targets = 0;
+  };
+  std::vector<Part> parts;
 };
+
+// The parts of the targets of `sequences` sequences: context lengths by powers of two, or
+// documents.
+std::vector<Figures::Part> PartsOf(const std::string& by, const Dataset& data, int64_t sequences) {
+  std::vector<Figures::Part> parts;
+  const int64_t seq_len = data.seq_len();
+  if (by == "context") {
+    for (int64_t begin = 1; begin < seq_len; begin *= 2) {
+      parts.push_back({.begin = begin, .end = std::min(2 * begin, seq_len)});
+    }
+  } else if (by == "document") {
+    const std::vector<uint64_t>& starts = data.files().front()->document_starts();
+    for (size_t i = 1; i < starts.size(); ++i) {
+      if (static_cast<int64_t>(starts[i - 1]) >= sequences * seq_len) break;
+      parts.push_back(
+          {.begin = static_cast<int64_t>(starts[i - 1]), .end = static_cast<int64_t>(starts[i])});
+    }
+  }
+  return parts;
+}
+
+// Evaluates the parts one after another: by context all sequences for each part, by document those
+// that hold some of it.
+absl::Status EvaluateParts(const std::string& by, const Evaluator& evaluator, Dataset* data,
+                           int64_t sequences, int64_t micro_batch, ProgressLine* line,
+                           std::vector<Figures::Part>* parts) {
+  const int64_t seq_len = data->seq_len();
+  int64_t done = 0;
+  for (Figures::Part& part : *parts) {
+    int64_t first = 0, count = sequences;
+    if (by == "context") {
+      data->Only({.context_begin = part.begin, .context_end = part.end});
+    } else {
+      data->Only({.token_begin = part.begin, .token_end = part.end});
+      first = part.begin / seq_len;
+      count = std::min(sequences, (part.end - 1) / seq_len + 1) - first;
+    }
+    EvalResult result;
+    KRAIT_ASSIGN_OR_RETURN(result, EvaluateStored(evaluator, *data, first, count, micro_batch));
+    part.loss = result.loss;
+    part.targets = result.targets;
+    line->Update(++done, static_cast<int64_t>(parts->size()));
+  }
+  data->Only(TargetRange());
+  return absl::OkStatus();
+}
 
 absl::StatusOr<Figures> EvaluateFile(const Arguments& arguments, const SourceSpec& source,
                                      int64_t seq_len, InferenceModel* model) {
@@ -52,12 +108,15 @@ absl::StatusOr<Figures> EvaluateFile(const Arguments& arguments, const SourceSpe
   }
   ProgressLine line("evaluating", ProgressLine::OnStandardError());
   EvalResult result;
-  KRAIT_ASSIGN_OR_RETURN(
-      result, EvaluateStored(model->ForEvaluate({.batch = micro_batch, .seq_len = seq_len}), *data,
-                             /*first=*/0, sequences, micro_batch, [&](int64_t done, int64_t total) {
-                               line.Update(done, total);
-                               return absl::OkStatus();
-                             }));
+  const Evaluator evaluator = model->ForEvaluate({.batch = micro_batch, .seq_len = seq_len});
+  KRAIT_ASSIGN_OR_RETURN(result, EvaluateStored(evaluator, *data, /*first=*/0, sequences,
+                                                micro_batch, [&](int64_t done, int64_t total) {
+                                                  line.Update(done, total);
+                                                  return absl::OkStatus();
+                                                }));
+  std::vector<Figures::Part> parts = PartsOf(arguments.by, *data, sequences);
+  KRAIT_RETURN_IF_ERROR(
+      EvaluateParts(arguments.by, evaluator, data.get(), sequences, micro_batch, &line, &parts));
   ProgressLine::ClearStandardError();
   if (result.targets == 0) {
     return Error(ExitCode::kData,
@@ -67,26 +126,28 @@ absl::StatusOr<Figures> EvaluateFile(const Arguments& arguments, const SourceSpe
     return Error(ExitCode::kNumerics,
                  model->checkpoint().path + " on " + source.path + ": the loss is not finite");
   }
-  return Figures{source.path, result.loss, result.targets, result.sequences,
-                 BitsPerByte(result.loss, data->files().front()->tokenizer())};
+  return Figures{source.path,
+                 result.loss,
+                 result.targets,
+                 result.sequences,
+                 data->files().front()->tokens_per_byte(),
+                 std::move(parts)};
 }
 
 // By their targets.
 Figures Together(const std::vector<Figures>& files) {
   Figures all;
-  bool bits = true;
-  double bits_sum = 0;
+  double bytes = 0;
   for (const Figures& file : files) {
     all.data += (all.data.empty() ? "" : ", ") + file.data;
     all.loss += file.loss * static_cast<double>(file.targets);
     all.targets += file.targets;
     all.sequences += file.sequences;
-    bits = bits && file.bits_per_byte.has_value();
-    bits_sum += file.bits_per_byte.value_or(0) * static_cast<double>(file.targets);
+    bytes += static_cast<double>(file.targets) / file.tokens_per_byte.value_or(std::nan(""));
   }
   const auto targets = static_cast<double>(all.targets);
   all.loss /= targets;
-  if (bits) all.bits_per_byte = bits_sum / targets;
+  if (std::isfinite(bytes)) all.tokens_per_byte = targets / bytes;
   return all;
 }
 
@@ -94,9 +155,31 @@ void AddJson(const Figures& figures, nlohmann::ordered_json* json) {
   (*json)["data"] = figures.data;
   (*json)["loss"] = figures.loss;
   (*json)["perplexity"] = figures.perplexity();
-  (*json)["bits_per_byte"] = figures.bits_per_byte.value_or(std::nan(""));
+  (*json)["bits_per_byte"] = figures.bits_per_byte().value_or(std::nan(""));
   (*json)["targets"] = figures.targets;
   (*json)["sequences"] = figures.sequences;
+  for (const Figures::Part& part : figures.parts) {
+    (*json)["parts"].push_back(
+        {{"begin", part.begin}, {"end", part.end}, {"targets", part.targets}, {"loss", part.loss}});
+  }
+}
+
+// A line for each part that has targets.
+std::string PartsText(const std::string& by, const Figures& figures) {
+  std::string text;
+  for (size_t i = 0; i < figures.parts.size(); ++i) {
+    const Figures::Part& part = figures.parts[i];
+    if (part.targets == 0) continue;
+    const std::string name =
+        by == "context"
+            ? absl::StrFormat("after %s to %s tokens", PrintGrouped(part.begin),
+                              PrintGrouped(part.end - 1))
+            : absl::StrFormat("document %s (%s tokens)", PrintGrouped(static_cast<int64_t>(i)),
+                              PrintGrouped(part.end - part.begin));
+    absl::StrAppendFormat(&text, "  %-34s %.4f (over %s targets)\n", name, part.loss,
+                          PrintGrouped(part.targets));
+  }
+  return text;
 }
 
 std::string Text(const std::string& checkpoint, const Figures& figures, int64_t seq_len) {
@@ -106,8 +189,8 @@ std::string Text(const std::string& checkpoint, const Figures& figures, int64_t 
       "  perplexity     %.3f\n",
       checkpoint, figures.data, figures.loss, PrintGrouped(figures.targets),
       PrintGrouped(figures.sequences), PrintGrouped(seq_len), figures.perplexity());
-  if (figures.bits_per_byte.has_value()) {
-    absl::StrAppendFormat(&text, "  bits per byte  %.4f\n", *figures.bits_per_byte);
+  if (figures.bits_per_byte().has_value()) {
+    absl::StrAppendFormat(&text, "  bits per byte  %.4f\n", *figures.bits_per_byte());
   }
   return text;
 }
@@ -152,7 +235,9 @@ absl::StatusOr<ExitCode> Evaluate(const Arguments& arguments) {
     return ExitCode::kOk;
   }
   std::string text;
-  for (const Figures& file : files) text += Text(checkpoint, file, seq_len);
+  for (const Figures& file : files) {
+    text += Text(checkpoint, file, seq_len) + PartsText(arguments.by, file);
+  }
   if (files.size() > 1) text += Text(checkpoint, all, seq_len);
   KRAIT_RETURN_IF_ERROR(Print(text));
   return ExitCode::kOk;
@@ -174,6 +259,12 @@ void AddEvalCommand(CLI::App* app, CommandLine* line) {
   AddCount(eval, "--seq-len", &arguments->seq_len, "tokens per sequence (default: as trained)");
   AddCount(eval, "--micro-batch", &arguments->micro_batch,
            "sequences per pass (default: as trained)");
+  eval->add_option(
+          "--by", arguments->by,
+          "the loss by tokens of context before the target (as many passes as lines), or of "
+          "each document")
+      ->check(CLI::IsMember({"context", "document"}))
+      ->type_name("context|document");
   eval->add_flag("--json", arguments->json, "one JSON object");
   eval->callback([line, arguments] {
     line->on_several_ranks = false;

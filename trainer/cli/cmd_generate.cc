@@ -7,10 +7,10 @@
 #include <optional>
 
 #include "absl/strings/str_format.h"
-#include "data/tokenizer.h"
 #include "kernels/base/number.h"
 #include "trainer/cli/commands.h"
 #include "trainer/tools/generate.h"
+#include "trainer/tools/model_tokenizer.h"
 #include "trainer/tools/terminal_text.h"
 
 namespace krait {
@@ -55,26 +55,21 @@ absl::StatusOr<ExitCode> Run(const Arguments& arguments) {
   KRAIT_RETURN_IF_ERROR(CheckSampling(arguments.sampling));
   std::unique_ptr<InferenceModel> model;
   KRAIT_ASSIGN_OR_RETURN(model, InferenceModel::Load(arguments.checkpoint, PrintNotice));
-  const std::string name =
-      arguments.tokenizer.empty() ? model->checkpoint().meta.tokenizer : arguments.tokenizer;
-  if (name.empty()) {
-    return Error(ExitCode::kConfig,
-                 model->checkpoint().path + " names no tokenizer: add --tokenizer NAME");
-  }
-  std::unique_ptr<Tokenizer> tokenizer;
-  KRAIT_ASSIGN_OR_RETURN(tokenizer, MakeTokenizer(name));
+  ModelTokenizer own;
+  KRAIT_ASSIGN_OR_RETURN(own, TokenizerOf(model->checkpoint(), arguments.tokenizer));
+  Tokenizer& tokenizer = *own.tokenizer;
   std::string text = arguments.prompt.value_or("");
   if (!arguments.prompt.has_value()) {
     KRAIT_ASSIGN_OR_RETURN(text, ReadStandardInput());
   }
-  std::vector<int32_t> prompt;
-  tokenizer->Encode(text, &prompt);
+  std::vector<int32_t> prompt = tokenizer.prefix();
+  KRAIT_RETURN_IF_ERROR(tokenizer.Encode(text, &prompt));
   if (prompt.empty()) {
     return Error(ExitCode::kConfig,
                  "the prompt is empty: generation starts from at least one token, of --prompt TEXT "
                  "or of standard input");
   }
-  const int64_t vocab = std::min(tokenizer->vocab_size(), model->config().model.vocab_size);
+  const int64_t vocab = std::min(tokenizer.vocab_size(), model->config().model.vocab_size);
   for (int32_t id : prompt) {
     if (id >= vocab) {
       return Error(
@@ -102,9 +97,10 @@ absl::StatusOr<ExitCode> Run(const Arguments& arguments) {
   } else if (!status.ok()) {
     return status;
   }
+  TextDecoder decoder(tokenizer, /*at_start=*/text.empty());
   const auto generated =
-      Generate(model.get(), prompt, fits, vocab, tokenizer->end_token(), arguments.sampling,
-               [&](int32_t id) { return output.Add(tokenizer->Decode(id)); });
+      Generate(model.get(), prompt, fits, vocab, EndTokens(tokenizer, model->checkpoint().meta),
+               arguments.sampling, [&](int32_t id) { return output.Add(decoder.Next(id)); });
   if (absl::IsCancelled(generated.status())) return ExitCode::kOk;
   KRAIT_RETURN_IF_ERROR(generated.status());
   const GenerateStats& stats = *generated;
@@ -131,8 +127,10 @@ void AddGenerateCommand(CLI::App* app, CommandLine* line) {
       ->type_name("TEXT");
   AddCount(generate, "--tokens", &arguments->tokens,
            "how many tokens to add at most: an end token ends the text (default 256)");
-  generate->add_option("--tokenizer", arguments->tokenizer, "instead of the checkpoint's: bytes")
-      ->type_name("NAME");
+  generate
+      ->add_option("--tokenizer", arguments->tokenizer,
+                   "instead of the checkpoint's: bytes, a tokenizer.json or a SentencePiece model")
+      ->type_name("bytes|FILE");
   SamplingOptions& sampling = arguments->sampling;
   AddNumber(generate, "--temperature", &sampling.temperature, "0: always the most likely token");
   AddCount(generate, "--top-k", &sampling.top_k,

@@ -24,7 +24,7 @@ absl::StatusOr<ExitCode> Import(const ImportOptions& options, bool json) {
 
 absl::StatusOr<ExitCode> Export(const ExportOptions& options, bool json) {
   ExportReport report;
-  KRAIT_ASSIGN_OR_RETURN(report, ExportHf(options));
+  KRAIT_ASSIGN_OR_RETURN(report, ExportHf(options, PrintNotice));
   KRAIT_RETURN_IF_ERROR(
       Print(json ? Dump({{"hf", options.hf},
                          {"checkpoint", report.checkpoint},
@@ -48,8 +48,10 @@ void AddInteropCommands(CLI::App* app, CommandLine* line) {
       ->required();
   AddPath(from_hf, "--out", &in->out, "the checkpoint to make", "CHECKPOINT")->required();
   AddForce(from_hf, &in->force);
-  from_hf->add_option("--tokenizer", in->tokenizer, "the model's tokenizer: bytes")
-      ->type_name("NAME");
+  from_hf
+      ->add_option("--tokenizer", in->tokenizer,
+                   "the model's tokenizer (default: the one in the folder)")
+      ->type_name("bytes|FILE");
   from_hf->add_flag("--json", *json, "one JSON object");
   from_hf->callback([line, in, json] { line->run = [in, json] { return Import(*in, *json); }; });
 
@@ -60,6 +62,10 @@ void AddInteropCommands(CLI::App* app, CommandLine* line) {
       ->required();
   AddPath(to_hf, "--hf", &out->hf, "the folder to make", "DIR")->required();
   AddForce(to_hf, &out->force);
+  to_hf
+      ->add_option("--tokenizer", out->tokenizer,
+                   "instead of the checkpoint's: bytes, a tokenizer.json or a SentencePiece model")
+      ->type_name("bytes|FILE");
   to_hf->add_flag("--json", *json, "one JSON object");
   to_hf
       ->add_option_function<std::string>(

@@ -2,7 +2,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <cstdio>
 #include <map>
 #include <optional>
 #include <utility>
@@ -17,6 +16,7 @@
 #include "trainer/config/config.h"
 #include "trainer/tools/hf_folder.h"
 #include "trainer/tools/interop.h"
+#include "trainer/tools/model_tokenizer.h"
 
 namespace krait {
 namespace {
@@ -139,8 +139,28 @@ absl::StatusOr<nlohmann::ordered_json> GenerationConfig(const std::string& impor
   return generation;
 }
 
+// The tokenizer, and where no imported config says them its special ids.
+absl::Status WriteTokenizer(const std::string& folder, const Checkpoint& checkpoint,
+                            const ExportOptions& options, int64_t vocab_size, const Notice& notice,
+                            nlohmann::ordered_json* config) {
+  if (checkpoint.meta.tokenizer.empty() && options.tokenizer.empty()) return absl::OkStatus();
+  auto own = TokenizerOf(checkpoint, options.tokenizer);
+  if (!own.ok()) {
+    if (!options.tokenizer.empty()) return own.status();
+    notice("the export has no tokenizer: " + MessageOf(own.status()));
+    return absl::OkStatus();
+  }
+  const Tokenizer& tokenizer = *own->tokenizer;
+  KRAIT_RETURN_IF_ERROR(CheckVocabulary(tokenizer, vocab_size, checkpoint.path));
+  if (checkpoint.meta.hf_config.empty()) {
+    if (!tokenizer.prefix().empty()) (*config)["bos_token_id"] = tokenizer.prefix().front();
+    if (tokenizer.end_token().has_value()) (*config)["eos_token_id"] = *tokenizer.end_token();
+  }
+  return WriteTokenizerFiles(FilesForHf(*own), folder, ExitCode::kCannotSave);
+}
+
 absl::Status WriteFolder(const std::string& folder, const Checkpoint& checkpoint,
-                         const ExportOptions& options, ExportReport* report) {
+                         const ExportOptions& options, const Notice& notice, ExportReport* report) {
   RunConfig run;
   KRAIT_ASSIGN_OR_RETURN(
       run, ParseConfig(checkpoint.meta.config_yaml, checkpoint.path + "/manifest.json: config", {},
@@ -151,10 +171,11 @@ absl::Status WriteFolder(const std::string& folder, const Checkpoint& checkpoint
   KRAIT_ASSIGN_OR_RETURN(config, ParsePythonJson(text, "config.json", ExitCode::kInternal));
   config["dtype"] = options.dtype == DType::kF32 ? "float32" : "bfloat16";
   config["torch_dtype"] = config["dtype"];  // the name before transformers 4.56
+  KRAIT_RETURN_IF_ERROR(MakeDirectories(folder, ExitCode::kCannotSave));
+  KRAIT_RETURN_IF_ERROR(
+      WriteTokenizer(folder, checkpoint, options, run.model.vocab_size, notice, &config));
   KRAIT_ASSIGN_OR_RETURN(generation,
                          GenerationConfig(checkpoint.meta.hf_generation_config, config));
-
-  KRAIT_RETURN_IF_ERROR(MakeDirectories(folder, ExitCode::kCannotSave));
   KRAIT_RETURN_IF_ERROR(WriteWeights(folder, checkpoint, ParamTable(run.model), options, report));
   KRAIT_RETURN_IF_ERROR(WriteJson(folder + "/config.json", config));
   return WriteJson(folder + "/generation_config.json", generation);
@@ -162,14 +183,14 @@ absl::Status WriteFolder(const std::string& folder, const Checkpoint& checkpoint
 
 // A name that an export writes.
 bool IsExportFile(const std::string& name) {
-  return name == "config.json" || name == "generation_config.json" ||
+  return IsTokenizerFile(name) || name == "config.json" || name == "generation_config.json" ||
          name == "model.safetensors.index.json" ||
          (name.starts_with("model") && name.ends_with(".safetensors"));
 }
 
 }  // namespace
 
-absl::StatusOr<ExportReport> ExportHf(const ExportOptions& options) {
+absl::StatusOr<ExportReport> ExportHf(const ExportOptions& options, const Notice& notice) {
   if (Exists(options.hf)) {
     std::vector<std::string> names;
     KRAIT_ASSIGN_OR_RETURN(names, ListDirectory(options.hf, ExitCode::kConfig));
@@ -192,11 +213,9 @@ absl::StatusOr<ExportReport> ExportHf(const ExportOptions& options) {
   const auto write = [&](const Checkpoint& checkpoint) -> absl::Status {
     KRAIT_RETURN_IF_ERROR(RemoveAll(staging, ExitCode::kCannotSave));
     report = {.checkpoint = checkpoint.path};
-    return WriteFolder(staging, checkpoint, options, &report);
+    return WriteFolder(staging, checkpoint, options, notice, &report);
   };
-  absl::Status status = LoadNewest(candidates, write, [](const std::string& line) {
-                          std::fprintf(stderr, "krait: %s\n", line.c_str());
-                        }).status();
+  absl::Status status = LoadNewest(candidates, write, notice).status();
   if (status.ok()) status = SyncDirectory(staging, ExitCode::kCannotSave);
   // An older export keeps its place until the new one is whole.
   const std::string replaced = options.hf + ".replaced-" + std::to_string(getpid());

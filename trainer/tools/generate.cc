@@ -56,7 +56,8 @@ int32_t Sample(const float* logits, int64_t vocab, const SamplingOptions& option
 }
 
 absl::StatusOr<GenerateStats> Generate(InferenceModel* model, const std::vector<int32_t>& prompt,
-                                       int64_t tokens, int64_t vocab, std::optional<int32_t> end,
+                                       int64_t tokens, int64_t vocab,
+                                       const std::vector<int32_t>& ends,
                                        const SamplingOptions& options,
                                        const std::function<absl::Status(int32_t id)>& on_token) {
   KRAIT_RETURN_IF_ERROR(CheckSampling(options));
@@ -98,7 +99,7 @@ absl::StatusOr<GenerateStats> Generate(InferenceModel* model, const std::vector<
                                    prompt_size + i));
     }
     const int32_t id = Sample(logits.data(), vocab, options, static_cast<uint64_t>(i));
-    if (id == end) break;
+    if (std::find(ends.begin(), ends.end(), id) != ends.end()) break;
     ++stats.tokens;
     KRAIT_RETURN_IF_ERROR(on_token(id));
     if (i + 1 < tokens) decode(&id, 1);

@@ -4,7 +4,6 @@
 
 #include <cstdint>
 #include <functional>
-#include <optional>
 #include <vector>
 
 #include "trainer/tools/inference.h"
@@ -32,10 +31,11 @@ struct GenerateStats {
 };
 
 // Feeds `prompt` (at least one id) and draws up to `tokens` ids below `vocab`, which
-// InferenceModel::DecodeTokens says fit, calling `on_token` with each as it is drawn. Ends at the
-// id `end`, which is not handed on, and at an error of `on_token`, which it returns.
+// InferenceModel::DecodeTokens says fit, calling `on_token` with each as it is drawn. Ends at one
+// of the ids `ends`, which is not handed on, and at an error of `on_token`, which it returns.
 absl::StatusOr<GenerateStats> Generate(InferenceModel* model, const std::vector<int32_t>& prompt,
-                                       int64_t tokens, int64_t vocab, std::optional<int32_t> end,
+                                       int64_t tokens, int64_t vocab,
+                                       const std::vector<int32_t>& ends,
                                        const SamplingOptions& options,
                                        const std::function<absl::Status(int32_t id)>& on_token);
 

@@ -1,5 +1,6 @@
 #include "trainer/tools/interop.h"
 
+#include <memory>
 #include <vector>
 
 #include "data/tokenizer.h"
@@ -7,6 +8,7 @@
 #include "model/params.h"
 #include "trainer/config/config.h"
 #include "trainer/tools/hf_folder.h"
+#include "trainer/tools/model_tokenizer.h"
 
 namespace krait {
 namespace {
@@ -15,6 +17,36 @@ namespace {
 std::string LastPart(std::string path) {
   while (path.size() > 1 && path.back() == '/') path.pop_back();
   return path.substr(path.rfind('/') + 1);
+}
+
+struct FoundTokenizer {
+  std::string name;  // "": none
+  TokenizerFiles files;
+};
+
+// What the user named; else what an export of Krait's says, or lies in the folder.
+absl::StatusOr<FoundTokenizer> FindTokenizer(const ImportOptions& options, const HfFolder& folder,
+                                             const Notice& notice) {
+  FoundTokenizer found;
+  const bool named = !options.tokenizer.empty();
+  const bool bytes = !named && folder.tokenizer() == "bytes";
+  const bool lies_there =
+      Exists(options.hf + "/tokenizer.json") || Exists(options.hf + "/tokenizer.model");
+  if (!named && !bytes && !lies_there) return found;
+  const std::string source = named ? options.tokenizer : bytes ? "bytes" : options.hf;
+  const auto make = [&]() -> absl::Status {
+    KRAIT_ASSIGN_OR_RETURN(found.files, ReadTokenizerFiles(source));
+    std::unique_ptr<Tokenizer> tokenizer;
+    KRAIT_ASSIGN_OR_RETURN(tokenizer, MakeTokenizer(found.files, source));
+    KRAIT_RETURN_IF_ERROR(CheckVocabulary(*tokenizer, folder.spec().vocab_size, options.hf));
+    found.name = tokenizer->name();
+    return absl::OkStatus();
+  };
+  const absl::Status made = make();
+  if (made.ok()) return found;
+  if (named) return made;
+  notice("the tokenizer is left: " + MessageOf(made));
+  return FoundTokenizer();
 }
 
 }  // namespace
@@ -41,9 +73,6 @@ absl::Status ImportHf(const ImportOptions& options, const Notice& notice) {
                                           (checkpoint ? ", or add --force to replace it" : ""));
     }
   }
-  if (!options.tokenizer.empty()) {
-    KRAIT_RETURN_IF_ERROR(MakeTokenizer(options.tokenizer).status());
-  }
   auto folder = HfFolder::Open(options.hf);
   if (!folder.ok()) return folder.status();
   for (const std::string& note : folder->notes()) notice(note);
@@ -56,9 +85,12 @@ absl::Status ImportHf(const ImportOptions& options, const Notice& notice) {
   const ParamTable table(config.model);
   KRAIT_RETURN_IF_ERROR(folder->Locate(config.model, table));
 
+  FoundTokenizer tokenizer;
+  KRAIT_ASSIGN_OR_RETURN(tokenizer, FindTokenizer(options, *folder, notice));
+
   CheckpointMeta meta;
   meta.config_yaml = config.ToYaml();
-  meta.tokenizer = options.tokenizer.empty() ? folder->tokenizer() : options.tokenizer;
+  meta.tokenizer = tokenizer.name;
   meta.hf_config = folder->kept();
   meta.hf_generation_config = folder->generation_config();
   SaveOptions save;
@@ -72,7 +104,9 @@ absl::Status ImportHf(const ImportOptions& options, const Notice& notice) {
   std::vector<CheckpointBox> boxes = WholeTensors(table, DType::kF32);
   for (size_t p = 0; p < boxes.size(); ++p) boxes[p].dtype = folder->dtype(static_cast<int>(p));
   const absl::Status saved = SaveCheckpoint(save, meta, boxes, nullptr, source);
-  return read.ok() ? saved : read;
+  KRAIT_RETURN_IF_ERROR(read.ok() ? saved : read);
+  if (tokenizer.files.empty()) return absl::OkStatus();
+  return WriteTokenizerFiles(tokenizer.files, options.out + "/tokenizer", ExitCode::kCannotSave);
 }
 
 }  // namespace krait

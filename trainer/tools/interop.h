@@ -24,11 +24,12 @@ struct ImportOptions {
   std::string hf;         // folder
   std::string out;        // checkpoint folder to make
   bool force = false;     // replace an older checkpoint at `out`
-  std::string tokenizer;  // stored in the checkpoint; "": what the weight files say, if anything
+  std::string tokenizer;  // "bytes" or a path; "": the folder's
 };
 // A checkpoint at step 0 that holds weights only, in f32 or where the folder holds them so in bf16,
 // and what the folder says beyond the model
-// (HfFolder), a notice for each of its notes.
+// (HfFolder), a notice for each of its notes. The tokenizer's files go into its folder `tokenizer`;
+// one in the folder that Krait does not read is left, with a notice.
 absl::Status ImportHf(const ImportOptions& options, const Notice& notice);
 
 struct ExportOptions {
@@ -37,15 +38,16 @@ struct ExportOptions {
   bool force = false;         // replace an older export; an empty folder is filled in any case
   DType dtype = DType::kF32;  // or kBF16, rounded to nearest even
   int64_t shard_bytes = int64_t{5} << 30;
+  std::string tokenizer;  // "bytes" or a path; "": the checkpoint's
 };
 struct ExportReport {
   std::string checkpoint;  // the folder taken
   int64_t tensors = 0, bytes = 0, files = 0;
 };
-// config.json, generation_config.json and the weights, with what an imported folder said beyond the
-// model; refuses a model that transformers' Jamba cannot express, with the reason. The folder
-// appears whole or not at all.
-absl::StatusOr<ExportReport> ExportHf(const ExportOptions& options);
+// config.json, generation_config.json, the weights and the tokenizer, with what an imported folder
+// said beyond the model; a notice where the tokenizer is not to be had; refuses a model that
+// transformers' Jamba cannot express, with the reason. The folder appears whole or not at all.
+absl::StatusOr<ExportReport> ExportHf(const ExportOptions& options, const Notice& notice);
 
 }  // namespace krait
 

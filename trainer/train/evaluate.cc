@@ -70,15 +70,16 @@ std::vector<EvalShare> EvalShares(const Dataset& data, const std::vector<SourceS
     for (int n = 2; !names.insert(share.name).second; ++n) {
       share.name = stem + "-" + std::to_string(n);
     }
+    share.tokens_per_byte = data.files()[i]->tokens_per_byte();
     shares.push_back(share);
     first += there;
   }
   return shares;
 }
 
-std::optional<double> BitsPerByte(double loss, const std::string& tokenizer) {
-  if (tokenizer != "bytes") return std::nullopt;
-  return loss / std::numbers::ln2;
+std::optional<double> BitsPerByte(double loss, std::optional<double> tokens_per_byte) {
+  if (!tokens_per_byte.has_value()) return std::nullopt;
+  return loss / std::numbers::ln2 * *tokens_per_byte;
 }
 
 }  // namespace krait

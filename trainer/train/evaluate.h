@@ -43,12 +43,14 @@ struct EvalShare {
   std::string name;   // the file's stem; made unique by a number
   int64_t first = 0;  // sequence of the dataset in stored order
   int64_t count = 0;
+  std::optional<double> tokens_per_byte;  // of the file
 };
 std::vector<EvalShare> EvalShares(const Dataset& data, const std::vector<SourceSpec>& sources,
                                   int64_t tokens);
 
-// Bits per byte of a loss in nats per token: known for the byte tokenizer, whose tokens are bytes.
-std::optional<double> BitsPerByte(double loss, const std::string& tokenizer);
+// Bits per byte of a loss in nats per token, of text with so many tokens per byte
+// (TokenFile::tokens_per_byte).
+std::optional<double> BitsPerByte(double loss, std::optional<double> tokens_per_byte);
 
 }  // namespace krait
 

@@ -166,16 +166,17 @@ absl::Status Run::Evaluate() {
   const Progress show = ShowProgress("evaluating");
   std::vector<Metric> metrics;
   std::vector<std::string> lines;
-  // NaN, and nothing in the line, where the tokenizer says nothing about bytes.
-  const auto add = [&](const std::string& name, const std::string& said, double loss) {
-    const std::optional<double> bpb = BitsPerByte(loss, state().tokenizer);
+  // NaN, and nothing in the line, where a file says nothing about bytes.
+  const auto add = [&](const std::string& name, const std::string& said, double loss,
+                       std::optional<double> tokens_per_byte) {
+    const std::optional<double> bpb = BitsPerByte(loss, tokens_per_byte);
     metrics.push_back({name + "/loss", loss});
     metrics.push_back({name + "/bpb", bpb.value_or(std::nan(""))});
     lines.push_back(absl::StrFormat("step %5d/%d | %s loss %.4f", state().step,
                                     trainer_->last_step(), said, loss));
     if (bpb.has_value()) lines.back() += absl::StrFormat(" | %s bpb %.4f", said, *bpb);
   };
-  double sum = 0;
+  double sum = 0, bytes = 0;
   int64_t targets = 0;
   for (const EvalShare& share : shares) {
     const auto result = EvaluateStored(
@@ -187,12 +188,17 @@ absl::Status Run::Evaluate() {
     }
     KRAIT_RETURN_IF_ERROR(result.status());
     before += share.count;
-    if (shares.size() > 1) add("val/" + share.name, "val " + share.name, result->loss);
+    if (shares.size() > 1) {
+      add("val/" + share.name, "val " + share.name, result->loss, share.tokens_per_byte);
+    }
     if (result->targets == 0) continue;
     sum += result->loss * static_cast<double>(result->targets);
     targets += result->targets;
+    bytes += static_cast<double>(result->targets) / share.tokens_per_byte.value_or(std::nan(""));
   }
-  add("val", "val", sum / static_cast<double>(targets));
+  std::optional<double> tokens_per_byte;
+  if (std::isfinite(bytes)) tokens_per_byte = static_cast<double>(targets) / bytes;
+  add("val", "val", sum / static_cast<double>(targets), tokens_per_byte);
   metrics.push_back({"tokens", state().tokens});
   return OnFirst([&]() -> absl::Status {
     for (const std::string& line : lines) KRAIT_RETURN_IF_ERROR(Say(line));

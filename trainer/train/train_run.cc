@@ -86,7 +86,7 @@ absl::Status Run::OpenData() {
   if (train_data_ != nullptr && validation_ != nullptr) {
     const TokenFile &train = *train_data_->files().front(),
                     &held_out = *validation_->files().front();
-    errors.Add(CheckSameTokenizer(held_out, train.path(), train.tokenizer()));
+    errors.Add(CheckSameTokenizer(held_out, train.path(), train_data_->tokenizer()));
   }
   return errors.ToStatus();
 }
@@ -141,10 +141,17 @@ absl::Status Run::Open() {
     KRAIT_RETURN_IF_ERROR(OnFirst(lock));
     KRAIT_RETURN_IF_ERROR(TakeStaging());
   }
+  const auto keep_tokenizer = [&]() -> absl::Status {
+    for (const auto& file : train_data_->files()) {
+      KRAIT_RETURN_IF_ERROR(KeepTokenizer(*file, config_.checkpoint.dir + "/tokenizer"));
+    }
+    return absl::OkStatus();
+  };
+  KRAIT_RETURN_IF_ERROR(OnFirst(keep_tokenizer));
   state().hardware = HardwareName(trainer_->ctx().device);
   state().data_fingerprint = train_data_->Fingerprint();
   state().config_yaml = config_.ToYaml();
-  state().tokenizer = train_data_->files().front()->tokenizer();
+  state().tokenizer = train_data_->tokenizer();
   state().validation = data.validation;
   first_step_ = saving_step_ = state().step;
   first_tokens_ = state().tokens;

@@ -5,6 +5,7 @@
 #include <filesystem>
 #include <fstream>
 
+#include "data/tokenizer.h"
 #include "kernels/base/file.h"
 #include "kernels/cuda/runtime.h"
 #include "nlohmann/json.hpp"
@@ -357,6 +358,23 @@ TEST(Cli, EvalAgreesWithTrainingAndPrintsJson) {
   EXPECT_NEAR(json["perplexity"].get<double>(), std::exp(json["loss"].get<double>()), 1e-9);
   EXPECT_NEAR(json["bits_per_byte"].get<double>(), json["loss"].get<double>() / std::log(2.0),
               1e-9);
+  // The parts of the targets make up the whole.
+  for (const char* by : {"context", "document"}) {
+    const ProcessResult parts =
+        Krait({"eval", tiny / "run", "--data", tiny / "more.h5", "--json", "--by", by});
+    ASSERT_EQ(parts.code, 0) << parts.err;
+    const auto whole = nlohmann::json::parse(parts.out);
+    EXPECT_EQ(whole["loss"], json["loss"]);
+    double sum = 0;
+    int64_t targets = 0;
+    for (const auto& part : whole["parts"]) {
+      const auto count = part["targets"].get<int64_t>();
+      targets += count;
+      if (count > 0) sum += part["loss"].get<double>() * static_cast<double>(count);
+    }
+    EXPECT_EQ(targets, json["targets"].get<int64_t>()) << by;
+    EXPECT_NEAR(sum / static_cast<double>(targets), json["loss"].get<double>(), 1e-5) << by;
+  }
   // No pass is larger than the file, whatever is asked for.
   const ProcessResult large = Krait({"eval", tiny / "run", "--data", tiny / "more.h5", "--json",
                                      "--micro-batch", "9223372036854775807"});
@@ -441,6 +459,61 @@ TEST(Cli, GenerateIsAFunctionOfItsSeed) {
   EXPECT_EQ(Krait({"generate", tiny / "run", "--prompt", ""}).code, 20);
   EXPECT_EQ(Krait({"generate", tiny / "run", "--prompt", "a", "--tokenizer", "bpe"}).code, 20);
   EXPECT_EQ(Krait({"generate", tiny / "run", "--prompt", "a", "--top-p", "2"}).code, 20);
+}
+
+// From text by a tokenizer.json to a run, words, an export and back.
+TEST(Cli, ATokenizerTravelsWithTheModel) {
+  const TinyRun tiny;
+  const std::string file = std::string(KRAIT_TEST_GOLDEN) + "/tokenizers/llama3.json";
+  const ProcessResult built =
+      Krait({"data", "build", "--tokenizer", file, "--out", tiny / "words.h5", tiny / "train"});
+  ASSERT_EQ(built.code, 0) << built.err;
+  const ProcessResult inspect = Krait({"data", "inspect", tiny / "words.h5"});
+  EXPECT_THAT(inspect.out, AllOf(HasSubstr("tokenizer     bpe-"), HasSubstr("end token     1\n"),
+                                 HasSubstr("bytes per token"), HasSubstr("<|begin_of_text|>")));
+  const std::string sources = "[{path: " + tiny / "words.h5" + "}]";
+  // The model's vocabulary of 256 does not hold the ids.
+  const ProcessResult small = tiny.Train("small", {"data.train=" + sources});
+  EXPECT_EQ(small.code, 21);
+  EXPECT_THAT(small.err, HasSubstr("its vocab_size 700 is above the model's vocab_size 256"));
+  const ProcessResult train =
+      tiny.Train("run", {"model.vocab_size=704", "train.steps=3", "data.train=" + sources,
+                         "data.validation=" + sources});
+  ASSERT_EQ(train.code, 0) << train.err;
+  EXPECT_THAT(train.out, HasSubstr("val bpb "));
+  const std::vector<std::string> words = {"--prompt", "krait scan",    "--tokens",
+                                          "12",       "--temperature", "0"};
+  const auto generate = [&](const std::string& checkpoint) {
+    std::vector<std::string> line = {"generate", checkpoint};
+    line.insert(line.end(), words.begin(), words.end());
+    const ProcessResult result = Krait(line);
+    EXPECT_EQ(result.code, 0) << result.err;
+    EXPECT_TRUE(result.out.starts_with("krait scan")) << result.out;
+    return result.out;
+  };
+  const std::string text = generate(tiny / "run");
+  ASSERT_EQ(Krait({"export", tiny / "run", "--hf", tiny / "hf"}).code, 0);
+  EXPECT_EQ(ReadText(tiny / "hf/tokenizer.json"), ReadText(file));
+  const auto config = nlohmann::json::parse(ReadText(tiny / "hf/tokenizer_config.json"));
+  EXPECT_EQ(config["eos_token"], "<|end_of_text|>");
+  const auto generation = nlohmann::json::parse(ReadText(tiny / "hf/generation_config.json"));
+  EXPECT_EQ(generation["eos_token_id"], 1);
+  EXPECT_EQ(generation["bos_token_id"], 0);
+  ASSERT_EQ(Krait({"import", "--hf", tiny / "hf", "--out", tiny / "again"}).code, 0);
+  EXPECT_EQ(generate(tiny / "again"), text);
+  // Without the files there is a sentence.
+  std::filesystem::remove_all(tiny / "again/tokenizer");
+  const ProcessResult lost = Krait({"generate", tiny / "again", "--prompt", "a"});
+  EXPECT_EQ(lost.code, 20);
+  EXPECT_THAT(lost.err, AllOf(HasSubstr("its tokenizer bpe-"), HasSubstr("add --tokenizer FILE")));
+  // A byte model's export has a tokenizer of bytes.
+  ASSERT_EQ(tiny.Train("bytes", {"train.steps=2"}).code, 0);
+  ASSERT_EQ(Krait({"export", tiny / "bytes", "--hf", tiny / "bytes-hf"}).code, 0);
+  const auto tokenizer = MakeTokenizer(tiny / "bytes-hf");
+  ASSERT_TRUE(tokenizer.ok()) << tokenizer.status();
+  std::vector<int32_t> ids;
+  ASSERT_TRUE((*tokenizer)->Encode("\xC3\xA9 \n", &ids).ok());
+  EXPECT_THAT(ids, ::testing::ElementsAre(0xC3, 0xA9, 32, 10));
 }
 
 TEST(Cli, BenchStepWritesItsFields) {

@@ -33,11 +33,11 @@ class GenerateTest : public testing::Test {
     model_ = std::move(*loaded);
   }
   std::vector<int32_t> Greedy(const std::vector<int32_t>& prompt, int64_t tokens,
-                              std::optional<int32_t> end = std::nullopt) {
+                              const std::vector<int32_t>& ends = {}) {
     SamplingOptions options;
     options.temperature = 0;
     std::vector<int32_t> ids;
-    const auto stats = Generate(model_.get(), prompt, tokens, 256, end, options, [&](int32_t id) {
+    const auto stats = Generate(model_.get(), prompt, tokens, 256, ends, options, [&](int32_t id) {
       ids.push_back(id);
       return absl::OkStatus();
     });
@@ -111,13 +111,13 @@ TEST_F(GenerateTest, StopsAtTheEndToken) {
   const std::vector<int32_t> drawn = Greedy(ids, 20);
   ASSERT_EQ(drawn.size(), 20u);
   const auto end = std::find(drawn.begin(), drawn.end(), drawn[7]);
-  EXPECT_EQ(Greedy(ids, 20, drawn[7]), std::vector<int32_t>(drawn.begin(), end));
+  EXPECT_EQ(Greedy(ids, 20, {drawn[7]}), std::vector<int32_t>(drawn.begin(), end));
 }
 
 TEST_F(GenerateTest, AnErrorOfTheReceiverEndsIt) {
   int taken = 0;
   const auto stats =
-      Generate(model_.get(), {1, 2, 3}, 1000, 256, std::nullopt, SamplingOptions(),
+      Generate(model_.get(), {1, 2, 3}, 1000, 256, {}, SamplingOptions(),
                [&](int32_t) { return ++taken < 3 ? absl::OkStatus() : absl::CancelledError("x"); });
   EXPECT_TRUE(absl::IsCancelled(stats.status()));
   EXPECT_EQ(taken, 3);
@@ -138,7 +138,7 @@ TEST_F(GenerateTest, NonFiniteWeightsAreNamed) {
       model_->weights().Param(model_->weights().table().Find("lm_head.weight")).data<float>();
   head[0] = std::nanf("");
   SamplingOptions options;
-  const auto stats = Generate(model_.get(), {1, 2, 3}, 4, 256, std::nullopt, options,
+  const auto stats = Generate(model_.get(), {1, 2, 3}, 4, 256, {}, options,
                               [](int32_t) { return absl::OkStatus(); });
   EXPECT_EQ(ExitCodeOf(stats.status()), ExitCode::kNumerics);
 }

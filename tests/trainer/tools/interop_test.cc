@@ -103,7 +103,7 @@ class InteropTest : public ::testing::Test {
 
 TEST_F(InteropTest, ImportAndExportKeepEveryBit) {
   const std::string checkpoint = Import(kGolden, "checkpoint");
-  const auto report = ExportHf(Export(checkpoint, "out"));
+  const auto report = ExportHf(Export(checkpoint, "out"), Ignore);
   ASSERT_TRUE(report.ok()) << report.status();
   EXPECT_EQ(report->tensors, 163);
   EXPECT_EQ(report->files, 1);
@@ -125,7 +125,7 @@ TEST_F(InteropTest, ImportAndExportKeepEveryBit) {
 }
 
 TEST_F(InteropTest, ProbeOfTheExportIsProbeOfTheOriginal) {
-  const auto report = ExportHf(Export(Import(kGolden, "checkpoint"), "out"));
+  const auto report = ExportHf(Export(Import(kGolden, "checkpoint"), "out"), Ignore);
   ASSERT_TRUE(report.ok()) << report.status();
   std::string outputs[2];
   for (int i = 0; i < 2; ++i) {
@@ -144,7 +144,7 @@ TEST_F(InteropTest, ProbeOfTheExportIsProbeOfTheOriginal) {
 TEST_F(InteropTest, ShardsWithAnIndex) {
   ExportOptions options = Export(Import(kGolden, "checkpoint"), "out");
   options.shard_bytes = 500'000;
-  const auto report = ExportHf(options);
+  const auto report = ExportHf(options, Ignore);
   ASSERT_TRUE(report.ok()) << report.status();
   EXPECT_GE(report->files, 5);
   EXPECT_TRUE(std::filesystem::exists(folder_ / "out/model.safetensors.index.json"));
@@ -154,7 +154,7 @@ TEST_F(InteropTest, ShardsWithAnIndex) {
     EXPECT_LT(entry.file_size(), 520'000u) << entry.path();
   }
   ExpectGoldenWeights(folder_ / "out");
-  ASSERT_TRUE(ExportHf(Export(Import(folder_ / "out", "second"), "whole")).ok());
+  ASSERT_TRUE(ExportHf(Export(Import(folder_ / "out", "second"), "whole"), Ignore).ok());
   ExpectGoldenWeights(folder_ / "whole");
 }
 
@@ -176,14 +176,14 @@ TEST_F(InteropTest, FusedExpertsReadLikeSeparateOnes) {
     tensors[prefix + "down_proj"] = {{kExperts, kD, kF}, down};
   }
   WriteFolder("fused", tensors);
-  ASSERT_TRUE(ExportHf(Export(Import(folder_ / "fused", "checkpoint"), "out")).ok());
+  ASSERT_TRUE(ExportHf(Export(Import(folder_ / "fused", "checkpoint"), "out"), Ignore).ok());
   ExpectGoldenWeights(folder_ / "out");
 }
 
 TEST_F(InteropTest, Bf16RoundsToNearestEven) {
   ExportOptions options = Export(Import(kGolden, "checkpoint"), "out");
   options.dtype = DType::kBF16;
-  ASSERT_TRUE(ExportHf(options).ok());
+  ASSERT_TRUE(ExportHf(options, Ignore).ok());
   const SafetensorsReader golden = Folder(kGolden), out = Folder(folder_ / "out");
   for (const auto& [name, entry] : golden.entries()) {
     ASSERT_EQ(out.entries().at(name).dtype, DType::kBF16);
@@ -205,7 +205,7 @@ TEST_F(InteropTest, Bf16RoundsToNearestEven) {
 TEST_F(InteropTest, BF16KeepsItsSize) {
   ExportOptions options = Export(Import(kGolden, "checkpoint"), "half");
   options.dtype = DType::kBF16;
-  ASSERT_TRUE(ExportHf(options).ok());
+  ASSERT_TRUE(ExportHf(options, Ignore).ok());
   const auto opened = OpenCheckpoint(Import(folder_ / "half", "from_half"));
   ASSERT_TRUE(opened.ok());
   for (const ManifestBox& box : opened->boxes) EXPECT_EQ(box.dtype, DType::kBF16) << box.name;
@@ -214,7 +214,7 @@ TEST_F(InteropTest, BF16KeepsItsSize) {
   for (const DType dtype : {DType::kF32, DType::kBF16}) {
     ExportOptions again = Export(folder_ / "from_half", dtype == DType::kF32 ? "wide" : "same");
     again.dtype = dtype;
-    ASSERT_TRUE(ExportHf(again).ok());
+    ASSERT_TRUE(ExportHf(again, Ignore).ok());
     const SafetensorsReader out = Folder(again.hf);
     for (const auto& [name, entry] : half.entries()) {
       ASSERT_EQ(out.entries().at(name).dtype, dtype);
@@ -256,15 +256,16 @@ TEST_F(InteropTest, BrokenFoldersAreRefusedAllAtOnce) {
 TEST_F(InteropTest, ExportRefusesWhatTransformersCannotExpress) {
   const TinyRun tiny;
   ASSERT_EQ(tiny.Train("run", {"train.steps=10", "model.attention.rope_theta=10000"}).code, 0);
-  const auto refused = ExportHf(Export(tiny / "run", "out"));
+  const auto refused = ExportHf(Export(tiny / "run", "out"), Ignore);
   EXPECT_EQ(ExitCodeOf(refused.status()), ExitCode::kConfig);
   EXPECT_THAT(MessageOf(refused.status()), HasSubstr("rope_theta"));
   EXPECT_FALSE(std::filesystem::exists(folder_ / "out"));
 
   folder_.Write("full/file", "content");
-  const auto full = ExportHf(Export(Import(kGolden, "checkpoint"), "full"));
+  const auto full = ExportHf(Export(Import(kGolden, "checkpoint"), "full"), Ignore);
   EXPECT_EQ(ExitCodeOf(full.status()), ExitCode::kConfig);
-  EXPECT_EQ(ExitCodeOf(ExportHf(Export(tiny / "none", "out")).status()), ExitCode::kNoCheckpoint);
+  EXPECT_EQ(ExitCodeOf(ExportHf(Export(tiny / "none", "out"), Ignore).status()),
+            ExitCode::kNoCheckpoint);
 }
 
 TEST_F(InteropTest, TrainedModelTravelsThroughTheCommandLine) {

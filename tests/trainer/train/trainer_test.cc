@@ -225,8 +225,8 @@ TEST_F(TrainerTest, EvaluateStoredWeighsTargetsAndNotPasses) {
   EXPECT_NEAR(five->loss, single->loss, 1e-6);
   const auto all = EvaluateStored(trainer.evaluator(), *data, 0, data->sequences(), 2);
   ASSERT_TRUE(all.ok());
-  EXPECT_NEAR(*BitsPerByte(all->loss, "bytes"), all->loss / std::log(2.0), 1e-12);
-  EXPECT_FALSE(BitsPerByte(all->loss, "bpe").has_value());
+  EXPECT_NEAR(*BitsPerByte(all->loss, 1.0), all->loss / std::log(2.0), 1e-12);
+  EXPECT_FALSE(BitsPerByte(all->loss, std::nullopt).has_value());
 }
 
 TEST_F(TrainerTest, EvaluationTakesOfEachSourceItsShare) {
