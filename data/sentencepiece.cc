@@ -3,6 +3,7 @@
 #include <sentencepiece_processor.h>
 
 #include <charconv>
+#include <exception>
 #include <system_error>
 
 namespace krait {
@@ -23,7 +24,14 @@ std::unique_ptr<SentencePieceModel> SentencePieceModel::Load(std::string_view mo
                                                              std::string* error) {
   std::unique_ptr<SentencePieceModel> result(new SentencePieceModel());
   sentencepiece::SentencePieceProcessor& processor = result->library_->processor;
-  const auto status = processor.LoadFromSerializedProto(model);
+  sentencepiece::util::Status status;
+  // Its tries throw where pieces are none.
+  try {
+    status = processor.LoadFromSerializedProto(model);
+  } catch (const std::exception& thrown) {
+    *error = thrown.what();
+    return nullptr;
+  }
   if (!status.ok() || processor.GetPieceSize() <= 0) {
     *error = status.ok() ? "it has no pieces" : status.ToString();
     return nullptr;
@@ -47,8 +55,12 @@ int SentencePieceModel::Find(const std::string& piece) const {
 
 std::string SentencePieceModel::Encode(std::string_view text, std::vector<int32_t>* ids) const {
   std::vector<int> found;
-  const auto status = library_->processor.Encode(text, &found);
-  if (!status.ok()) return status.ToString();
+  try {
+    const auto status = library_->processor.Encode(text, &found);
+    if (!status.ok()) return status.ToString();
+  } catch (const std::exception& thrown) {
+    return thrown.what();
+  }
   ids->insert(ids->end(), found.begin(), found.end());
   return "";
 }
