@@ -226,7 +226,9 @@ void FuzzJsonLines(double seconds) {
       options.force = true;
       options.max_bad = 1000;
       const auto built = BuildTokenFile(options);
-      if (built.ok()) ASSERT_TRUE(TokenFile::Open(options.out).ok());
+      if (built.ok()) {
+        ASSERT_TRUE(TokenFile::Open(options.out).ok());
+      }
     }
   }
 }
