@@ -8,12 +8,12 @@
 
 namespace krait {
 
-// Prints "krait: fatal: MESSAGE (FILE:LINE)" to stderr and ends the process, and through the hook all
-// ranks, with `code`. Runs no destructors. Safe from any thread.
+// Prints "krait: fatal: MESSAGE (FILE:LINE)" to stderr and ends the process, and through the hook
+// all ranks, with `code`. Runs no destructors. Safe from any thread.
 [[noreturn]] void Fatal(ExitCode code, const char* file, int line, const std::string& message);
 
-// What else ends before the process does: the job's other ranks, which this folder knows nothing of.
-// `hook` is called by Fatal after the line is printed, from its thread; it may end the process
+// What else ends before the process does: the job's other ranks, which this folder knows nothing
+// of. `hook` is called by Fatal after the line is printed, from its thread; it may end the process
 // itself. Set before there are threads; null: none.
 void SetFatalHook(void (*hook)(ExitCode code));
 

@@ -1,4 +1,5 @@
 // krait train
+#include "absl/strings/str_cat.h"
 #include "trainer/cli/commands.h"
 #include "trainer/train/train_run.h"
 
@@ -41,6 +42,11 @@ void AddTrainCommand(CLI::App* app, CommandLine* line) {
       arguments->options.program = line->program;
       arguments->options.command_line = line->text;
       arguments->options.continue_line = line->text_without_resume;
+      if (line->world->size() > 1) {
+        arguments->options.continue_line =
+            absl::StrCat(LaunchOfThisProcess().launcher, " -n ", line->world->size(), " ",
+                         line->text_without_resume);
+      }
       return RunTraining(config, arguments->options);
     };
   });

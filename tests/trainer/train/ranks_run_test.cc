@@ -154,6 +154,9 @@ TEST_F(RanksRun, OneLayoutGivesTheSameBits) {
   stopped.Signal(SIGUSR1);
   const ProcessResult result = stopped.Wait();
   EXPECT_TRUE(result.code == 10 || result.code == 0) << result.out << result.err;
+  if (result.code == 10) {
+    EXPECT_THAT(result.out, HasSubstr("next: mpirun -n 4 "));
+  }
   ASSERT_EQ(Train("c", layout, {"train.steps=12", "checkpoint.every=4"}).code, 0);
   EXPECT_EQ(Diff("a", "c"), 0);
 }
