@@ -2,8 +2,10 @@
 #include "absl/strings/str_format.h"
 #include "kernels/base/number.h"
 #include "kernels/base/shell.h"
+#include "kernels/base/stop_signals.h"
 #include "nlohmann/json.hpp"
 #include "trainer/cli/commands.h"
+#include "trainer/report/progress_line.h"
 #include "trainer/tools/interop.h"
 
 namespace krait {
@@ -13,8 +15,33 @@ std::string Dump(const nlohmann::ordered_json& json) {
   return json.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
 }
 
-absl::StatusOr<ExitCode> Import(const ImportOptions& options, bool json) {
-  KRAIT_RETURN_IF_ERROR(ImportHf(options, PrintNotice));
+// Draws on standard error, and ends the work when a stop is requested.
+class ShownProgress {
+ public:
+  explicit ShownProgress(std::string what)
+      : what_(std::move(what)), line_(what_, ProgressLine::OnStandardError()) {}
+  ~ShownProgress() { ProgressLine::ClearStandardError(); }
+  Progress progress() {
+    return [this](int64_t done, int64_t total) {
+      line_.Update(done, total);
+      return StopRequested() ? Error(ExitCode::kStopped,
+                                     "stopped on request while " + what_ + ": nothing was made")
+                             : absl::OkStatus();
+    };
+  }
+
+ private:
+  StopSignals signals_{"stopping; once more to end at once"};
+  std::string what_;
+  ProgressLine line_;
+};
+
+absl::StatusOr<ExitCode> Import(ImportOptions options, bool json) {
+  {
+    ShownProgress shown("importing");
+    options.progress = shown.progress();
+    KRAIT_RETURN_IF_ERROR(ImportHf(options, PrintNotice));
+  }
   KRAIT_RETURN_IF_ERROR(Print(
       json ? Dump({{"checkpoint", options.out}, {"hf", options.hf}})
            : absl::StrFormat("%s: weights of %s; krait train CONFIG --init %s starts from them\n",
@@ -22,9 +49,13 @@ absl::StatusOr<ExitCode> Import(const ImportOptions& options, bool json) {
   return ExitCode::kOk;
 }
 
-absl::StatusOr<ExitCode> Export(const ExportOptions& options, bool json) {
+absl::StatusOr<ExitCode> Export(ExportOptions options, bool json) {
   ExportReport report;
-  KRAIT_ASSIGN_OR_RETURN(report, ExportHf(options, PrintNotice));
+  {
+    ShownProgress shown("exporting");
+    options.progress = shown.progress();
+    KRAIT_ASSIGN_OR_RETURN(report, ExportHf(options, PrintNotice));
+  }
   KRAIT_RETURN_IF_ERROR(
       Print(json ? Dump({{"hf", options.hf},
                          {"checkpoint", report.checkpoint},

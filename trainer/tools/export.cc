@@ -105,11 +105,14 @@ absl::Status WriteWeights(const std::string& folder, const Checkpoint& checkpoin
   if (!checkpoint.meta.tokenizer.empty()) metadata[kTokenizerKey] = checkpoint.meta.tokenizer;
   const std::vector<Shard> shards = CutShards(table, options.dtype, options.shard_bytes);
   ShardWriter writer(folder, table, options.dtype, shards, metadata);
-  KRAIT_RETURN_IF_ERROR(
-      StreamTensors(checkpoint, WholeTensors(table, options.dtype),
-                    [&](size_t p, int64_t /*begin*/, int64_t count, const void* values) {
-                      return writer.Write(p, count, values);
-                    }));
+  int64_t done = 0;
+  const auto write = [&](size_t p, int64_t /*begin*/, int64_t count,
+                         const void* values) -> absl::Status {
+    if (options.progress) KRAIT_RETURN_IF_ERROR(options.progress(done, table.total()));
+    done += count;
+    return writer.Write(p, count, values);
+  };
+  KRAIT_RETURN_IF_ERROR(StreamTensors(checkpoint, WholeTensors(table, options.dtype), write));
   KRAIT_RETURN_IF_ERROR(writer.Finish());
   report->files = static_cast<int64_t>(shards.size());
   report->tensors = static_cast<int64_t>(table.params().size());

@@ -96,9 +96,12 @@ absl::Status ImportHf(const ImportOptions& options, const Notice& notice) {
   SaveOptions save;
   save.dir = ParentFolder(options.out);
   save.name = LastPart(options.out);
-  absl::Status read;  // an error of the folder, not of the save
+  absl::Status read;  // an error of the folder, or a wish to stop, not of the save
+  int64_t done = 0;
   const auto source = [&](size_t box, int64_t begin, int64_t count, void* out) {
-    read = folder->ReadStored(static_cast<int>(box), begin, count, out);
+    if (options.progress) read = options.progress(done, table.total());
+    done += count;
+    if (read.ok()) read = folder->ReadStored(static_cast<int>(box), begin, count, out);
     return read;
   };
   std::vector<CheckpointBox> boxes = WholeTensors(table, DType::kF32);

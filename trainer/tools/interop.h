@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "kernels/base/dtype.h"
+#include "kernels/base/progress.h"
 #include "kernels/base/status.h"
 #include "model/params.h"
 #include "trainer/checkpoint/checkpoint.h"
@@ -25,6 +26,7 @@ struct ImportOptions {
   std::string out;        // checkpoint folder to make
   bool force = false;     // replace an older checkpoint at `out`
   std::string tokenizer;  // "bytes" or a path; "": the folder's
+  Progress progress;      // counts elements; its error ends the work
 };
 // A checkpoint at step 0 that holds weights only, in f32 or where the folder holds them so in bf16,
 // and what the folder says beyond the model
@@ -39,6 +41,7 @@ struct ExportOptions {
   DType dtype = DType::kF32;  // or kBF16, rounded to nearest even
   int64_t shard_bytes = int64_t{5} << 30;
   std::string tokenizer;  // "bytes" or a path; "": the checkpoint's
+  Progress progress;      // counts elements; its error ends the work
 };
 struct ExportReport {
   std::string checkpoint;  // the folder taken

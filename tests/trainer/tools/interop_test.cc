@@ -124,6 +124,35 @@ TEST_F(InteropTest, ImportAndExportKeepEveryBit) {
   EXPECT_EQ(opened->meta.tokenizer, "bytes");
 }
 
+TEST_F(InteropTest, ProgressCountsElementsAndItsErrorLeavesNothing) {
+  ImportOptions in;
+  in.hf = kGolden;
+  in.out = folder_ / "stopped";
+  int64_t calls = 0, last = -1;
+  const auto stop_at = [&](int64_t call) {
+    calls = 0, last = -1;
+    return [&, call](int64_t done, int64_t total) {
+      EXPECT_GT(done, last);
+      EXPECT_LT(done, total);
+      last = done;
+      return ++calls == call ? Error(ExitCode::kStopped, "stopped") : absl::OkStatus();
+    };
+  };
+  in.progress = stop_at(100);
+  EXPECT_EQ(ExitCodeOf(ImportHf(in, Ignore)), ExitCode::kStopped);
+  EXPECT_FALSE(std::filesystem::exists(in.out));
+  in.progress = stop_at(-1);
+  ASSERT_TRUE(ImportHf(in, Ignore).ok());
+  EXPECT_GE(calls, 163);
+
+  ExportOptions out = Export(in.out, "export");
+  out.progress = stop_at(100);
+  EXPECT_EQ(ExitCodeOf(ExportHf(out, Ignore).status()), ExitCode::kStopped);
+  EXPECT_FALSE(std::filesystem::exists(out.hf));
+  out.progress = stop_at(-1);
+  EXPECT_TRUE(ExportHf(out, Ignore).ok());
+}
+
 TEST_F(InteropTest, ProbeOfTheExportIsProbeOfTheOriginal) {
   const auto report = ExportHf(Export(Import(kGolden, "checkpoint"), "out"), Ignore);
   ASSERT_TRUE(report.ok()) << report.status();
