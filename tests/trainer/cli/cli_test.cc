@@ -477,8 +477,8 @@ TEST(Cli, ATokenizerTravelsWithTheModel) {
   EXPECT_EQ(small.code, 21);
   EXPECT_THAT(small.err, HasSubstr("its vocab_size 700 is above the model's vocab_size 256"));
   const ProcessResult train =
-      tiny.Train("run", {"model.vocab_size=704", "train.steps=3", "data.train=" + sources,
-                         "data.validation=" + sources});
+      tiny.Train("run", {"model.vocab_size=704", "train.steps=3", "schedule.warmup_steps=1",
+                         "data.train=" + sources, "data.validation=" + sources});
   ASSERT_EQ(train.code, 0) << train.err;
   EXPECT_THAT(train.out, HasSubstr("val bpb "));
   const std::vector<std::string> words = {"--prompt", "krait scan",    "--tokens",
@@ -507,7 +507,7 @@ TEST(Cli, ATokenizerTravelsWithTheModel) {
   EXPECT_EQ(lost.code, 20);
   EXPECT_THAT(lost.err, AllOf(HasSubstr("its tokenizer bpe-"), HasSubstr("add --tokenizer FILE")));
   // A byte model's export has a tokenizer of bytes.
-  ASSERT_EQ(tiny.Train("bytes", {"train.steps=2"}).code, 0);
+  ASSERT_EQ(tiny.Train("bytes", {"train.steps=2", "schedule.warmup_steps=1"}).code, 0);
   ASSERT_EQ(Krait({"export", tiny / "bytes", "--hf", tiny / "bytes-hf"}).code, 0);
   const auto tokenizer = MakeTokenizer(tiny / "bytes-hf");
   ASSERT_TRUE(tokenizer.ok()) << tokenizer.status();
