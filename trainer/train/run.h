@@ -105,9 +105,9 @@ class Run {
 
   int64_t first_step_ = 0, first_tokens_ = 0;  // of this process
   int64_t saving_step_ = 0;                    // of the save under way, or the last one
-  int64_t saved_step_ = -1;                    // the last one that is in place
-  bool sound_ = true;                          // the last step was not skipped
-  bool evaluation_missed_ = false;             // of the last step: a stop request came first
+  int64_t saved_step_ = -1;         // the last one that is in place; the first rank knows
+  bool sound_ = true;               // the last step was not skipped
+  bool evaluation_missed_ = false;  // of the last step: a stop request came first
   double start_ = MonotonicSeconds();
   double drawn_ = 0;           // the live line
   double window_seconds_ = 0;  // since the last log line

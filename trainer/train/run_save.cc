@@ -88,9 +88,7 @@ absl::Status Run::SaveEnded(const absl::Status& result, const std::vector<std::s
     KRAIT_RETURN_IF_ERROR(OnFirst([&] { return CheckFolder(); }));  // the cause, where it is one
     return result;
   }
-  KRAIT_RETURN_IF_ERROR(OnFirst([&] { return RecordSave(warnings); }));
-  saved_step_ = saving_step_;
-  return absl::OkStatus();
+  return OnFirst([&] { return RecordSave(warnings); });
 }
 
 absl::Status Run::RecordSave(const std::vector<std::string>& warnings) {
@@ -98,6 +96,7 @@ absl::Status Run::RecordSave(const std::vector<std::string>& warnings) {
   const std::string path = CheckpointPath(saving_step_);
   const auto saved = ReadManifest(path);
   if (!saved.ok()) return Error(ExitCode::kCannotSave, MessageOf(saved.status()));
+  saved_step_ = saving_step_;
   KRAIT_RETURN_IF_ERROR(CheckFolder());
   std::optional<RunRecord> record;
   KRAIT_ASSIGN_OR_RETURN(record, ReadRunRecord(config_.run_dir));
