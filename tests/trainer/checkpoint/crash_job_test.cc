@@ -40,12 +40,7 @@ std::vector<std::string> Command(const std::string& dir, int64_t steps) {
           std::to_string(steps)};
 }
 
-const std::map<std::string, std::string> kEnvironment = {
-    {"OMP_NUM_THREADS", "1"},
-    {"OMPI_ALLOW_RUN_AS_ROOT", "1"},
-    {"OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1"},
-    {"OMPI_MCA_rmaps_base_oversubscribe", "1"},
-    {"OMPI_MCA_btl_vader_single_copy_mechanism", "none"}};
+const std::map<std::string, std::string> kEnvironment = MpiVariables();
 
 class CrashJobTest : public ::testing::Test {
  protected:
