@@ -38,7 +38,7 @@ std::vector<List> ReadLists(const std::string& path) {
     uint32_t count = 0;
     std::memcpy(&count, bytes.data() + at, 4);
     List list(count, Element());
-    std::memcpy(list.data(), bytes.data() + at + 4, count * sizeof(Element));
+    if (count > 0) std::memcpy(list.data(), bytes.data() + at + 4, count * sizeof(Element));
     at += 4 + count * sizeof(Element);
     lists.push_back(std::move(list));
   }

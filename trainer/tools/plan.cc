@@ -3,6 +3,7 @@
 #include <cmath>
 #include <limits>
 #include <nlohmann/json.hpp>
+#include <set>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
@@ -120,7 +121,7 @@ absl::StatusOr<PlanReport> MakePlan(const RunConfig& config, const PlanOptions& 
   // ends of their tensor and expert groups are looked at.
   Mesh mesh = report.mesh;
   const int group = std::max(mesh.tensor, mesh.expert);
-  for (const int rank : {0, mesh.tensor - 1, group - 1, mesh.world() - 1}) {
+  for (const int rank : std::set<int>{0, mesh.tensor - 1, group - 1, mesh.world() - 1}) {
     mesh.rank = rank;
     const MemoryPlan memory = PlanTraining(config, mesh);
     if (rank == 0 || memory.total() > report.memory.total()) report.memory = memory;

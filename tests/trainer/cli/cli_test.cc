@@ -228,23 +228,23 @@ TEST(Cli, CommandsOfOneProcessSayOnceThatTheyAre) {
 }
 
 TEST(Cli, ALauncherOfAnotherMpiIsToldFromTheRightOne) {
+  // MPI leaks at its end, which the address sanitizer would report.
+  const auto plan = [](std::map<std::string, std::string> launcher) {
+    launcher["ASAN_OPTIONS"] = "detect_leaks=0";
+    return RunProcess({KRAIT_BINARY, "plan", KRAIT_SOURCE_DIR "/configs/models/jamba-tiny.yaml"},
+                      launcher);
+  };
   for (const std::map<std::string, std::string>& launcher :
        {std::map<std::string, std::string>{{"OMPI_COMM_WORLD_SIZE", "2"}}, {{"PMI_SIZE", "4"}}}) {
-    const ProcessResult result = RunProcess(
-        {KRAIT_BINARY, "plan", KRAIT_SOURCE_DIR "/configs/models/jamba-tiny.yaml"}, launcher);
+    const ProcessResult result = plan(launcher);
     EXPECT_EQ(result.code, 20) << result.err;
     EXPECT_THAT(result.err, HasSubstr("ranks, but Open MPI v"));
   }
-  const ProcessResult second =
-      RunProcess({KRAIT_BINARY, "plan", KRAIT_SOURCE_DIR "/configs/models/jamba-tiny.yaml"},
-                 {{"OMPI_COMM_WORLD_SIZE", "2"}, {"OMPI_COMM_WORLD_RANK", "1"}});
+  const ProcessResult second = plan({{"OMPI_COMM_WORLD_SIZE", "2"}, {"OMPI_COMM_WORLD_RANK", "1"}});
   EXPECT_EQ(second.code, 20);
   EXPECT_THAT(second.err, IsEmpty());  // said once, by rank 0
   EXPECT_EQ(
-      RunProcess({KRAIT_BINARY, "plan", KRAIT_SOURCE_DIR "/configs/models/jamba-tiny.yaml"},
-                 {{"OMPI_COMM_WORLD_SIZE", "1"}, {"SLURM_NTASKS", "8"}, {"SLURM_PROCID", "0"}})
-          .code,
-      0);
+      plan({{"OMPI_COMM_WORLD_SIZE", "1"}, {"SLURM_NTASKS", "8"}, {"SLURM_PROCID", "0"}}).code, 0);
 }
 
 TEST(Cli, CudaWhereThereIsNoneIsRefusedBeforeAnythingIsWritten) {

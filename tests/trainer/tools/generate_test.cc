@@ -129,7 +129,8 @@ TEST_F(GenerateTest, TokensAreCappedByTheMemory) {
   const int64_t most = model_->DecodeTokens(5, std::numeric_limits<int64_t>::max());
   EXPECT_GT(most, 1'000'000);
   EXPECT_LT(most, int64_t{1} << 40);
-  EXPECT_EQ(model_->DecodeTokens(5, most), most);
+  // What is free may change between the calls.
+  EXPECT_EQ(model_->DecodeTokens(5, most / 2), most / 2);
   EXPECT_EQ(model_->DecodeTokens(int64_t{1} << 40, 1), -1);
 }
 

@@ -397,13 +397,18 @@ TEST_F(InteropTest, MemoryIsThatOfAPiece) {
   }
   const int64_t bytes = 4 * table.total();
   ASSERT_GT(bytes, 320 << 20);
+#ifdef KRAIT_SANITIZE  // its shadow takes an eighth, its libraries the rest
+  constexpr int64_t most = 192 << 20;
+#else
+  constexpr int64_t most = 128 << 20;
+#endif
   ProcessResult result =
       TinyRun::Krait({"import", "--hf", folder_ / "hf", "--out", folder_ / "checkpoint"});
   ASSERT_EQ(result.code, 0) << result.err;
-  EXPECT_LT(result.peak_bytes, 128 << 20);
+  EXPECT_LT(result.peak_bytes, most);
   result = TinyRun::Krait({"export", folder_ / "checkpoint", "--hf", folder_ / "out"});
   ASSERT_EQ(result.code, 0) << result.err;
-  EXPECT_LT(result.peak_bytes, 128 << 20);
+  EXPECT_LT(result.peak_bytes, most);
   const SafetensorsReader out = Folder(folder_ / "out");
   for (const int64_t piece : {0, 17, 79}) {
     float value = -1;
