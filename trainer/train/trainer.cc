@@ -161,8 +161,7 @@ void Trainer::RunPasses(const TokenBatch& batch, int64_t targets, const ProbeSin
     model_.Forward(pass, scalars_.loss_scale, scalars_.sums, activations_.get(), ctx_, probe);
     model_.Backward(pass, 1 / passes, activations_.get(), ctx_);
   }
-  const auto overflow = static_cast<double>(model_.TakeOverflowRounds());
-  Upload(scalars_.overflow, &overflow, ctx_);
+  Fill(scalars_.overflow, static_cast<double>(model_.TakeOverflowRounds()), ctx_);  // no waiting
 }
 
 StepReport Trainer::ReportOf(const TokenBatch& batch, int64_t targets,
