@@ -12,12 +12,12 @@ Groups::Groups(World* world, const Mesh& mesh, double expert_slack, Device devic
       mesh_(mesh),
       expert_slack_(expert_slack),
       all_(world != nullptr && device == Device::kCuda ? NcclRanks::OfWorld(world) : nullptr),
-      tensor_(
-          {world, Nccl(mesh.TensorGroup()), world == nullptr ? &planned_.tensor : nullptr, &alone_},
-          mesh.TensorGroup(), mesh.rank),
-      expert_(
-          {world, Nccl(mesh.ExpertGroup()), world == nullptr ? &planned_.expert : nullptr, &alone_},
-          mesh.ExpertGroup(), mesh.rank),
+      tensor_({world, Nccl(mesh.TensorGroup()), world == nullptr ? &planned_.tensor : nullptr,
+               &alone_, &peers_},
+              mesh.TensorGroup(), mesh.rank),
+      expert_({world, Nccl(mesh.ExpertGroup()), world == nullptr ? &planned_.expert : nullptr,
+               &alone_, &peers_},
+              mesh.ExpertGroup(), mesh.rank),
       stage_(Of(mesh.TensorReplicas(mesh.tensor))) {
   KRAIT_CHECK(world == nullptr || (world->size() == mesh.world() && world->rank() == mesh.rank));
 }
@@ -29,7 +29,7 @@ std::shared_ptr<NcclRanks> Groups::Nccl(const std::vector<int>& ranks) const {
 
 Communicator Groups::Of(std::vector<int> ranks) const {
   const Communicator::Links links = {world_, nullptr, world_ == nullptr ? &planned_.data : nullptr,
-                                     &alone_};
+                                     &alone_, &peers_};
   Communicator communicator(links, ranks, mesh_.rank);
   if (all_ == nullptr) return communicator;
   auto known = std::find_if(made_.begin(), made_.end(),
@@ -43,7 +43,9 @@ Communicator Groups::Of(std::vector<int> ranks) const {
     made_.emplace_back(ranks, Nccl(ranks));
     known = made_.end() - 1;
   }
-  return {{links.world, known->second, links.planned, links.alone}, std::move(ranks), mesh_.rank};
+  return {{links.world, known->second, links.planned, links.alone, links.peers},
+          std::move(ranks),
+          mesh_.rank};
 }
 
 }  // namespace krait

@@ -35,6 +35,11 @@ class Groups {
   // the passes. All ranks call this in the same order, each with its set of the same kind.
   Communicator Of(std::vector<int> ranks) const;
 
+  // From here on ranks of one machine read what they exchange from each other's memory, where it is
+  // in segments of `peers`, which outlives the groups' use.
+  void ReadPeers(PeerMemory* peers) { peers_ = peers; }
+  PeerMemory* peers() const { return peers_; }
+
   // For traffic of the tensor ranks beside their computation.
   SideStream& beside() const { return beside_; }
 
@@ -59,6 +64,7 @@ class Groups {
   Mesh mesh_;
   double expert_slack_;
   bool alone_ = false;
+  PeerMemory* peers_ = nullptr;
   mutable Traffic planned_;
   mutable SideStream beside_;
   std::shared_ptr<NcclRanks> all_;  // null on the CPU

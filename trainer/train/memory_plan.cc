@@ -70,6 +70,9 @@ MemoryPlan PlanTraining(const RunConfig& config, const Mesh& mesh) {
   model.Forward(batch, scalars.loss_scale, scalars.sums, activations.get(), ctx);
   model.Backward(batch, /*aux_scale=*/1, activations.get(), ctx);
   MemoryPlan plan;
+  for (const Arena* arena : {&activation_arena, &scratch_arena, &scalar_arena}) {
+    plan.signature = plan.signature * 31 + arena->signature();
+  }
   const auto sent = [&] { return groups != nullptr ? groups->planned() : Groups::Traffic(); };
   plan.sent = sent();
   // Of every pass of a step; the gradients of the last one.

@@ -25,6 +25,8 @@ struct MemoryPlan {
   int64_t communication = 0;  // gradients of other ranks on their way to their sum
   int64_t staging = 0;        // copy of the state in host memory for checkpoints
   Groups::Traffic sent;       // over each axis by an optimizer step
+  // Of how passes use activations, scratch memory and scalars (Arena::signature).
+  uint64_t signature = 0;
   // Of the device's memory; on CUDA the staging copy is not in it.
   int64_t total() const {
     return weights + gradients + optimizer + activations + scratch + batches + scalars +
