@@ -50,6 +50,8 @@ class Groups {
   };
   // Of planning runs so far.
   const Traffic& planned() const { return planned_; }
+  // Communicators of NCCL that the run would have; of planning runs.
+  int nccl_communicators() const { return communicators_; }
 
   // While set, nothing travels: what would come from another rank is this rank's own, as many rows
   // of it. The values are wrong, the time without communication is right.
@@ -57,7 +59,7 @@ class Groups {
   bool alone() const { return alone_; }
 
  private:
-  // NCCL's communicator; null where none is needed.
+  // NCCL's communicator; null where none is needed, and while planning, which counts it.
   std::shared_ptr<NcclRanks> Nccl(const std::vector<int>& ranks) const;
 
   World* world_;
@@ -67,6 +69,8 @@ class Groups {
   PeerMemory* peers_ = nullptr;
   mutable Traffic planned_;
   mutable SideStream beside_;
+  Device device_;
+  mutable int communicators_ = 0;
   std::shared_ptr<NcclRanks> all_;  // null on the CPU
   // Those of Of(): sets of equal ranks share one.
   mutable std::vector<std::pair<std::vector<int>, std::shared_ptr<NcclRanks>>> made_;

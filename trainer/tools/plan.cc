@@ -171,6 +171,7 @@ void AddMemory(const PlanReport& report, std::string* out) {
         {"batches", memory.batches},
         {"scalars", memory.scalars},
         {"communication", memory.communication},
+        {"NCCL", memory.nccl},
         {memory.device == Device::kCuda ? "staging (on the host)" : "staging", memory.staging},
         {"total", memory.total()}}) {
     absl::StrAppendFormat(out, "  %-24s %12s\n", name, PrintBytes(bytes));
@@ -281,6 +282,7 @@ std::string PlanJson(const PlanReport& report) {
         {"scratch", memory.scratch},
         {"batches", memory.batches},
         {"communication", memory.communication},
+        {"nccl", memory.nccl},
         {"staging", memory.staging},
         {"total", memory.total()}}},
       {"ranks",

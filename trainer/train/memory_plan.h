@@ -23,6 +23,7 @@ struct MemoryPlan {
   int64_t batches = 0;      // token batches of the host, or on CUDA those of a pass
   int64_t scalars = 0;      // losses, norm and other numbers of a step
   int64_t communication = 0;  // gradients of other ranks on their way to their sum
+  int64_t nccl = 0;           // what NCCL takes for its communicators
   int64_t staging = 0;        // copy of the state in host memory for checkpoints
   Groups::Traffic sent;       // over each axis by an optimizer step
   // Of how passes use activations, scratch memory and scalars (Arena::signature).
@@ -30,7 +31,7 @@ struct MemoryPlan {
   // Of the device's memory; on CUDA the staging copy is not in it.
   int64_t total() const {
     return weights + gradients + optimizer + activations + scratch + batches + scalars +
-           communication + (device == Device::kCpu ? staging : 0);
+           communication + nccl + (device == Device::kCpu ? staging : 0);
   }
 };
 
