@@ -155,7 +155,7 @@ absl::StatusOr<ForeignTokens> OpenMegatron(const std::string& stem) {
   KRAIT_RETURN_IF_ERROR(HashRange(result.ids, 0, std::min(kSample, id_bytes), &hash));
   KRAIT_RETURN_IF_ERROR(
       HashRange(result.ids, std::max<int64_t>(0, id_bytes - kSample), id_bytes, &hash));
-  result.content_hash = hash.Finish({}, "Megatron", static_cast<uint64_t>(id_bytes));
+  result.content_hash = hash.Finish("Megatron", static_cast<uint64_t>(id_bytes));
   return result;
 }
 
@@ -208,7 +208,7 @@ absl::StatusOr<ForeignTokens> OpenLlmc(const std::string& path) {
   KRAIT_RETURN_IF_ERROR(small ? ScanLlmc<uint16_t>(50256, &result, &hash)
                               : ScanLlmc<uint32_t>(128000, &result, &hash));
   if (result.tokens > 0) result.document_starts.push_back(static_cast<uint64_t>(result.tokens));
-  result.content_hash = hash.Finish({}, "llm.c", static_cast<uint64_t>(magic));
+  result.content_hash = hash.Finish("llm.c", static_cast<uint64_t>(magic));
   return result;
 }
 

@@ -64,7 +64,7 @@ TEST(ForeignTokensTest, ReadsMegatron) {
     ASSERT_TRUE(file.ok()) << file.status();
     EXPECT_EQ((*file)->format(), "Megatron");
     EXPECT_EQ((*file)->dtype(), DType::kU16);
-    EXPECT_THAT((*file)->document_starts(), ElementsAre(0, 5, 9));
+    EXPECT_THAT((*file)->document_table().All().value(), ElementsAre(0, 5, 9));
     EXPECT_THAT(Ids(**file), ElementsAre(1, 2, 3, 4, 5, 60, 7, 8, 9));
     EXPECT_TRUE((*file)->Verify().ok());
     EXPECT_EQ((*file)->vocab_size(), 0);
@@ -78,7 +78,7 @@ TEST(ForeignTokensTest, ReadsLlmc) {
     const auto file = TokenFile::Open(folder.Write("x.bin", Llmc(small)));
     ASSERT_TRUE(file.ok()) << file.status();
     EXPECT_EQ((*file)->format(), "llm.c");
-    EXPECT_THAT((*file)->document_starts(), ElementsAre(0, 3, 5));
+    EXPECT_THAT((*file)->document_table().All().value(), ElementsAre(0, 3, 5));
     const int32_t end = small ? 50256 : 128000;
     EXPECT_THAT(Ids(**file), ElementsAre(end, 1, 2, end, 3));
     EXPECT_EQ((*file)->vocab_size(), end + 1);

@@ -42,7 +42,8 @@ struct Figures {
 
 // The parts of the targets of `sequences` sequences: context lengths by powers of two, or
 // documents.
-std::vector<Figures::Part> PartsOf(const std::string& by, const Dataset& data, int64_t sequences) {
+absl::StatusOr<std::vector<Figures::Part>> PartsOf(const std::string& by, const Dataset& data,
+                                                   int64_t sequences) {
   std::vector<Figures::Part> parts;
   const int64_t seq_len = data.seq_len();
   if (by == "context") {
@@ -50,12 +51,17 @@ std::vector<Figures::Part> PartsOf(const std::string& by, const Dataset& data, i
       parts.push_back({.begin = begin, .end = std::min(2 * begin, seq_len)});
     }
   } else if (by == "document") {
-    const std::vector<uint64_t>& starts = data.files().front()->document_starts();
-    for (size_t i = 1; i < starts.size(); ++i) {
-      if (static_cast<int64_t>(starts[i - 1]) >= sequences * seq_len) break;
-      parts.push_back(
-          {.begin = static_cast<int64_t>(starts[i - 1]), .end = static_cast<int64_t>(starts[i])});
-    }
+    int64_t begin = 0;
+    KRAIT_RETURN_IF_ERROR(data.files().front()->document_table().ForEachPiece(
+        [&](const std::vector<uint64_t>& entries) {
+          for (const uint64_t entry : entries) {
+            if (entry == 0) continue;
+            if (begin >= sequences * seq_len) return false;
+            parts.push_back({.begin = begin, .end = static_cast<int64_t>(entry)});
+            begin = parts.back().end;
+          }
+          return true;
+        }));
   }
   return parts;
 }
@@ -114,7 +120,8 @@ absl::StatusOr<Figures> EvaluateFile(const Arguments& arguments, const SourceSpe
                                                   line.Update(done, total);
                                                   return absl::OkStatus();
                                                 }));
-  std::vector<Figures::Part> parts = PartsOf(arguments.by, *data, sequences);
+  std::vector<Figures::Part> parts;
+  KRAIT_ASSIGN_OR_RETURN(parts, PartsOf(arguments.by, *data, sequences));
   KRAIT_RETURN_IF_ERROR(
       EvaluateParts(arguments.by, evaluator, data.get(), sequences, micro_batch, &line, &parts));
   ProgressLine::ClearStandardError();
