@@ -1,18 +1,21 @@
 // Collective operations over a set of ranks. They take tensor views, never raw counts.
 //
 // One thread per rank issues all collectives, in the same program order on every rank, over
-// whatever sets. Each has a name, `what`, for reports about a job that hangs. CPU tensors only:
-// complete on return. Scratch memory holds what is received to be summed. Failures end all ranks
-// through Fatal(kCollective). Sums are added in rank order, in Wide, and rounded once: the same
-// layout gives the same bits.
+// whatever sets. Each has a name, `what`, for reports about a job that hangs. On CPU tensors they
+// are complete on return; on CUDA tensors they are enqueued on the context's stream, as any op is.
+// Scratch memory holds what is received to be summed. Failures end all ranks through
+// Fatal(kCollective). Sums are added in rank order, in Wide, and rounded once: the same layout
+// gives the same bits.
 #ifndef KRAIT_PARALLEL_COLLECTIVES_H_
 #define KRAIT_PARALLEL_COLLECTIVES_H_
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "kernels/context.h"
 #include "kernels/tensor.h"
+#include "parallel/nccl.h"
 #include "parallel/world.h"
 
 namespace krait {
@@ -25,9 +28,17 @@ struct RowMessage {
 
 class Communicator {
  public:
-  // `ranks` of `world`, ascending, `self` among them. world null: for planning runs alone, which
-  // add the bytes that this rank would send to `planned`, where that is not null and outlives it.
-  Communicator(World* world, std::vector<int> ranks, int self, int64_t* planned = nullptr);
+  // How the ranks of a set reach each other.
+  struct Links {
+    World* world = nullptr;           // null: for planning runs alone
+    std::shared_ptr<NcclRanks> nccl;  // of the set, in its order; for CUDA tensors
+    // Outlive the communicator. Planning runs add the bytes that this rank would send; while
+    // `alone` holds, nothing travels: see Groups::SetAlone.
+    int64_t* planned = nullptr;
+    const bool* alone = nullptr;
+  };
+  // `ranks` of the world, ascending, `self` among them.
+  Communicator(Links links, std::vector<int> ranks, int self);
 
   int rank() const { return rank_; }  // place in the set
   int size() const { return static_cast<int>(ranks_.size()); }
@@ -47,19 +58,18 @@ class Communicator {
                     Tensor in, const std::vector<RowMessage>& sends, const Context& ctx) const;
 
  private:
+  bool alone() const { return links_.alone != nullptr && *links_.alone; }
   void Plan(int64_t bytes) const {
-    if (planned_ != nullptr) *planned_ += bytes;
+    if (links_.planned != nullptr) *links_.planned += bytes;
   }
+  // Messages whose ranks are places in the set, none for the rank itself.
+  void Exchange(const char* what, const std::vector<Message>& sends,
+                const std::vector<Message>& receives, const Context& ctx) const;
 
-  World* world_;
+  Links links_;
   std::vector<int> ranks_;
   int rank_ = 0;
-  int64_t* planned_;
 };
-
-// out [n] = the sum of parts [size*n], one part after the other in Wide, rounded once. Parts of
-// another floating dtype are converted.
-void AddInRankOrder(Tensor out, Tensor parts, const Context& ctx);
 
 }  // namespace krait
 

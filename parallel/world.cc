@@ -8,6 +8,7 @@
 
 #include "kernels/base/check.h"
 #include "parallel/collective_log.h"
+#include "parallel/gpu.h"
 #include "parallel/mpi.h"
 
 namespace krait {
@@ -117,6 +118,7 @@ absl::StatusOr<std::unique_ptr<World>> StartWorld(int* argc, char*** argv) {
   const Launch launch = LaunchOfThisProcess();
   if (launch.ranks == 1) return OneRankWorld();
   std::unique_ptr<World> world = StartMpiWorld(argc, argv);
+  ChooseGpu(*world);
   if (world->size() == launch.ranks) return world;
   return Error(ExitCode::kConfig,
                launch.rank > 0

@@ -49,7 +49,8 @@ MemoryPlan PlanTraining(const RunConfig& config, const Mesh& mesh) {
     exchange.emplace(&weights.layout(), groups, Wide(placement.compute), ReduceDType(config),
                      &communication_arena);
   }
-  const BucketExchange* const exchanged = exchange.has_value() ? &*exchange : nullptr;
+  BucketExchange* const exchanged = exchange.has_value() ? &*exchange : nullptr;
+  weights.SetExchange(exchanged);
   OptimizerState optimizer(&weights, config.optimizer, &optimizer_arena, ctx, exchanged);
   HybridModel model(config.model, &weights, config.train.recompute, {}, groups);
   const StepScalars scalars(model, &scalar_arena);
@@ -66,7 +67,7 @@ MemoryPlan PlanTraining(const RunConfig& config, const Mesh& mesh) {
 
   const std::unique_ptr<ActivationSet> activations =
       model.NewActivations(batch.shape, &activation_arena);
-  weights.BeginPass(ctx, /*first=*/true, /*last=*/true, exchanged);
+  weights.BeginPass(ctx, /*first=*/true, /*last=*/true);
   model.Forward(batch, scalars.loss_scale, scalars.sums, activations.get(), ctx);
   model.Backward(batch, /*aux_scale=*/1, activations.get(), ctx);
   MemoryPlan plan;

@@ -10,7 +10,7 @@
 namespace krait {
 
 OptimizerState::OptimizerState(const Weights* weights, const OptimizerConfig& config, Arena* arena,
-                               const Context& ctx, const BucketExchange* exchange)
+                               const Context& ctx, BucketExchange* exchange)
     : weights_(weights),
       exchange_(exchange),
       config_(config),
@@ -118,6 +118,7 @@ void OptimizerState::GatherWeights(int bucket, const Context& ctx) const {
 }
 
 void OptimizerState::SumOfSquares(Tensor sum, const Context& ctx) const {
+  if (exchange_ != nullptr) exchange_->WaitForGradients(ctx);
   Fill(sum, 0, ctx);
   for (const Owned& owned : buckets_) {
     if (owned.grad.defined() && owned.grad.numel() > 0) AddSumOfSquares(sum, owned.grad, ctx);

@@ -55,6 +55,7 @@ absl::Status Run::TakeStaging() {
   staging_.emplace("checkpoint staging", Device::kCpu, AsyncSaver::StagingBytes(trainer_->Boxes()));
   const Tensor copy = staging_->Alloc(DType::kU8, {staging_->capacity()});
   std::memset(copy.raw(), 0, static_cast<size_t>(copy.bytes()));
+  if (trainer_->ctx().device == Device::kCuda) pinned_staging_.emplace(copy.raw(), copy.bytes());
   staging_->Release(0);
   return absl::OkStatus();
 }
@@ -74,7 +75,6 @@ Progress Run::ShowProgress(const std::string& what) {
 }
 
 absl::Status Run::OpenData() {
-  KRAIT_RETURN_IF_ERROR(CheckDevice(config_, world_->size()));
   KRAIT_RETURN_IF_ERROR(CheckMemory());
   ErrorList errors;
   const auto open = [&](const std::vector<SourceSpec>& sources, std::unique_ptr<Dataset>* data) {
@@ -105,6 +105,7 @@ absl::Status Run::OpenFolder() {
 
 absl::Status Run::Open() {
   const LongPhase phase;
+  KRAIT_RETURN_IF_ERROR(CheckDevice(config_, world_));
   KRAIT_RETURN_IF_ERROR(Agree(world_, OpenData()));
   KRAIT_RETURN_IF_ERROR(OnFirst([&] { return OpenFolder(); }));
   world_->SetHangTimeout(config_.train.hang_timeout, config_.run_dir);
