@@ -64,7 +64,7 @@ absl::StatusOr<std::unique_ptr<TokenFile>> TokenFile::OpenForeign(const std::str
   result->dtype_ = foreign.dtype;
   result->tokens_ = foreign.tokens;
   result->vocab_size_ = foreign.vocab_size;
-  result->documents_ = DocumentTable::InMemory(std::move(foreign.document_starts));
+  result->documents_ = std::move(foreign.documents);
   result->content_hash_ = std::move(foreign.content_hash);
   return result;
 }

@@ -33,8 +33,8 @@ constexpr DType TokenDType(int64_t vocab_size) {
   return vocab_size <= 256 ? DType::kU8 : vocab_size <= 65536 ? DType::kU16 : DType::kU32;
 }
 
-// All errors of this file lead to exit code kData and name path and offset. Neither tokens nor, but
-// for files of other programs (8 bytes per document), the table of documents are held in memory.
+// All errors of this file lead to exit code kData and name path and offset. Neither the tokens nor
+// the table of documents (but for some files of other programs) are held in memory.
 // Reads are not thread-safe, among them Read, DocumentStarts, Verify and what document_table() has;
 // the rest may be asked for meanwhile.
 class TokenFile {
