@@ -36,6 +36,7 @@ class Arena {
 
   int64_t high_water() const { return high_water_; }
   int64_t capacity() const { return capacity_; }  // -1: measuring
+  void* base() const { return base_; }            // where the segment begins
   const std::string& name() const { return name_; }
 
  private:

@@ -25,6 +25,28 @@ class Event {
   void* event_ = nullptr;  // cudaEvent_t, made by the first Record() on CUDA
 };
 
+// A stream beside that of a context, for work that may run under other work.
+class SideStream {
+ public:
+  SideStream() = default;
+  ~SideStream();
+  SideStream(const SideStream&) = delete;
+  SideStream& operator=(const SideStream&) = delete;
+
+  // `ctx` on this stream, behind all that is enqueued on ctx.stream so far. What is done there is
+  // not profiled: it runs beside what is. Memory that it uses and ctx.scratch gives back must not
+  // be given back before Join().
+  Context Behind(const Context& ctx);
+  // What is enqueued on ctx.stream from here on waits for all that was enqueued on this stream
+  // since the last Join().
+  void Join(const Context& ctx);
+
+ private:
+  void* stream_ = nullptr;  // cudaStream_t, made by the first Behind() on CUDA; urgent
+  bool used_ = false;       // since the last Join
+  Event before_, after_;
+};
+
 }  // namespace krait
 
 #endif  // KRAIT_KERNELS_EVENT_H_

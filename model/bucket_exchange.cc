@@ -5,8 +5,9 @@
 
 #include "kernels/activation.h"
 #include "kernels/base/check.h"
-#include "kernels/cuda/runtime.h"
 #include "kernels/parts.h"
+#include "model/weights.h"
+#include "parallel/collective_log.h"
 
 namespace krait {
 
@@ -30,31 +31,49 @@ BucketExchange::BucketExchange(const Layout* layout, const Groups* groups, DType
   if (send > 0) parts_ = arena->Alloc(reduce, {std::max<int64_t>(1, parts)});
 }
 
-BucketExchange::~BucketExchange() {
-  if (stream_ != nullptr) cuda::DestroyStream(stream_);
-}
-
 const Communicator& BucketExchange::Ranks(int bucket) const {
   const int flat = layout_->buckets()[static_cast<size_t>(bucket)].flat;
   return sets_[static_cast<size_t>(layout_->flats()[static_cast<size_t>(flat)].replicas)];
 }
 
-Context BucketExchange::Behind(const Context& ctx) {
-  Context traffic = ctx;
-  if (ctx.device != Device::kCuda || ctx.planning) return traffic;
-  if (stream_ == nullptr) stream_ = cuda::CreateStream(/*urgent=*/true);
-  traffic.stream = stream_;
-  // Its time is not a part of the step's: it runs beside what is.
-  traffic.profile = nullptr;
-  enqueued_.Record(ctx);
-  enqueued_.Wait(traffic);
-  return traffic;
+std::vector<Tensor> BucketExchange::Regions(const Weights& weights) {
+  std::vector<Tensor> regions;
+  for (size_t f = 0; f < weights.layout().flats().size(); ++f) {
+    regions.push_back(weights.FlatWeight(static_cast<int>(f)));
+    regions.push_back(weights.FlatGrad(static_cast<int>(f)));
+  }
+  return regions;
+}
+
+bool BucketExchange::Reads(const Communicator& ranks, const Context& ctx) const {
+  // What is rounded before it travels lies in one buffer for all buckets: it cannot stay.
+  return peers_ != nullptr && ctx.device == Device::kCuda && !send_.defined() &&
+         peers_->Reaches(ranks.ranks());
+}
+
+void BucketExchange::Read(const char* what, const Communicator& ranks, int region, Tensor out,
+                          const std::vector<Reading>& readings, const Context& traffic) {
+  const int64_t size = SizeOf(out.dtype());
+  CollectiveShape shape = {.first_rank = ranks.ranks().front(),
+                           .last_rank = ranks.ranks().back(),
+                           .ranks = ranks.size()};
+  for (const Reading& reading : readings) shape.bytes_received += reading.count * size;
+  CollectiveScope scope(what, shape);
+  peers_->Meet(ranks.ranks(), traffic.stream);
+  // Each rank begins with its neighbour, so that no two read from the same one.
+  for (size_t k = 0; k < readings.size(); ++k) {
+    const Reading& reading = readings[(k + static_cast<size_t>(ranks.rank())) % readings.size()];
+    peers_->Read(static_cast<char*>(out.raw()) + reading.to * size,
+                 ranks.ranks()[static_cast<size_t>(reading.rank)], region, reading.from * size,
+                 reading.count * size, traffic.stream);
+  }
+  scope.Enqueued(traffic.stream);
 }
 
 void BucketExchange::Reduce(int b, Tensor grad, const Context& ctx) {
   const Communicator& ranks = Ranks(b);
   if (ranks.size() == 1 || groups_->alone()) return;
-  const Context traffic = Behind(ctx);
+  const Context traffic = stream_.Behind(ctx);
   const Bucket& bucket = layout_->buckets()[static_cast<size_t>(b)];
   const ElementRange own = layout_->Own(b);
   const int64_t n = own.end - own.begin;
@@ -65,6 +84,7 @@ void BucketExchange::Reduce(int b, Tensor grad, const Context& ctx) {
     pieces = rounded;
   }
   std::vector<RowMessage> sends, receives;
+  std::vector<Reading> readings;
   std::vector<Tensor> parts;
   for (int r = 0; r < ranks.size(); ++r) {
     const int64_t begin = bucket.cuts[static_cast<size_t>(r)] - bucket.begin;
@@ -76,9 +96,14 @@ void BucketExchange::Reduce(int b, Tensor grad, const Context& ctx) {
     const auto place = static_cast<int64_t>(receives.size()) * n;
     sends.push_back({r, begin, end - begin});
     receives.push_back({r, place, n});
+    readings.push_back({r, own.begin, place, n});
     if (n > 0) parts.push_back(parts_.Slice(0, place, n));
   }
-  ranks.ExchangeRows("gradients", parts_, receives, pieces, sends, traffic);
+  if (Reads(ranks, ctx)) {
+    Read("gradients", ranks, 2 * bucket.flat + 1, parts_, readings, traffic);
+  } else {
+    ranks.ExchangeRows("gradients", parts_, receives, pieces, sends, traffic);
+  }
   if (n > 0) SumParts(grad.Slice(0, own.begin, n), parts, traffic);
   reduced_.Record(traffic);
   reducing_ = true;
@@ -91,17 +116,24 @@ void BucketExchange::WaitForGradients(const Context& ctx) {
 void BucketExchange::Gather(int b, Tensor weight, const Context& ctx) {
   const Communicator& ranks = Ranks(b);
   if (ranks.size() == 1 || groups_->alone()) return;
-  const Context traffic = Behind(ctx);
+  const Context traffic = stream_.Behind(ctx);
   const Bucket& bucket = layout_->buckets()[static_cast<size_t>(b)];
   const ElementRange own = layout_->Own(b);
   std::vector<RowMessage> sends, receives;
+  std::vector<Reading> readings;
   for (int r = 0; r < ranks.size(); ++r) {
     if (r == ranks.rank()) continue;
     const int64_t begin = bucket.cuts[static_cast<size_t>(r)];
+    const int64_t count = bucket.cuts[static_cast<size_t>(r) + 1] - begin;
     sends.push_back({r, own.begin, own.end - own.begin});
-    receives.push_back({r, begin, bucket.cuts[static_cast<size_t>(r) + 1] - begin});
+    receives.push_back({r, begin, count});
+    readings.push_back({r, begin, begin, count});
   }
-  ranks.ExchangeRows("weights", weight, receives, weight, sends, traffic);
+  if (Reads(ranks, ctx)) {
+    Read("weights", ranks, 2 * bucket.flat, weight, readings, traffic);
+  } else {
+    ranks.ExchangeRows("weights", weight, receives, weight, sends, traffic);
+  }
   Gathered& gathered = gathered_[static_cast<size_t>(b)];
   gathered.event.Record(traffic);
   gathered.ctx = &ctx;

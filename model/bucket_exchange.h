@@ -5,7 +5,8 @@
 // layout gives the same bits. All ranks of a stage call these for the same buckets in the same
 // order. On CUDA the traffic has a stream of its own, beside the passes: Reduce and Gather enqueue
 // it behind the work at hand, WaitForGradients and WaitForWeights let later work wait for it; the
-// host waits nowhere. On the CPU all is done on return.
+// host waits nowhere. Ranks of one machine read each other's flats where they are
+// (parallel/peer_memory.h); others send by NCCL. On the CPU all is done on return.
 #ifndef KRAIT_MODEL_BUCKET_EXCHANGE_H_
 #define KRAIT_MODEL_BUCKET_EXCHANGE_H_
 
@@ -17,8 +18,11 @@
 #include "kernels/event.h"
 #include "model/layout.h"
 #include "parallel/groups.h"
+#include "parallel/peer_memory.h"
 
 namespace krait {
+
+class Weights;
 
 class BucketExchange {
  public:
@@ -26,12 +30,17 @@ class BucketExchange {
   // (`wide`), or bf16, to which each rank's part is rounded once. `layout` and `groups` outlive it.
   BucketExchange(const Layout* layout, const Groups* groups, DType wide, DType reduce,
                  Arena* arena);
-  ~BucketExchange();
+  // From here on reads the flats of other ranks where that is possible: `peers` has Regions() of
+  // each, and outlives this object.
+  void ReadPeers(PeerMemory* peers) { peers_ = peers; }
+  // What ranks read of each other, flat by flat: its weights and its gradients.
+  static std::vector<Tensor> Regions(const Weights& weights);
   BucketExchange(const BucketExchange&) = delete;
   BucketExchange& operator=(const BucketExchange&) = delete;
 
   // The elements of `grad`, the bucket's flat, that this rank owns become the sums over their sum
-  // set; those that others own are left as they are.
+  // set; those that others own are left as they are, until all ranks have their sums: a sum over
+  // the stage behind WaitForGradients says so.
   void Reduce(int bucket, Tensor grad, const Context& ctx);
   // Work enqueued on `ctx` from here on waits for all sums.
   void WaitForGradients(const Context& ctx);
@@ -43,15 +52,24 @@ class BucketExchange {
 
  private:
   const Communicator& Ranks(int bucket) const;
-  // `ctx` on the stream of the traffic, behind what is enqueued on `ctx`.
-  Context Behind(const Context& ctx);
+  // Whether the set's ranks read each other's memory.
+  bool Reads(const Communicator& ranks, const Context& ctx) const;
+  // Elements [from, from + count) of a rank's region to elements of `out` from `to` on, for a rank
+  // of the set.
+  struct Reading {
+    int rank = 0;
+    int64_t from = 0, to = 0, count = 0;
+  };
+  void Read(const char* what, const Communicator& ranks, int region, Tensor out,
+            const std::vector<Reading>& readings, const Context& traffic);
 
   const Layout* layout_;
   const Groups* groups_;
+  PeerMemory* peers_ = nullptr;
   std::vector<Communicator> sets_;  // as Layout::sets()
-  Tensor send_, parts_;     // [elements]; send_ is undefined where pieces travel as they are
-  void* stream_ = nullptr;  // cudaStream_t, made by the first traffic on CUDA
-  Event enqueued_, reduced_;
+  Tensor send_, parts_;  // [elements]; send_ is undefined where pieces travel as they are
+  SideStream stream_;
+  Event reduced_;
   bool reducing_ = false;
   struct Gathered {
     Event event;

@@ -251,10 +251,9 @@ void MoeSublayer::SharedExpertsBackward(Tensor d_rows, Tensor d_weight, Tensor d
     const Tensor d_outputs = ctx.scratch->Alloc(x.dtype(), {capacity, d});
     const Tensor weight = ctx.scratch->Alloc(wide, {capacity, 1});
     const Tensor d_own_weight = ctx.scratch->Alloc(wide, {capacity, 1});
-    group.ExchangeRows("moe: gradients to the experts", d_outputs, round.receives, d_rows,
-                       round.sends, ctx);
-    group.ExchangeRows("moe: routing weights to the experts", weight, round.receives, row_weights,
-                       round.sends, ctx);
+    group.ExchangeRows("moe: gradients to the experts",
+                       {{d_outputs, d_rows}, {weight, row_weights}}, round.receives, round.sends,
+                       ctx);
     // Each row in use is as a token of its own.
     const Tensor numbers = ctx.scratch->Alloc(DType::kI32, {capacity});
     MoeRowNumbers(numbers, round.offsets.back(), ctx);
@@ -266,10 +265,9 @@ void MoeSublayer::SharedExpertsBackward(Tensor d_rows, Tensor d_weight, Tensor d
     GroupedWgrad(weights, gate_up_, d_gate_up, inputs, own_offsets, ctx);
     const Tensor d_inputs = d_outputs;  // in place: dy of the rows has served
     GroupedLinearBackwardInput(d_inputs, d_gate_up, w_gate_up, own_offsets, ctx);
-    group.ExchangeRows("moe: gradients from the experts", d_rows, round.sends, d_inputs,
+    group.ExchangeRows("moe: gradients from the experts",
+                       {{d_rows, d_inputs}, {d_row_weights, d_own_weight}}, round.sends,
                        round.receives, ctx);
-    group.ExchangeRows("moe: gradients of routing weights", d_row_weights, round.sends,
-                       d_own_weight, round.receives, ctx);
   }
   weights.Release(gate_up_);
   weights.Release(down_);

@@ -97,8 +97,8 @@ void Communicator::AllReduceMax(const char* what, Tensor x, const Context& ctx) 
   MaxParts(x.View({x.numel()}), EqualParts(all, size()), ctx);
 }
 
-void Communicator::ReduceScatterSum(const char* what, Tensor out, Tensor in,
-                                    const Context& ctx) const {
+void Communicator::ReduceScatterSum(const char* what, Tensor out, Tensor in, const Context& ctx,
+                                    Tensor received) const {
   const OpScope op(ctx, OpFamily::kCommunication, what, {{"out", out}, {"in", in}});
   const int64_t n = out.numel();
   KRAIT_CHECK(out.contiguous() && in.contiguous() && out.dtype() == in.dtype() &&
@@ -107,7 +107,11 @@ void Communicator::ReduceScatterSum(const char* what, Tensor out, Tensor in,
   const int others = size() - 1;
   const std::vector<Tensor> from = EqualParts(in, size());
   std::vector<Tensor> parts;
-  if (others > 0) parts = EqualParts(ctx.scratch->Alloc(in.dtype(), {others * n}), others);
+  if (others > 0) {
+    if (!received.defined()) received = ctx.scratch->Alloc(in.dtype(), {others * n});
+    KRAIT_CHECK(received.dtype() == in.dtype() && received.numel() == others * n);
+    parts = EqualParts(received, others);
+  }
   parts.insert(parts.begin() + rank_, from[static_cast<size_t>(rank_)]);
   if (op.planning()) {
     Plan(out.bytes() * others);
@@ -129,47 +133,51 @@ void Communicator::ReduceScatterSum(const char* what, Tensor out, Tensor in,
   SumParts(out.View({n}), parts, ctx);
 }
 
-void Communicator::ExchangeRows(const char* what, Tensor out,
-                                const std::vector<RowMessage>& receives, Tensor in,
+void Communicator::ExchangeRows(const char* what, const std::vector<RowTensors>& tensors,
+                                const std::vector<RowMessage>& receives,
                                 const std::vector<RowMessage>& sends, const Context& ctx) const {
-  const OpScope op(ctx, OpFamily::kCommunication, what, {{"out", out}, {"in", in}});
-  KRAIT_CHECK(out.contiguous() && in.contiguous() && out.dtype() == in.dtype());
-  const int64_t row_bytes = in.stride(0) * SizeOf(in.dtype());
-  if (op.planning()) {
-    int64_t bytes = 0;
-    for (const RowMessage& send : sends) bytes += send.rank == rank_ ? 0 : send.rows * row_bytes;
-    // Messages that depend on data: all rows, evenly over the ranks.
-    if (sends.empty()) bytes = std::min(in.bytes(), out.bytes()) / size() * (size() - 1);
-    return Plan(bytes);
-  }
-  KRAIT_CHECK(out.stride(0) * SizeOf(out.dtype()) == row_bytes);
+  const OpScope op(ctx, OpFamily::kCommunication, what,
+                   {{"out", tensors.front().out}, {"in", tensors.front().in}});
   std::vector<Message> to, from;
-  std::vector<RowMessage> own;
-  for (const RowMessage& send : sends) {
-    if (send.rows == 0) continue;
-    KRAIT_CHECK(send.row >= 0 && send.row + send.rows <= in.dim(0));
-    if (send.rank == rank_) {
-      own.push_back(send);
-    } else {
-      to.push_back({send.rank, RowAddress(in, send.row), send.rows * row_bytes});
+  for (const auto& [out, in] : tensors) {
+    KRAIT_CHECK(out.contiguous() && in.contiguous() && out.dtype() == in.dtype());
+    const int64_t row_bytes = in.stride(0) * SizeOf(in.dtype());
+    KRAIT_CHECK(out.stride(0) * SizeOf(out.dtype()) == row_bytes);
+    if (op.planning()) {
+      int64_t bytes = 0;
+      for (const RowMessage& send : sends) bytes += send.rank == rank_ ? 0 : send.rows * row_bytes;
+      // Messages that depend on data: all rows, evenly over the ranks.
+      if (sends.empty()) bytes = std::min(in.bytes(), out.bytes()) / size() * (size() - 1);
+      Plan(bytes);
+      continue;
     }
-  }
-  size_t next = 0;
-  for (const RowMessage& receive : receives) {
-    if (receive.rows == 0) continue;
-    KRAIT_CHECK(receive.row >= 0 && receive.row + receive.rows <= out.dim(0));
-    if (receive.rank == rank_) {
-      KRAIT_CHECK(next < own.size() && own[next].rows == receive.rows);
-      CopyRows(out, receive.row, in, own[next++].row, receive.rows, ctx);
-    } else if (alone()) {
-      const int64_t rows = std::min(receive.rows, in.dim(0));
-      CopyRows(out, receive.row, in, std::min(receive.row, in.dim(0) - rows), rows, ctx);
-    } else {
-      from.push_back({receive.rank, RowAddress(out, receive.row), receive.rows * row_bytes});
+    std::vector<RowMessage> own;
+    for (const RowMessage& send : sends) {
+      if (send.rows == 0) continue;
+      KRAIT_CHECK(send.row >= 0 && send.row + send.rows <= in.dim(0));
+      if (send.rank == rank_) {
+        own.push_back(send);
+      } else {
+        to.push_back({send.rank, RowAddress(in, send.row), send.rows * row_bytes});
+      }
     }
+    size_t next = 0;
+    for (const RowMessage& receive : receives) {
+      if (receive.rows == 0) continue;
+      KRAIT_CHECK(receive.row >= 0 && receive.row + receive.rows <= out.dim(0));
+      if (receive.rank == rank_) {
+        KRAIT_CHECK(next < own.size() && own[next].rows == receive.rows);
+        CopyRows(out, receive.row, in, own[next++].row, receive.rows, ctx);
+      } else if (alone()) {
+        const int64_t rows = std::min(receive.rows, in.dim(0));
+        CopyRows(out, receive.row, in, std::min(receive.row, in.dim(0) - rows), rows, ctx);
+      } else {
+        from.push_back({receive.rank, RowAddress(out, receive.row), receive.rows * row_bytes});
+      }
+    }
+    KRAIT_CHECK(next == own.size());
   }
-  KRAIT_CHECK(next == own.size());
-  if (!alone()) Exchange(what, to, from, ctx);
+  if (!op.planning() && !alone()) Exchange(what, to, from, ctx);
 }
 
 }  // namespace krait

@@ -50,12 +50,23 @@ class Communicator {
   void AllReduceMax(const char* what, Tensor x, const Context& ctx) const;
   // out = the concatenation of every rank's `in` along dimension 0; `in` may be its part of out.
   void AllGather(const char* what, Tensor out, Tensor in, const Context& ctx) const;
-  // out = this rank's part along dimension 0 of the sum of every rank's `in`.
-  void ReduceScatterSum(const char* what, Tensor out, Tensor in, const Context& ctx) const;
+  // out = this rank's part along dimension 0 of the sum of every rank's `in`. `received`: memory
+  // for what comes, size() - 1 parts; undefined: scratch memory.
+  void ReduceScatterSum(const char* what, Tensor out, Tensor in, const Context& ctx,
+                        Tensor received = Tensor()) const;
   // Rows of `in` [R,...] travel to rows of `out` [S,...]: the n-th send of a to b arrives at b's
   // n-th receive from a, of as many rows; those of a rank to itself are copied.
+  struct RowTensors {
+    Tensor out, in;
+  };
   void ExchangeRows(const char* what, Tensor out, const std::vector<RowMessage>& receives,
-                    Tensor in, const std::vector<RowMessage>& sends, const Context& ctx) const;
+                    Tensor in, const std::vector<RowMessage>& sends, const Context& ctx) const {
+    ExchangeRows(what, {{out, in}}, receives, sends, ctx);
+  }
+  // The same rows of several pairs of tensors, as one exchange.
+  void ExchangeRows(const char* what, const std::vector<RowTensors>& tensors,
+                    const std::vector<RowMessage>& receives, const std::vector<RowMessage>& sends,
+                    const Context& ctx) const;
 
  private:
   bool alone() const { return links_.alone != nullptr && *links_.alone; }

@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "kernels/event.h"
 #include "parallel/collectives.h"
 #include "parallel/mesh.h"
 #include "parallel/world.h"
@@ -34,6 +35,9 @@ class Groups {
   // the passes. All ranks call this in the same order, each with its set of the same kind.
   Communicator Of(std::vector<int> ranks) const;
 
+  // For traffic of the tensor ranks beside their computation.
+  SideStream& beside() const { return beside_; }
+
   // What a rank sends over each axis, in bytes. `data`: gradients, weights and numbers of a step,
   // over whatever ranks.
   struct Traffic {
@@ -48,7 +52,7 @@ class Groups {
   bool alone() const { return alone_; }
 
  private:
-  // NCCL's communicator for ranks that do their work on one stream; null where it is not needed.
+  // NCCL's communicator; null where none is needed.
   std::shared_ptr<NcclRanks> Nccl(const std::vector<int>& ranks) const;
 
   World* world_;
@@ -56,6 +60,7 @@ class Groups {
   double expert_slack_;
   bool alone_ = false;
   mutable Traffic planned_;
+  mutable SideStream beside_;
   std::shared_ptr<NcclRanks> all_;  // null on the CPU
   // Those of Of(): sets of equal ranks share one.
   mutable std::vector<std::pair<std::vector<int>, std::shared_ptr<NcclRanks>>> made_;

@@ -42,11 +42,6 @@ bool NcclSharesGpus() {
 }
 
 std::shared_ptr<NcclRanks> NcclRanks::OfWorld(World* world) {
-  // Communicators on several streams: NCCL keeps the order of the calls, which is the same on all
-  // ranks. Without it kernels of two communicators can wait for each other's GPU.
-  if (setenv("NCCL_LAUNCH_ORDER_IMPLICIT", "1", /*overwrite=*/0) != 0) {
-    Fatal(ExitCode::kCollective, __FILE__, __LINE__, "setenv: no memory");
-  }
   ncclUniqueId id = {};
   if (world->first()) Check(ncclGetUniqueId(&id), "ncclGetUniqueId");
   const std::string sent = world->Broadcast(std::string_view(id.internal, sizeof id.internal));

@@ -1,6 +1,7 @@
-// kernels/cuda/runtime.h in a build without CUDA: no device is available, so that no CUDA tensor
-// exists, and the others are fatal.
+// kernels/cuda/runtime.h and peer.h in a build without CUDA: no device is available, so that no
+// CUDA tensor exists, and the others are fatal.
 #include "kernels/base/check.h"
+#include "kernels/cuda/peer.h"
 #include "kernels/cuda/runtime.h"
 
 namespace krait::cuda {
@@ -40,6 +41,11 @@ void RecordEvent(void*, void*) { NoCuda(); }
 void WaitForEvent(void*, void*) { NoCuda(); }
 double SecondsBetween(void*, void*) { NoCuda(); }
 bool EventHappened(void*) { NoCuda(); }
+std::string ExportMemory(void*) { NoCuda(); }
+void* OpenMemory(const std::string&) { NoCuda(); }
+void CloseMemory(void*) { NoCuda(); }
+void WriteFlag(uint32_t*, uint32_t, void*) { NoCuda(); }
+void WaitForFlag(uint32_t*, uint32_t, void*) { NoCuda(); }
 void PushRange(const char*) { NoCuda(); }
 void PopRange() { NoCuda(); }
 

@@ -8,8 +8,11 @@
 #include <optional>
 #include <vector>
 
+#include "kernels/activation.h"
+#include "kernels/transfer.h"
 #include "parallel/gpu.h"
 #include "parallel/groups.h"
+#include "parallel/peer_memory.h"
 #include "support/gpu_ranks.h"
 #include "support/gradcheck.h"
 #include "support/on_gpu.h"
@@ -146,6 +149,38 @@ TEST_F(GpuCollectivesTest, TrafficOnTwoStreams) {
   EXPECT_EQ(Get(ones, n - 1), std::pow(size(), 10));
   EXPECT_EQ(Get(more, 0), size() * (size() - 1) / 2.0 * std::pow(size(), 9));
   cuda::DestroyStream(second.stream);
+}
+
+// Ranks rewrite what others read, in turns that only the meetings keep apart.
+TEST_F(GpuCollectivesTest, RanksReadEachOthersMemory) {
+  const int64_t n = 1 << 18;
+  Arena segment("a segment", Device::kCuda, int64_t{4} << 20);
+  const Tensor unused = segment.Alloc(DType::kF32, {100 * (rank() + 1)});  // other offsets
+  const Tensor region = segment.Alloc(DType::kF32, {n});
+  std::vector<int> all;
+  for (int r = 0; r < size(); ++r) all.push_back(r);
+  PeerMemory peers(TestWorld(), {&segment}, {Tensor(), region, unused});
+  if (!peers.Reaches(all)) GTEST_SKIP() << "these GPUs do not reach each other's memory";
+  EXPECT_TRUE(peers.Reaches({rank()}));
+  const Tensor seen = gpu_->scratch.Alloc(DType::kF32, {n});
+  Buf host(DType::kF32, {n});
+  for (int turn = 0; turn < 20; ++turn) {
+    for (int k = 0; k < (rank() + turn) % size() * 10; ++k) Fill(seen, k, *gpu_);  // delays
+    Fill(region, 100 * turn + rank(), *gpu_);
+    peers.Meet(all, gpu_->ctx.stream);
+    const int other = (rank() + 1 + turn) % size();
+    if (other != rank()) {
+      peers.Read(seen.raw(), other, 1, 0, region.bytes(), gpu_->ctx.stream);
+    } else {
+      Copy(seen, region, *gpu_);
+    }
+    peers.Meet(all, gpu_->ctx.stream);
+    Download(host.tensor().raw(), seen, *gpu_);
+    for (const int64_t i : {int64_t{0}, n / 2, n - 1}) {
+      ASSERT_EQ(Get(host, i), 100 * turn + other) << "turn " << turn;
+    }
+  }
+  gpu_->scratch.Release(0);
 }
 
 }  // namespace

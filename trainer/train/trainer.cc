@@ -59,10 +59,14 @@ Trainer::Trainer(const RunConfig& config, World* world)
       scalars_(model_, &scalar_arena_),
       pass_batch_(placement_.device, config.train.micro_batch, config.data.seq_len, &batch_arena_,
                   mesh_.tensor) {
-  if (exchange_.has_value()) weights_.SetExchange(&*exchange_);
-  if (placement_.device == Device::kCuda && placement_.compute == DType::kBF16) {
-    peak_flops_ = cuda::Info().peak_flops;
-  }
+  const bool on_cuda = placement_.device == Device::kCuda;
+  if (on_cuda && placement_.compute == DType::kBF16) peak_flops_ = cuda::Info().peak_flops;
+  if (!exchange_.has_value()) return;
+  weights_.SetExchange(&*exchange_);
+  if (!on_cuda) return;
+  peers_.emplace(world, std::vector<const Arena*>{&weight_arena_, &grad_arena_},
+                 BucketExchange::Regions(weights_));
+  exchange_->ReadPeers(&*peers_);
 }
 
 int64_t Trainer::last_step() const {

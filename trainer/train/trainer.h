@@ -122,6 +122,7 @@ class Trainer {
   Arena scalar_arena_, batch_arena_, communication_arena_;
   Context ctx_;
   Weights weights_;
+  std::optional<PeerMemory> peers_;  // on GPUs
   std::optional<BucketExchange> exchange_;
   OptimizerState optimizer_;
   HybridModel model_;
