@@ -327,6 +327,11 @@ Placement PlacementOf(const RunConfig& config) {
 absl::Status CheckDevice(const RunConfig& config, World* world) {
   KRAIT_RETURN_IF_ERROR(Agree(world, CheckDevice(config)));
   const bool cuda = config.train.device == DevicePreference::kCuda;
+  if (!cuda && !world->carries_tensors()) {
+    return Agree(world, Error(ExitCode::kConfig,
+                              "train.device: several ranks on the CPU need MPI: start them with "
+                              "mpirun (with srun: --mpi=pmix)"));
+  }
   return cuda ? CheckGpus(world) : absl::OkStatus();
 }
 

@@ -2,6 +2,7 @@
 
 #include <optional>
 
+#include "data/read_ahead.h"
 #include "kernels/arena.h"
 #include "kernels/context.h"
 #include "kernels/cuda/runtime.h"
@@ -62,13 +63,13 @@ MemoryPlan PlanTraining(const RunConfig& config, const Mesh& mesh) {
   HybridModel model(config.model, &weights, config.train.recompute, {}, groups);
   const StepScalars scalars(model, &scalar_arena);
 
-  // On the CPU the rows of a whole step are read at once, a pass is a slice of them, and evaluation
-  // reads the rows of one pass. On CUDA these are in host memory, and the rows of a pass on the
-  // device.
+  // The rows of steps are in host memory, read ahead. On the CPU a pass is a slice of them, and
+  // evaluation reads the rows of one pass; on CUDA those of a pass are copied.
   const int64_t pass_rows = config.train.micro_batch;
-  if (placement.device == Device::kCpu) {
-    PassBatch::Planned(config.accumulation(mesh.data) * pass_rows, config.data.seq_len,
-                       &batch_arena);
+  const int64_t step_rows = config.accumulation(mesh.data) * pass_rows;
+  Arena row_arena("rows", Device::kCpu);
+  for (int64_t i = 0; i < ReadAhead::Batches(step_rows * config.data.seq_len); ++i) {
+    PassBatch::Planned(step_rows, config.data.seq_len, &row_arena);
   }
   const Batch batch = PassBatch::Planned(pass_rows, config.data.seq_len, &batch_arena, mesh.tensor);
 
@@ -101,6 +102,7 @@ MemoryPlan PlanTraining(const RunConfig& config, const Mesh& mesh) {
   plan.activations = activation_arena.high_water();
   plan.scratch = scratch_arena.high_water();
   plan.batches = batch_arena.high_water();
+  plan.rows = row_arena.high_water();
   plan.scalars = scalar_arena.high_water();
   plan.communication = communication_arena.high_water();
   if (groups != nullptr) plan.nccl = groups->nccl_communicators() * kNcclBytes;

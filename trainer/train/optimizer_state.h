@@ -66,9 +66,9 @@ class OptimizerState {
   std::vector<Tensor> masters_;  // per flat: of its buckets, one after the other
 };
 
-// Every published tensor as boxes of a checkpoint, as far as this rank owns it: slot weight (with
-// `optimizer` the master), and with `optimizer` exp_avg and exp_avg_sq of the trainable ones. The
-// boxes point into live memory.
+// Every published tensor as boxes of a checkpoint, as far as this rank owns it: slot weight, the
+// master, and exp_avg and exp_avg_sq of the trainable ones. `optimizer` null: slot weight alone,
+// the weights, as far as this rank holds them. The boxes point into live memory.
 std::vector<CheckpointBox> StateBoxes(const Weights& weights, const OptimizerState* optimizer);
 
 }  // namespace krait
