@@ -37,10 +37,10 @@ void Fit(double low, double high, bool from_zero, bool whole, Scale* scale) {
   const double margin = (high - low) * 0.04;
   if (!from_zero || low < 0) low -= margin;
   high += margin;
-  const double rough = (high - low) / 5;
+  const double rough = (high - low) / 6;
   const double power = std::pow(10, std::floor(std::log10(rough)));
   double step = 10 * power;
-  for (const double factor : {1.0, 2.0, 5.0}) {
+  for (const double factor : {1.0, 2.0, 2.5, 5.0}) {
     if (factor * power >= rough) {
       step = factor * power;
       break;

@@ -341,12 +341,12 @@ class Reporter {
         "<meta name=\"color-scheme\" content=\"light dark\"><link rel=\"icon\" href=\"data:,\">"
         "<title>",
         XmlText(plan_.sweep.title), "</title><style>", PlotStyle(),
-        "body{margin:0 auto;max-width:1100px;padding:16px;background:var(--page);color:var(--ink);"
+        "body{margin:0 auto;max-width:1180px;padding:16px;background:var(--page);color:var(--ink);"
         "font:15px/1.5 system-ui,sans-serif}h1{font-size:24px;line-height:1.25;margin:8px 0}"
         "h2{font-size:18px;margin:28px 0 8px}p{margin:6px 0}.note{color:var(--soft);font-size:13px}"
         ".wide{overflow-x:auto;margin:14px 0}table{border-collapse:collapse;white-space:nowrap;"
         "font-size:13px;font-variant-numeric:tabular-nums}"
-        "th,td{padding:5px 10px;border-bottom:1px solid var(--grid);text-align:right}"
+        "th,td{padding:5px 8px;border-bottom:1px solid var(--grid);text-align:right}"
         "th{color:var(--soft);font-weight:600}"
         "th:first-child,td:first-child{text-align:left;position:sticky;left:0;"
         "background:var(--page)}td:last-child{white-space:normal}"

@@ -151,7 +151,8 @@ double StudentQuantile(int64_t degrees) {
   // Cornish-Fisher from the normal quantile, right to three digits from here on.
   constexpr double kZ = 1.959964;
   const auto n = static_cast<double>(degrees);
-  return kZ + (kZ * kZ * kZ + kZ) / (4 * n);
+  const double z3 = kZ * kZ * kZ, z5 = z3 * kZ * kZ;
+  return kZ + (z3 + kZ) / (4 * n) + (5 * z5 + 16 * z3 + 3 * kZ) / (96 * n * n);
 }
 
 size_t SweepResults::Count(RunResult::State state) const {

@@ -124,6 +124,7 @@ class Planner {
     }
     ChooseMetric();
     MakeRuns();
+    KRAIT_RETURN_IF_ERROR(errors_.ToStatus());
     return std::move(plan_);
   }
 
@@ -304,6 +305,11 @@ class Planner {
         config.run_dir = run.dir;
         config.checkpoint.dir = run.dir + "/checkpoints";
         run.yaml = config.ToYaml();
+        if (!told_.insert(run.dir).second) {
+          errors_.Add(ExitCode::kConfig,
+                      absl::StrCat(sweep_.path, ": two cells are the same run (",
+                                   plan_.cells[i].name, "): leave one of them out by exclude"));
+        }
         plan_.runs.push_back(std::move(run));
       }
     }

@@ -12,6 +12,11 @@
 
 namespace krait {
 
+double AccuracyOf(double loss, int64_t correct, int64_t targets) {
+  return std::isfinite(loss) ? static_cast<double>(correct) / static_cast<double>(targets)
+                             : std::nan("");
+}
+
 absl::StatusOr<EvalResult> EvaluateStored(const Evaluator& evaluator, const Dataset& data,
                                           int64_t first, int64_t count, int64_t micro_batch,
                                           const Progress& progress) {

@@ -208,8 +208,8 @@ absl::Status Run::Evaluate() {
   }
   std::optional<double> tokens_per_byte;
   if (std::isfinite(bytes)) tokens_per_byte = static_cast<double>(targets) / bytes;
-  const auto all = static_cast<double>(targets);
-  add("val", "val", sum / all, static_cast<double>(correct) / all, tokens_per_byte);
+  const double loss = sum / static_cast<double>(targets);
+  add("val", "val", loss, AccuracyOf(loss, correct, targets), tokens_per_byte);
   metrics.push_back({"tokens", state().tokens});
   return OnFirst([&]() -> absl::Status {
     for (const std::string& line : lines) KRAIT_RETURN_IF_ERROR(Say(line));
