@@ -81,9 +81,10 @@ absl::StatusOr<std::unique_ptr<TokenFile>> TokenFile::Synthetic(const SyntheticS
   result->tokens_ = result->synthetic_->tokens();
   result->vocab_size_ = vocab_size;
   result->content_hash_ = result->synthetic_->Hash();
-  for (int64_t k = 0; k <= spec.sequences; ++k) {
-    result->document_starts_.push_back(static_cast<uint64_t>(k * seq_len));
-  }
+  std::vector<uint64_t> starts;
+  for (int64_t k = 0; k <= spec.sequences; ++k)
+    starts.push_back(static_cast<uint64_t>(k * seq_len));
+  result->document_starts_ = std::move(starts);
   return result;
 }
 
