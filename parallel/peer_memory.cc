@@ -22,21 +22,6 @@ std::string Machine() {
   return id;
 }
 
-// A copy engine takes one command after the other, from whatever stream: the large ones in pieces,
-// so that small ones need not wait (by 0.1 ms each, 8 ms of a step of jamba-3b on two tensor
-// ranks).
-#ifndef KRAIT_PIECE
-#define KRAIT_PIECE (4 << 20)
-#endif
-constexpr int64_t kPieceBytes = KRAIT_PIECE;
-
-void CopyInPieces(void* to, const char* from, int64_t bytes, void* stream) {
-  for (int64_t begin = 0; begin < bytes; begin += kPieceBytes) {
-    cuda::CopyOnDevice(static_cast<char*>(to) + begin, from + begin,
-                       std::min(kPieceBytes, bytes - begin), stream);
-  }
-}
-
 // A list of texts and numbers as bytes, and back.
 void Put(std::string* out, const std::string& text) {
   const auto size = static_cast<int64_t>(text.size());
@@ -159,7 +144,7 @@ void PeerMemory::Read(void* to, int rank, int region, int64_t begin, int64_t byt
   const auto r = static_cast<size_t>(region);
   const char* const segment =
       static_cast<const char*>(peer.segments[static_cast<size_t>(peer.region_segment[r])]);
-  CopyInPieces(to, segment + peer.region_offset[r] + begin, bytes, stream);
+  cuda::CopyOnDevice(to, segment + peer.region_offset[r] + begin, bytes, stream);
 }
 
 void PeerMemory::ReadSame(void* to, int rank, const void* at, int64_t bytes, void* stream) const {
@@ -167,7 +152,7 @@ void PeerMemory::ReadSame(void* to, int rank, const void* at, int64_t bytes, voi
   const int segment = SegmentOf(at);
   const char* const there = static_cast<const char*>(
       peers_[static_cast<size_t>(rank)].segments[static_cast<size_t>(segment)]);
-  CopyInPieces(to, there + (static_cast<const char*>(at) - Base(segment)), bytes, stream);
+  cuda::CopyOnDevice(to, there + (static_cast<const char*>(at) - Base(segment)), bytes, stream);
 }
 
 void PeerMemory::Meet(const std::vector<int>& ranks, void* stream) {
