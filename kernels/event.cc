@@ -31,6 +31,7 @@ Context SideStream::Behind(const Context& ctx) {
   if (ctx.device != Device::kCuda || ctx.planning) return side;
   if (stream_ == nullptr) stream_ = cuda::CreateStream(/*urgent=*/true);
   side.stream = stream_;
+  side.side = side_;
   side.profile = nullptr;
   before_.Record(ctx);
   before_.Wait(side);

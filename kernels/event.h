@@ -25,10 +25,11 @@ class Event {
   void* event_ = nullptr;  // cudaEvent_t, made by the first Record() on CUDA
 };
 
-// A stream beside that of a context, for work that may run under other work.
+// A stream beside that of a context, for work that may run under other work. `side`, from 1 on, is
+// the same number on all ranks that do the same work on it.
 class SideStream {
  public:
-  SideStream() = default;
+  explicit SideStream(int side) : side_(side) {}
   ~SideStream();
   SideStream(const SideStream&) = delete;
   SideStream& operator=(const SideStream&) = delete;
@@ -45,6 +46,7 @@ class SideStream {
   friend class SideStreamDelay;
   static void (*delay)(void* stream);  // enqueued first by each Behind(), where not null
 
+  const int side_;
   void* stream_ = nullptr;  // cudaStream_t, made by the first Behind() on CUDA; urgent
   bool used_ = false;       // since the last Join
   Event before_, after_;

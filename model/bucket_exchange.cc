@@ -59,7 +59,7 @@ void BucketExchange::Read(const char* what, const Communicator& ranks, int regio
                            .ranks = ranks.size()};
   for (const Reading& reading : readings) shape.bytes_received += reading.count * size;
   CollectiveScope scope(what, shape);
-  groups_->peers()->Meet(ranks.ranks(), traffic.stream);
+  groups_->peers()->Meet(ranks.ranks(), traffic);
   // Each rank begins with its neighbour, so that no two read from the same one.
   for (size_t k = 0; k < readings.size(); ++k) {
     const Reading& reading = readings[(k + static_cast<size_t>(ranks.rank())) % readings.size()];

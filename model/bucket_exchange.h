@@ -63,7 +63,7 @@ class BucketExchange {
   const Groups* groups_;
   std::vector<Communicator> sets_;  // as Layout::sets()
   Tensor send_, parts_;  // [elements]; send_ is undefined where pieces travel as they are
-  SideStream stream_;
+  SideStream stream_{2};
   Event reduced_;
   bool reducing_ = false;
   struct Gathered {

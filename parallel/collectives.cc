@@ -46,13 +46,13 @@ void Communicator::ReadParts(const char* what, int64_t bytes, const To& to, cons
                              const Context& ctx) const {
   const int64_t others = size() - 1;
   CollectiveScope scope(what, ShapeOf(others * bytes, others * bytes));
-  peers().Meet(ranks_, ctx.stream);
+  peers().Meet(ranks_, ctx);
   // Each rank begins with its neighbour, so that no two read from the same one.
   for (int k = 1; k < size(); ++k) {
     const int r = (rank_ + k) % size();
     peers().ReadSame(to(r), ranks_[static_cast<size_t>(r)], at(r), bytes, ctx.stream);
   }
-  peers().Meet(ranks_, ctx.stream);
+  peers().Meet(ranks_, ctx);
   scope.Enqueued(ctx.stream);
 }
 
@@ -232,11 +232,11 @@ void Communicator::ExchangeRows(const char* what, const std::vector<RowTensors>&
   for (const Message& message : to) sent += message.bytes;
   for (const Reading& reading : readings) received += reading.bytes;
   CollectiveScope scope(what, ShapeOf(sent, received));
-  peers().Meet(ranks_, ctx.stream);
+  peers().Meet(ranks_, ctx);
   for (const Reading& reading : readings) {
     peers().ReadSame(reading.to, reading.rank, reading.at, reading.bytes, ctx.stream);
   }
-  peers().Meet(ranks_, ctx.stream);
+  peers().Meet(ranks_, ctx);
   scope.Enqueued(ctx.stream);
 }
 

@@ -68,7 +68,7 @@ class Groups {
   bool alone_ = false;
   PeerMemory* peers_ = nullptr;
   mutable Traffic planned_;
-  mutable SideStream beside_;
+  mutable SideStream beside_{1};
   Device device_;
   mutable int communicators_ = 0;
   std::shared_ptr<NcclRanks> all_;  // null on the CPU

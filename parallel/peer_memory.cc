@@ -56,7 +56,7 @@ PeerMemory::PeerMemory(World* world, const std::vector<const Arena*>& segments,
     : world_(world),
       segments_(segments),
       flags_("flags of other ranks", Device::kCuda,
-             kStreams * world->size() * static_cast<int64_t>(sizeof(uint32_t))),
+             kSides * world->size() * static_cast<int64_t>(sizeof(uint32_t))),
       peers_(static_cast<size_t>(world->size())),
       reach_(peers_.size() * peers_.size()) {
   std::string mine;
@@ -155,21 +155,21 @@ void PeerMemory::ReadSame(void* to, int rank, const void* at, int64_t bytes, voi
   cuda::CopyOnDevice(to, there + (static_cast<const char*>(at) - Base(segment)), bytes, stream);
 }
 
-void PeerMemory::Meet(const std::vector<int>& ranks, void* stream) {
-  auto known = std::find(streams_.begin(), streams_.end(), stream);
-  const auto k = static_cast<size_t>(known - streams_.begin());
-  if (known == streams_.end()) streams_.push_back(stream);
-  KRAIT_CHECK(k < kStreams);
-  uint32_t* const mine = static_cast<uint32_t*>(flags_.base()) + k * peers_.size();
+void PeerMemory::Meet(const std::vector<int>& ranks, const Context& ctx) {
+  KRAIT_CHECK(ctx.side >= 0 && ctx.side < kSides);
+  const auto side = static_cast<size_t>(ctx.side);
+  uint32_t* const mine = static_cast<uint32_t*>(flags_.base()) + side * peers_.size();
   const int self = world_->rank();
   for (const int r : ranks) {
     if (r == self) continue;
     Peer& peer = peers_[static_cast<size_t>(r)];
-    cuda::WriteFlag(peer.flags + k * peers_.size() + static_cast<size_t>(self), ++peer.meets[k],
-                    stream);
+    cuda::WriteFlag(peer.flags + side * peers_.size() + static_cast<size_t>(self),
+                    ++peer.meets[side], ctx.stream);
   }
   for (const int r : ranks) {
-    if (r != self) cuda::WaitForFlag(mine + r, peers_[static_cast<size_t>(r)].meets[k], stream);
+    if (r != self) {
+      cuda::WaitForFlag(mine + r, peers_[static_cast<size_t>(r)].meets[side], ctx.stream);
+    }
   }
 }
 

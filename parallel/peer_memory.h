@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "kernels/arena.h"
+#include "kernels/context.h"
 #include "kernels/tensor.h"
 #include "parallel/world.h"
 
@@ -43,13 +44,12 @@ class PeerMemory {
   // The same from the place where this rank has `at`, of a rank that mirrors this one.
   void ReadSame(void* to, int rank, const void* at, int64_t bytes, void* stream) const;
 
-  // Enqueued on `stream`: what follows waits until the other ones of `ranks` have come as far with
-  // theirs. Ranks meet in the same order on streams that they have first used here in the same
-  // order, of which there are up to kStreams.
-  void Meet(const std::vector<int>& ranks, void* stream);
+  // Enqueued on ctx.stream: what follows waits until the other ones of `ranks` have come as far
+  // with theirs. Ranks meet in the same order on streams of one ctx.side.
+  void Meet(const std::vector<int>& ranks, const Context& ctx);
 
  private:
-  static constexpr int kStreams = 8;
+  static constexpr int kSides = 4;
   int SegmentOf(const void* address) const;
   const char* Base(int segment) const {
     return static_cast<const char*>(segments_[static_cast<size_t>(segment)]->base());
@@ -58,14 +58,13 @@ class PeerMemory {
     std::vector<void*> segments;  // as mapped here; of this rank and of those not reached: none
     std::vector<int64_t> region_segment, region_offset;
     uint64_t signature = 0;
-    uint32_t* flags = nullptr;               // its flags_
-    std::array<uint32_t, kStreams> meets{};  // with it
+    uint32_t* flags = nullptr;             // its flags_
+    std::array<uint32_t, kSides> meets{};  // with it
   };
 
   World* world_;
   std::vector<const Arena*> segments_;
-  Arena flags_;  // [kStreams, ranks] u32: how often each of the others has come
-  std::vector<void*> streams_;
+  Arena flags_;  // [kSides, ranks] u32: how often each of the others has come
   std::vector<Peer> peers_;
   std::vector<bool> reach_;  // [ranks * ranks]
 };

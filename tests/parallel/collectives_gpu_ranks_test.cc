@@ -167,14 +167,14 @@ TEST_F(GpuCollectivesTest, RanksReadEachOthersMemory) {
   for (int turn = 0; turn < 20; ++turn) {
     for (int k = 0; k < (rank() + turn) % size() * 10; ++k) Fill(seen, k, *gpu_);  // delays
     Fill(region, 100 * turn + rank(), *gpu_);
-    peers.Meet(all, gpu_->ctx.stream);
+    peers.Meet(all, *gpu_);
     const int other = (rank() + 1 + turn) % size();
     if (other != rank()) {
       peers.Read(seen.raw(), other, 1, 0, region.bytes(), gpu_->ctx.stream);
     } else {
       Copy(seen, region, *gpu_);
     }
-    peers.Meet(all, gpu_->ctx.stream);
+    peers.Meet(all, *gpu_);
     Download(host.tensor().raw(), seen, *gpu_);
     for (const int64_t i : {int64_t{0}, n / 2, n - 1}) {
       ASSERT_EQ(Get(host, i), 100 * turn + other) << "turn " << turn;
