@@ -36,7 +36,9 @@ absl::StatusOr<std::unique_ptr<Dataset>> Dataset::Open(const std::vector<SourceS
       const std::string place = source.named_at.empty() ? "" : source.named_at + ": ";
       errors.Add(ExitCodeOf(fault), place + MessageOf(fault));
     };
-    auto opened = TokenFile::Open(source.path);
+    auto opened = source.synthetic.has_value()
+                      ? TokenFile::Synthetic(*source.synthetic, seq_len, model_vocab)
+                      : TokenFile::Open(source.path);
     if (!opened.ok()) {
       add(opened.status());
       continue;
@@ -208,9 +210,12 @@ absl::Status Dataset::ReadRow(int source, int64_t sequence, int64_t row, TokenBa
   } else {
     std::fill(doc_start, doc_start + seq_len_, 0);
   }
+  std::vector<uint8_t> counts(static_cast<size_t>(seq_len_), 1);
+  file.Counts(begin, seq_len_, counts.data());
   for (int64_t t = 0; t < seq_len_; ++t) {
     const int64_t context = t + 1 - doc_start[t], token = begin + t + 1;
     const bool has_target = t + 1 < seq_len_ && doc_start[t + 1] != t + 1 &&
+                            counts[static_cast<size_t>(t + 1)] != 0 &&
                             context >= only_.context_begin && context < only_.context_end &&
                             token >= only_.token_begin && token < only_.token_end;
     targets[t] = has_target ? tokens[t + 1] : -1;

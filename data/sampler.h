@@ -12,11 +12,13 @@
 #include <cstdint>
 #include <limits>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "data/mix.h"
 #include "data/position.h"
+#include "data/synthetic.h"
 #include "data/token_file.h"
 #include "kernels/base/status.h"
 
@@ -27,6 +29,7 @@ struct SourceSpec {
   double weight = 1.0;
   std::string named_at =
       {};  // for messages: where the user named it, such as "x.yaml:3:4: data.train[0]"
+  std::optional<SyntheticSpec> synthetic = {};  // instead of a file; `path` is then its name
 };
 
 struct SequenceRef {

@@ -69,6 +69,26 @@ absl::StatusOr<std::unique_ptr<TokenFile>> TokenFile::OpenForeign(const std::str
   return result;
 }
 
+absl::StatusOr<std::unique_ptr<TokenFile>> TokenFile::Synthetic(const SyntheticSpec& spec,
+                                                                int64_t seq_len,
+                                                                int64_t vocab_size) {
+  KRAIT_RETURN_IF_ERROR(CheckSynthetic(spec, seq_len, vocab_size));
+  std::unique_ptr<TokenFile> result(new TokenFile);
+  result->path_ = spec.Name();
+  result->format_ = "task";
+  result->synthetic_.emplace(spec, seq_len, vocab_size);
+  result->dtype_ = DType::kU32;
+  result->tokens_ = result->synthetic_->tokens();
+  result->vocab_size_ = vocab_size;
+  result->content_hash_ = result->synthetic_->Hash();
+  std::vector<uint64_t> starts;
+  for (int64_t k = 0; k <= spec.sequences; ++k) {
+    starts.push_back(static_cast<uint64_t>(k * seq_len));
+  }
+  result->documents_ = DocumentTable::InMemory(std::move(starts));
+  return result;
+}
+
 absl::Status TokenFile::CheckAttributes() {
   KRAIT_ASSIGN_OR_RETURN(const uint64_t version, file_.ReadIntAttribute("format_version"));
   if (version != kTokenFileVersion) {
@@ -205,12 +225,20 @@ absl::Status TokenFile::ReadStored(int64_t begin, int64_t count, void* raw) cons
 
 absl::Status TokenFile::Read(int64_t begin, int64_t count, int32_t* out) const {
   KRAIT_CHECK(begin >= 0 && count >= 0 && count <= tokens_ && begin <= tokens_ - count);
+  if (synthetic_.has_value()) {
+    synthetic_->Read(begin, count, out, nullptr);
+    return absl::OkStatus();
+  }
   auto* raw = reinterpret_cast<unsigned char*>(out) + count * (4 - SizeOf(dtype_));
   KRAIT_RETURN_IF_ERROR(ReadStored(begin, count, raw));
   KRAIT_RETURN_IF_ERROR(CheckIds(raw, begin, count));
   if (dtype_ == DType::kU8) WidenInPlace<uint8_t>(out, count);
   if (dtype_ == DType::kU16) WidenInPlace<uint16_t>(out, count);
   return absl::OkStatus();
+}
+
+void TokenFile::Counts(int64_t begin, int64_t count, uint8_t* counts) const {
+  if (synthetic_.has_value()) synthetic_->Read(begin, count, nullptr, counts);
 }
 
 absl::Status TokenFile::DocumentStarts(int64_t begin, int64_t count, int32_t* doc_start) const {
@@ -229,6 +257,7 @@ absl::Status TokenFile::DocumentStarts(int64_t begin, int64_t count, int32_t* do
 }
 
 absl::Status TokenFile::Verify() const {
+  if (synthetic_.has_value()) return absl::OkStatus();  // nothing is stored
   ContentHash hash;
   std::vector<unsigned char> raw(
       static_cast<size_t>(std::min(tokens_, kVerifyPiece) * SizeOf(dtype_)));

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "data/document_table.h"
+#include "data/synthetic.h"
 #include "data/tokenizer.h"
 #include "kernels/base/file.h"
 #include "kernels/base/h5.h"
@@ -42,10 +43,13 @@ class TokenFile {
   // Checks everything but the token values: attributes, types, that the vocabulary fits the type,
   // that documents ascend strictly from 0 to the number of tokens.
   static absl::StatusOr<std::unique_ptr<TokenFile>> Open(const std::string& path);
+  // A task in place of a file, whose sequences of `seq_len` tokens are documents.
+  static absl::StatusOr<std::unique_ptr<TokenFile>> Synthetic(const SyntheticSpec& spec,
+                                                              int64_t seq_len, int64_t vocab_size);
 
   int64_t tokens() const { return tokens_; }
   int64_t documents() const { return documents_.documents(); }
-  const std::string& format() const { return format_; }        // "Krait", "Megatron", "llm.c"
+  const std::string& format() const { return format_; }  // "Krait", "Megatron", "llm.c", "task"
   const std::string& tokenizer() const { return tokenizer_; }  // "": not known
   int64_t vocab_size() const { return vocab_size_; }           // 0: not known
   // Bounds the ids of a file that does not know its vocabulary.
@@ -68,6 +72,9 @@ class TokenFile {
   // For each token of the range the position within the range of its document's first token (0 when
   // the document began before the range).
   absl::Status DocumentStarts(int64_t begin, int64_t count, int32_t* doc_start) const;
+  // Clears the entries of `counts` [count] whose tokens are no targets: all but the answers of a
+  // synthetic task, none of a file.
+  void Counts(int64_t begin, int64_t count, uint8_t* counts) const;
   // Reads everything and compares it with content_hash; of a foreign file, which keeps none, it
   // reads everything.
   absl::Status Verify() const;
@@ -87,6 +94,7 @@ class TokenFile {
   H5File file_;
   File foreign_;  // open instead
   int64_t foreign_begin_ = 0;
+  std::optional<SyntheticTokens> synthetic_;  // likewise
   std::string format_ = "Krait";
   std::string path_, tokenizer_, content_hash_, tokenizer_files_;
   std::optional<int64_t> end_token_, text_bytes_;

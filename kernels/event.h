@@ -42,9 +42,21 @@ class SideStream {
   void Join(const Context& ctx);
 
  private:
+  friend class SideStreamDelay;
+  static void (*delay)(void* stream);  // enqueued first by each Behind(), where not null
+
   void* stream_ = nullptr;  // cudaStream_t, made by the first Behind() on CUDA; urgent
   bool used_ = false;       // since the last Join
   Event before_, after_;
+};
+
+// For tests: while it exists, all work of side streams comes late, so that a missing Join() shows.
+class SideStreamDelay {
+ public:
+  explicit SideStreamDelay(void (*delay)(void* stream)) { SideStream::delay = delay; }
+  ~SideStreamDelay() { SideStream::delay = nullptr; }
+  SideStreamDelay(const SideStreamDelay&) = delete;
+  SideStreamDelay& operator=(const SideStreamDelay&) = delete;
 };
 
 }  // namespace krait

@@ -17,7 +17,8 @@ int64_t LogitRows(Device device, DType compute, int64_t rows, int64_t vocabulary
 
 void LinearCrossEntropy(Tensor losses, Tensor x, Tensor dw, bool accumulate, Tensor w,
                         Tensor targets, VocabularySlice slice, Tensor scale, const LogitsSink* sink,
-                        const Context& ctx, const VocabularyReductions* ranks) {
+                        const Context& ctx, const VocabularyReductions* ranks,
+                        const ChoiceSink* choices) {
   const ArenaScope scope(ctx.scratch);
   const DType compute = x.dtype(), wide = Wide(compute);
   // Products on the CPU leave the padding out: nothing is gained there by even sizes.
@@ -48,6 +49,7 @@ void LinearCrossEntropy(Tensor losses, Tensor x, Tensor dw, bool accumulate, Ten
       ranks->sum(part(sum));
       ranks->sum(part(picked));
     }
+    if (choices != nullptr) (*choices)(part(max), part(picked));
     const Tensor d_logits = dw.defined() ? logits : Tensor();
     CrossEntropyFinish(slice_of(losses), d_logits, part(max), part(sum), part(picked), logits,
                        target, slice, scale, ctx);

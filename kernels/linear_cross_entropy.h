@@ -15,6 +15,10 @@ namespace krait {
 // Receives the unrounded logits of consecutive chunks of rows, [rows, slice.used] Wide, valid
 // during the call.
 using LogitsSink = std::function<void(Tensor logits)>;
+// Receives of consecutive chunks of rows the largest logit and that of the target (0 where there is
+// none), of the whole vocabulary: [rows] Wide each, valid during the call. A prediction is right
+// where both are equal.
+using ChoiceSink = std::function<void(Tensor max, Tensor picked)>;
 
 // What ranks that hold slices of the vocabulary do between the steps of a chunk: in place, the
 // maximum and the sum over the ranks. x is then the same on all of them, and its gradient the part
@@ -35,7 +39,8 @@ struct VocabularyReductions {
 // the rows in use. Scratch: LogitRows() rows of logits.
 void LinearCrossEntropy(Tensor losses, Tensor x, Tensor dw, bool accumulate, Tensor w,
                         Tensor targets, VocabularySlice slice, Tensor scale, const LogitsSink* sink,
-                        const Context& ctx, const VocabularyReductions* ranks = nullptr);
+                        const Context& ctx, const VocabularyReductions* ranks = nullptr,
+                        const ChoiceSink* choices = nullptr);
 
 // Rows of one chunk. CPU: 32 MiB of logits, which the caches and the rounding of dw's partial sums
 // like; CUDA: 4096 rows, enough for products at full speed and for few passes over dw.

@@ -47,8 +47,8 @@ std::vector<Tensor> BucketExchange::Regions(const Weights& weights) {
 
 bool BucketExchange::Reads(const Communicator& ranks, const Context& ctx) const {
   // What is rounded before it travels lies in one buffer for all buckets: it cannot stay.
-  return peers_ != nullptr && ctx.device == Device::kCuda && !send_.defined() &&
-         peers_->Reaches(ranks.ranks());
+  return groups_->peers() != nullptr && ctx.device == Device::kCuda && !send_.defined() &&
+         groups_->peers()->Reaches(ranks.ranks());
 }
 
 void BucketExchange::Read(const char* what, const Communicator& ranks, int region, Tensor out,
@@ -59,13 +59,13 @@ void BucketExchange::Read(const char* what, const Communicator& ranks, int regio
                            .ranks = ranks.size()};
   for (const Reading& reading : readings) shape.bytes_received += reading.count * size;
   CollectiveScope scope(what, shape);
-  peers_->Meet(ranks.ranks(), traffic.stream);
+  groups_->peers()->Meet(ranks.ranks(), traffic.stream);
   // Each rank begins with its neighbour, so that no two read from the same one.
   for (size_t k = 0; k < readings.size(); ++k) {
     const Reading& reading = readings[(k + static_cast<size_t>(ranks.rank())) % readings.size()];
-    peers_->Read(static_cast<char*>(out.raw()) + reading.to * size,
-                 ranks.ranks()[static_cast<size_t>(reading.rank)], region, reading.from * size,
-                 reading.count * size, traffic.stream);
+    groups_->peers()->Read(static_cast<char*>(out.raw()) + reading.to * size,
+                           ranks.ranks()[static_cast<size_t>(reading.rank)], region,
+                           reading.from * size, reading.count * size, traffic.stream);
   }
   scope.Enqueued(traffic.stream);
 }

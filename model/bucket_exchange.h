@@ -18,7 +18,6 @@
 #include "kernels/event.h"
 #include "model/layout.h"
 #include "parallel/groups.h"
-#include "parallel/peer_memory.h"
 
 namespace krait {
 
@@ -30,10 +29,7 @@ class BucketExchange {
   // (`wide`), or bf16, to which each rank's part is rounded once. `layout` and `groups` outlive it.
   BucketExchange(const Layout* layout, const Groups* groups, DType wide, DType reduce,
                  Arena* arena);
-  // From here on reads the flats of other ranks where that is possible: `peers` has Regions() of
-  // each, and outlives this object.
-  void ReadPeers(PeerMemory* peers) { peers_ = peers; }
-  // What ranks read of each other, flat by flat: its weights and its gradients.
+  // The regions of PeerMemory that this reads where it can: of each flat the weights and gradients.
   static std::vector<Tensor> Regions(const Weights& weights);
   BucketExchange(const BucketExchange&) = delete;
   BucketExchange& operator=(const BucketExchange&) = delete;
@@ -65,7 +61,6 @@ class BucketExchange {
 
   const Layout* layout_;
   const Groups* groups_;
-  PeerMemory* peers_ = nullptr;
   std::vector<Communicator> sets_;  // as Layout::sets()
   Tensor send_, parts_;  // [elements]; send_ is undefined where pieces travel as they are
   SideStream stream_;

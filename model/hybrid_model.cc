@@ -11,6 +11,7 @@
 #include "kernels/linear_cross_entropy.h"
 #include "kernels/optimizer.h"
 #include "kernels/rms_norm.h"
+#include "kernels/transfer.h"
 #include "model/names.h"
 #include "model/sequence_parallel.h"
 
@@ -224,7 +225,7 @@ void HybridModel::RunSublayers(Tensor final_x, const Batch& batch, ActivationSet
 }
 
 void HybridModel::RunHead(Tensor x, Tensor targets, Tensor loss_scale, Tensor sums, bool with_grad,
-                          const PassContext& pass, const ProbeSink* probe) const {
+                          const PassContext& pass, const ProbeSink* probe, int64_t* correct) const {
   const Context& ctx = *pass.ctx;
   const ArenaScope scope(ctx.scratch);
   const int64_t m = targets.numel(), own = pass.shape.own_tokens();
@@ -233,15 +234,30 @@ void HybridModel::RunHead(Tensor x, Tensor targets, Tensor loss_scale, Tensor su
   const VocabularyReductions reductions = {
       [&](Tensor max) { pass.groups->tensor().AllReduceMax("head: maximum", max, ctx); },
       [&](Tensor sum) { pass.groups->tensor().AllReduceSum("head: sum", sum, ctx); }};
+  // Every rank has the losses of all rows, and counts its own.
+  const int64_t first = pass.shape.ranks > 1 ? own * pass.groups->tensor().rank() : 0;
+  std::vector<int32_t> target;
+  if (correct != nullptr) {
+    target.resize(static_cast<size_t>(m));
+    Download(target.data(), targets, ctx);
+  }
+  int64_t row = 0;
+  const ChoiceSink choices = [&](Tensor max, Tensor picked) {
+    const std::vector<float> most = DownloadFloats(max, ctx),
+                             own_logit = DownloadFloats(picked, ctx);
+    for (size_t i = 0; i < most.size(); ++i, ++row) {
+      if (row < first || row >= first + own || target[static_cast<size_t>(row)] < 0) continue;
+      *correct += own_logit[i] == most[i] ? 1 : 0;
+    }
+  };
   const Tensor rows = GatherRows("head: input", x, pass);
   LinearCrossEntropy(losses, rows, with_grad ? weights_->Grad(head_) : Tensor(),
                      with_grad && weights_->Accumulate(head_), weights_->Get(head_),
                      targets.View({m}), vocabulary_, loss_scale, probe != nullptr ? &sink : nullptr,
-                     ctx, pass.shape.ranks > 1 ? &reductions : nullptr);
+                     ctx, pass.shape.ranks > 1 ? &reductions : nullptr,
+                     correct != nullptr ? &choices : nullptr);
   weights_->Release(head_);
   if (with_grad) SumRows("head: gradient of the input", x, rows, pass);
-  // Every rank has the losses of all rows, and counts its own.
-  const int64_t first = pass.shape.ranks > 1 ? own * pass.groups->tensor().rank() : 0;
   AddSum(sums.Slice(0, kSumCrossEntropy, 1), losses.Slice(0, first, own), ctx);
 }
 
@@ -318,7 +334,7 @@ void HybridModel::Forward(const Batch& batch, Tensor loss_scale, Tensor sums,
   weights_->EndForward();
 }
 
-void HybridModel::Evaluate(const Batch& batch, Tensor sums, const Context& ctx) {
+void HybridModel::Evaluate(const Batch& batch, Tensor sums, const Context& ctx, int64_t* correct) {
   const ArenaScope scope(ctx.scratch);
   RouterStats router = NewRouterStats(batch.shape.batch, ctx.scratch);
   ResetRouterStats(router, ctx);
@@ -327,7 +343,7 @@ void HybridModel::Evaluate(const Batch& batch, Tensor sums, const Context& ctx) 
   const Tensor final_x =
       ctx.scratch->Alloc(weights_->dtype(), {batch.shape.own_tokens(), spec_.d_model});
   RunSublayers(final_x, batch, nullptr, nullptr, pass, nullptr);
-  RunHead(final_x, batch.targets, Tensor(), sums, /*with_grad=*/false, pass, nullptr);
+  RunHead(final_x, batch.targets, Tensor(), sums, /*with_grad=*/false, pass, nullptr, correct);
   AddRouterLosses(router, batch.shape.tokens(), sums, ctx);
   weights_->EndForward();
 }

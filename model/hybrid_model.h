@@ -116,8 +116,10 @@ class HybridModel {
                 const Context& ctx, SequenceState* sequence = nullptr);
 
   // Forward without keeping anything, in scratch memory: adds the losses to `sums` (evaluation).
-  // Works without gradients.
-  void Evaluate(const Batch& batch, Tensor sums, const Context& ctx);
+  // Works without gradients. `correct`, where it is given, grows by the targets of this rank's own
+  // rows that have the largest logit (one of several that are equal counts): the device is waited
+  // for.
+  void Evaluate(const Batch& batch, Tensor sums, const Context& ctx, int64_t* correct = nullptr);
 
   // The state of `batch` sequences of up to `max_tokens` tokens, at their start. `with_grad`: for
   // training on pieces of sequences of exactly max_tokens.
@@ -159,9 +161,9 @@ class HybridModel {
   void RunSublayers(Tensor final_x, const Batch& batch, ActivationSet* set, SequenceState* sequence,
                     const PassContext& pass, const ProbeSink* probe) const;
   // LM head and cross-entropy of x [M,D], added to `sums`. With `with_grad` the head's weight
-  // gradient is computed and x is overwritten with its gradient.
+  // gradient is computed and x is overwritten with its gradient. `correct` as in Evaluate.
   void RunHead(Tensor x, Tensor targets, Tensor loss_scale, Tensor sums, bool with_grad,
-               const PassContext& pass, const ProbeSink* probe) const;
+               const PassContext& pass, const ProbeSink* probe, int64_t* correct = nullptr) const;
   // The ranks whose router statistics are added up: those of the stage, or with moe.aux_sequences
   // those that run the pass together, whose sequences are no other rank's. Null: this one alone.
   const Communicator* RouterRanks() const;

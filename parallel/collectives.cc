@@ -6,7 +6,6 @@
 #include "kernels/activation.h"
 #include "kernels/base/check.h"
 #include "kernels/parts.h"
-#include "parallel/collective_log.h"
 
 namespace krait {
 namespace {
@@ -29,6 +28,34 @@ Communicator::Communicator(Links links, std::vector<int> ranks, int self)
   rank_ = static_cast<int>(at - ranks_.begin());
 }
 
+CollectiveShape Communicator::ShapeOf(int64_t sent, int64_t received) const {
+  return {.first_rank = ranks_.front(),
+          .last_rank = ranks_.back(),
+          .ranks = size(),
+          .bytes_sent = sent,
+          .bytes_received = received};
+}
+
+bool Communicator::Reads(const Tensor& t, const Context& ctx) const {
+  return ctx.device == Device::kCuda && size() > 1 && links_.peers != nullptr &&
+         *links_.peers != nullptr && peers().Mirrors(ranks_) && peers().Holds(t.raw());
+}
+
+template <typename To, typename At>
+void Communicator::ReadParts(const char* what, int64_t bytes, const To& to, const At& at,
+                             const Context& ctx) const {
+  const int64_t others = size() - 1;
+  CollectiveScope scope(what, ShapeOf(others * bytes, others * bytes));
+  peers().Meet(ranks_, ctx.stream);
+  // Each rank begins with its neighbour, so that no two read from the same one.
+  for (int k = 1; k < size(); ++k) {
+    const int r = (rank_ + k) % size();
+    peers().ReadSame(to(r), ranks_[static_cast<size_t>(r)], at(r), bytes, ctx.stream);
+  }
+  peers().Meet(ranks_, ctx.stream);
+  scope.Enqueued(ctx.stream);
+}
+
 void Communicator::Exchange(const char* what, const std::vector<Message>& sends,
                             const std::vector<Message>& receives, const Context& ctx) const {
   if (ctx.device == Device::kCpu) {
@@ -40,11 +67,10 @@ void Communicator::Exchange(const char* what, const std::vector<Message>& sends,
     return;
   }
   if (sends.empty() && receives.empty()) return;
-  CollectiveShape shape = {
-      .first_rank = ranks_.front(), .last_rank = ranks_.back(), .ranks = size()};
-  for (const Message& message : sends) shape.bytes_sent += message.bytes;
-  for (const Message& message : receives) shape.bytes_received += message.bytes;
-  CollectiveScope scope(what, shape);
+  int64_t sent = 0, received = 0;
+  for (const Message& message : sends) sent += message.bytes;
+  for (const Message& message : receives) received += message.bytes;
+  CollectiveScope scope(what, ShapeOf(sent, received));
   links_.nccl->Exchange(sends, receives, ctx.stream);
   scope.Enqueued(ctx.stream);
 }
@@ -63,12 +89,16 @@ void Communicator::AllGather(const char* what, Tensor out, Tensor in, const Cont
     for (const Tensor& part : parts) copy_to(part);
     return;
   }
+  if (Reads(in, ctx)) {
+    const bool in_place = parts[static_cast<size_t>(rank_)].raw() == own.raw();
+    const auto part = [&](int r) { return parts[static_cast<size_t>(r)].raw(); };
+    ReadParts(
+        what, in.bytes(), part, [&](int r) { return in_place ? part(r) : own.raw(); }, ctx);
+    copy_to(parts[static_cast<size_t>(rank_)]);
+    return;
+  }
   if (ctx.device == Device::kCuda && size() > 1) {
-    CollectiveScope scope(what, {.first_rank = ranks_.front(),
-                                 .last_rank = ranks_.back(),
-                                 .ranks = size(),
-                                 .bytes_sent = in.bytes() * (size() - 1),
-                                 .bytes_received = in.bytes() * (size() - 1)});
+    CollectiveScope scope(what, ShapeOf(in.bytes() * (size() - 1), in.bytes() * (size() - 1)));
     links_.nccl->AllGather(out.raw(), in.raw(), in.bytes(), ctx.stream);
     scope.Enqueued(ctx.stream);
     return;
@@ -121,6 +151,10 @@ void Communicator::ReduceScatterSum(const char* what, Tensor out, Tensor in, con
         Copy(part, from[static_cast<size_t>(rank_)], ctx);
       }
     }
+  } else if (Reads(in, ctx)) {
+    ReadParts(
+        what, out.bytes(), [&](int r) { return parts[static_cast<size_t>(r)].raw(); },
+        [&](int) { return from[static_cast<size_t>(rank_)].raw(); }, ctx);
   } else {
     std::vector<Message> sends, receives;
     for (int r = 0; r < size(); ++r) {
@@ -138,6 +172,18 @@ void Communicator::ExchangeRows(const char* what, const std::vector<RowTensors>&
                                 const std::vector<RowMessage>& sends, const Context& ctx) const {
   const OpScope op(ctx, OpFamily::kCommunication, what,
                    {{"out", tensors.front().out}, {"in", tensors.front().in}});
+  bool reads = true;
+  for (const auto& [out, in] : tensors) reads = reads && Reads(in, ctx);
+  for (const auto* messages : {&sends, &receives}) {
+    for (const RowMessage& message : *messages) reads = reads && message.there >= 0;
+  }
+  struct Reading {
+    void* to;
+    int rank;
+    const void* at;
+    int64_t bytes;
+  };
+  std::vector<Reading> readings;
   std::vector<Message> to, from;
   for (const auto& [out, in] : tensors) {
     KRAIT_CHECK(out.contiguous() && in.contiguous() && out.dtype() == in.dtype());
@@ -171,13 +217,27 @@ void Communicator::ExchangeRows(const char* what, const std::vector<RowTensors>&
       } else if (alone()) {
         const int64_t rows = std::min(receive.rows, in.dim(0));
         CopyRows(out, receive.row, in, std::min(receive.row, in.dim(0) - rows), rows, ctx);
+      } else if (reads) {
+        readings.push_back({RowAddress(out, receive.row), ranks_[static_cast<size_t>(receive.rank)],
+                            RowAddress(in, receive.there), receive.rows * row_bytes});
       } else {
         from.push_back({receive.rank, RowAddress(out, receive.row), receive.rows * row_bytes});
       }
     }
     KRAIT_CHECK(next == own.size());
   }
-  if (!op.planning() && !alone()) Exchange(what, to, from, ctx);
+  if (op.planning() || alone()) return;
+  if (!reads) return Exchange(what, to, from, ctx);
+  int64_t sent = 0, received = 0;
+  for (const Message& message : to) sent += message.bytes;
+  for (const Reading& reading : readings) received += reading.bytes;
+  CollectiveScope scope(what, ShapeOf(sent, received));
+  peers().Meet(ranks_, ctx.stream);
+  for (const Reading& reading : readings) {
+    peers().ReadSame(reading.to, reading.rank, reading.at, reading.bytes, ctx.stream);
+  }
+  peers().Meet(ranks_, ctx.stream);
+  scope.Enqueued(ctx.stream);
 }
 
 }  // namespace krait

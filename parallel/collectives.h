@@ -15,15 +15,19 @@
 
 #include "kernels/context.h"
 #include "kernels/tensor.h"
+#include "parallel/collective_log.h"
 #include "parallel/nccl.h"
+#include "parallel/peer_memory.h"
 #include "parallel/world.h"
 
 namespace krait {
 
-// Rows [row, row + rows) for, or from, a rank of the set.
+// Rows [row, row + rows) for, or from, a rank of the set. `there`: the row of the other rank's
+// tensor where they begin, if all ranks know that of all their messages; -1: they do not.
 struct RowMessage {
   int rank = 0;
   int64_t row = 0, rows = 0;
+  int64_t there = -1;
 };
 
 class Communicator {
@@ -36,6 +40,8 @@ class Communicator {
     // `alone` holds, nothing travels: see Groups::SetAlone.
     int64_t* planned = nullptr;
     const bool* alone = nullptr;
+    // Where not null: memory of other ranks to read CUDA tensors from, where these are in it.
+    PeerMemory* const* peers = nullptr;
   };
   // `ranks` of the world, ascending, `self` among them.
   Communicator(Links links, std::vector<int> ranks, int self);
@@ -73,6 +79,15 @@ class Communicator {
   void Plan(int64_t bytes) const {
     if (links_.planned != nullptr) *links_.planned += bytes;
   }
+  // Whether the others' tensors, at the place of `t`, are read where they are.
+  bool Reads(const Tensor& t, const Context& ctx) const;
+  PeerMemory& peers() const { return **links_.peers; }
+  // Part r of as many bytes from the place of `at(r)` on the other ranks to `to(r)`, between two
+  // meetings.
+  template <typename To, typename At>
+  void ReadParts(const char* what, int64_t bytes, const To& to, const At& at,
+                 const Context& ctx) const;
+  CollectiveShape ShapeOf(int64_t sent, int64_t received) const;
   // Messages whose ranks are places in the set, none for the rank itself.
   void Exchange(const char* what, const std::vector<Message>& sends,
                 const std::vector<Message>& receives, const Context& ctx) const;

@@ -35,6 +35,11 @@ class Groups {
   // the passes. All ranks call this in the same order, each with its set of the same kind.
   Communicator Of(std::vector<int> ranks) const;
 
+  // From here on ranks of one machine read what they exchange from each other's memory, where it is
+  // in segments of `peers`, which outlives the groups' use.
+  void ReadPeers(PeerMemory* peers) { peers_ = peers; }
+  PeerMemory* peers() const { return peers_; }
+
   // For traffic of the tensor ranks beside their computation.
   SideStream& beside() const { return beside_; }
 
@@ -45,6 +50,8 @@ class Groups {
   };
   // Of planning runs so far.
   const Traffic& planned() const { return planned_; }
+  // Communicators of NCCL that the run would have; of planning runs.
+  int nccl_communicators() const { return communicators_; }
 
   // While set, nothing travels: what would come from another rank is this rank's own, as many rows
   // of it. The values are wrong, the time without communication is right.
@@ -52,15 +59,18 @@ class Groups {
   bool alone() const { return alone_; }
 
  private:
-  // NCCL's communicator; null where none is needed.
+  // NCCL's communicator; null where none is needed, and while planning, which counts it.
   std::shared_ptr<NcclRanks> Nccl(const std::vector<int>& ranks) const;
 
   World* world_;
   Mesh mesh_;
   double expert_slack_;
   bool alone_ = false;
+  PeerMemory* peers_ = nullptr;
   mutable Traffic planned_;
   mutable SideStream beside_;
+  Device device_;
+  mutable int communicators_ = 0;
   std::shared_ptr<NcclRanks> all_;  // null on the CPU
   // Those of Of(): sets of equal ranks share one.
   mutable std::vector<std::pair<std::vector<int>, std::shared_ptr<NcclRanks>>> made_;

@@ -5,6 +5,7 @@
 #ifndef KRAIT_PARALLEL_PEER_MEMORY_H_
 #define KRAIT_PARALLEL_PEER_MEMORY_H_
 
+#include <array>
 #include <cstdint>
 #include <vector>
 
@@ -16,11 +17,13 @@ namespace krait {
 
 class PeerMemory {
  public:
-  // Lets the other ranks read `regions`, each a contiguous CUDA tensor in one of `segments`; which
-  // of them reach each other is found out here. All ranks of the world call it, with as many
-  // regions; undefined ones are left out. The segments outlive it.
+  // Lets the other ranks read `segments`; which of them reach each other is found out here. All
+  // ranks of the world call it. The segments outlive it. Places in them that ranks know by number:
+  // `regions`, each a contiguous CUDA tensor in one of them, as many on each rank; undefined ones
+  // are left out. Ranks of one `signature` have, at each point of the program, the same tensors at
+  // the same places of those segments that are not the regions'.
   PeerMemory(World* world, const std::vector<const Arena*>& segments,
-             const std::vector<Tensor>& regions);
+             const std::vector<Tensor>& regions, uint64_t signature = 0);
   // Waits for the other ranks: none reads this one's memory afterwards. All ranks call it.
   ~PeerMemory();
   PeerMemory(const PeerMemory&) = delete;
@@ -28,24 +31,41 @@ class PeerMemory {
 
   // Whether all these ranks reach each other's memory: the same answer on each.
   bool Reaches(const std::vector<int>& ranks) const;
+  // Whether they also have one signature.
+  bool Mirrors(const std::vector<int>& ranks) const;
+  // Whether an address lies in one of this rank's segments.
+  bool Holds(const void* address) const { return SegmentOf(address) >= 0; }
+
   // Enqueued on `stream`, a cudaStream_t: bytes [begin, begin + bytes) of a region of another rank
   // that is reached, to `to`, memory of this one's GPU.
   void Read(void* to, int rank, int region, int64_t begin, int64_t bytes, void* stream) const;
 
-  // Enqueued on `stream`: what follows waits until the other ones of `ranks` have
-  // come as far with theirs. Ranks meet in the same order, on one stream each.
+  // The same from the place where this rank has `at`, of a rank that mirrors this one.
+  void ReadSame(void* to, int rank, const void* at, int64_t bytes, void* stream) const;
+
+  // Enqueued on `stream`: what follows waits until the other ones of `ranks` have come as far with
+  // theirs. Ranks meet in the same order on streams that they have first used here in the same
+  // order, of which there are up to kStreams.
   void Meet(const std::vector<int>& ranks, void* stream);
 
  private:
+  static constexpr int kStreams = 8;
+  int SegmentOf(const void* address) const;
+  const char* Base(int segment) const {
+    return static_cast<const char*>(segments_[static_cast<size_t>(segment)]->base());
+  }
   struct Peer {
     std::vector<void*> segments;  // as mapped here; of this rank and of those not reached: none
     std::vector<int64_t> region_segment, region_offset;
-    uint32_t* flags = nullptr;  // its flag of each rank
-    uint32_t meets = 0;         // with it
+    uint64_t signature = 0;
+    uint32_t* flags = nullptr;               // its flags_
+    std::array<uint32_t, kStreams> meets{};  // with it
   };
 
   World* world_;
-  Arena flags_;  // [ranks] u32: how often each of the others has come
+  std::vector<const Arena*> segments_;
+  Arena flags_;  // [kStreams, ranks] u32: how often each of the others has come
+  std::vector<void*> streams_;
   std::vector<Peer> peers_;
   std::vector<bool> reach_;  // [ranks * ranks]
 };

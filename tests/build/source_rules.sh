@@ -29,6 +29,7 @@ arrows() {
     trainer/report/*) echo '^(trainer/report|kernels/base)/' ;;
     trainer/train/*) echo '^(trainer/(train|config|checkpoint|report)|model|data|parallel|kernels)/' ;;
     trainer/tools/*) echo '^(trainer/(tools|train|config|checkpoint|report)|model|data|parallel|kernels)/' ;;
+    trainer/ablate/*) echo '^(trainer/(ablate|tools|train|config|checkpoint|report)|model|data|parallel|kernels)/' ;;
     trainer/cli/*) echo '^(trainer|model|data|parallel|kernels)/' ;;
     *) echo '.' ;;
   esac
@@ -43,7 +44,7 @@ edges=(
   '^cudnn' '^kernels/cuda/cudnn_attention\.cc$'
   '^nccl' '^parallel/nccl\.cc$'
   '^mpi\.h$' '^parallel/mpi\.cc$'
-  '^nlohmann/' '^(kernels/base|data|trainer/(report|tools|cli))/'
+  '^nlohmann/' '^(kernels/base|data|trainer/(report|tools|ablate|cli))/'
   '^CLI/' '^trainer/cli/'
   '^(zlib|zstd)\.h$' '^data/'
   '^pcre2\.h$' '^data/regex\.cc$'

@@ -8,6 +8,7 @@
 #include "parallel/watchdog.h"
 #include "trainer/cli/commands.h"
 #include "trainer/report/progress_line.h"
+#include "trainer/tools/choice_task.h"
 #include "trainer/tools/inference.h"
 #include "trainer/train/evaluate.h"
 
@@ -20,6 +21,7 @@ struct Arguments {
   std::vector<std::string> data;                     // none: the run's validation files
   int64_t tokens = 0, seq_len = 0, micro_batch = 0;  // 0: all; the checkpoint's
   std::string by;                                    // "", "context" or "document"
+  std::string task;                                  // multiple choice instead
   bool json = false;
 };
 
@@ -239,6 +241,49 @@ std::string Text(const std::string& checkpoint, const Figures& figures, int64_t 
   return text;
 }
 
+absl::StatusOr<ExitCode> EvaluateTask(const std::string& path, const std::string& task, bool json) {
+  std::vector<ChoiceItem> items;
+  KRAIT_ASSIGN_OR_RETURN(items, ReadChoiceTask(task));
+  std::unique_ptr<InferenceModel> model;
+  KRAIT_ASSIGN_OR_RETURN(model, InferenceModel::Load(path, PrintNotice));
+  ModelTokenizer own;
+  KRAIT_ASSIGN_OR_RETURN(own, TokenizerOf(model->checkpoint(), ""));
+  ProgressLine line("scoring", ProgressLine::OnStandardError());
+  const auto result =
+      ScoreChoices(items, own.tokenizer.get(), model.get(), [&](int64_t done, int64_t total) {
+        line.Update(done, total);
+        return absl::OkStatus();
+      });
+  ProgressLine::ClearStandardError();
+  KRAIT_RETURN_IF_ERROR(result.status());
+  const auto count = static_cast<double>(result->items);
+  const double accuracy = static_cast<double>(result->correct) / count;
+  const double by_byte = static_cast<double>(result->correct_by_byte) / count;
+  // Of a share that is counted over so many items.
+  const double error = std::sqrt(accuracy * (1 - accuracy) / count);
+  if (json) {
+    const nlohmann::ordered_json figures = {{"checkpoint", model->checkpoint().path},
+                                            {"task", task},
+                                            {"items", result->items},
+                                            {"accuracy", accuracy},
+                                            {"standard_error", error},
+                                            {"accuracy_by_byte", by_byte},
+                                            {"chance", result->chance},
+                                            {"loss", result->loss}};
+    KRAIT_RETURN_IF_ERROR(
+        Print(figures.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n"));
+    return ExitCode::kOk;
+  }
+  KRAIT_RETURN_IF_ERROR(Print(absl::StrFormat(
+      "%s on %s\n"
+      "  accuracy       %.4f \u00b1 %.4f (%s of %s items; a guess has %.4f)\n"
+      "  by byte        %.4f (the likeliest choice per byte of it)\n"
+      "  loss           %.4f per token of the right choices\n",
+      model->checkpoint().path, task, accuracy, error, PrintGrouped(result->correct),
+      PrintGrouped(result->items), result->chance, by_byte, result->loss)));
+  return ExitCode::kOk;
+}
+
 absl::StatusOr<ExitCode> Evaluate(const Arguments& arguments) {
   World* const world = arguments.world;
   const LongPhase phase;
@@ -314,12 +359,21 @@ void AddEvalCommand(CLI::App* app, CommandLine* line) {
           "each document")
       ->check(CLI::IsMember({"context", "document"}))
       ->type_name("context|document");
+  AddPath(eval, "--task", &arguments->task,
+          "multiple choice instead: JSON lines of {\"context\", \"choices\", \"answer\"}",
+          "TASK.jsonl")
+      ->excludes(eval->get_option("--data"))
+      ->excludes(eval->get_option("--tokens"))
+      ->excludes(eval->get_option("--seq-len"))
+      ->excludes(eval->get_option("--micro-batch"))
+      ->excludes(eval->get_option("--by"));
   eval->add_flag("--json", arguments->json, "one JSON object");
   eval->callback([line, arguments] {
     line->on_several_ranks = true;
     line->run = [line, arguments] {
       arguments->world = line->world;
-      return Evaluate(*arguments);
+      if (arguments->task.empty()) return Evaluate(*arguments);
+      return EvaluateTask(arguments->checkpoint, arguments->task, arguments->json);
     };
   });
 }

@@ -70,7 +70,7 @@ void AddCheckpointCommands(CLI::App* app, CommandLine* line);
 void AddProbeCommand(CLI::App* app, CommandLine* line);
 void AddBenchCommands(CLI::App* app, CommandLine* line);
 void AddDoctorCommand(CLI::App* app, CommandLine* line);
-void AddLaterCommands(CLI::App* app, CommandLine* line);  // ablate
+void AddAblateCommands(CLI::App* app, CommandLine* line);
 
 }  // namespace krait
 

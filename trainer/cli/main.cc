@@ -98,7 +98,7 @@ absl::StatusOr<ExitCode> Run(int argc, char** argv, World* world) {
   AddProbeCommand(&app, &line);
   AddBenchCommands(&app, &line);
   AddDoctorCommand(&app, &line);
-  AddLaterCommands(&app, &line);
+  AddAblateCommands(&app, &line);
   try {
     app.parse(argc, argv);
   } catch (const CLI::Success& wish) {  // --help, --version
@@ -169,21 +169,6 @@ void LetThreadsSleep(char** argv) {
 }
 
 }  // namespace
-
-void AddLaterCommands(CLI::App* app, CommandLine* line) {
-  struct Later {
-    const char* name;
-    const char* help;
-  };
-  for (const Later& later : {Later{"ablate", "architecture ablations (not there yet)"}}) {
-    CLI::App* command = app->add_subcommand(later.name, later.help)->allow_extras();
-    command->callback([line, name = std::string(later.name)] {
-      line->run = [name]() -> absl::StatusOr<ExitCode> {
-        return Error(ExitCode::kConfig, "krait " + name + " is not there yet");
-      };
-    });
-  }
-}
 
 }  // namespace krait
 

@@ -247,6 +247,19 @@ void CheckRun(const RunConfig& config, ConfigUse use, int64_t ranks, ConfigReade
     CheckKeepEvery(config.checkpoint, reader);
   }
 
+  for (const auto& [key, sources] : {std::pair{"data.train", &config.data.train},
+                                     std::pair{"data.validation", &config.data.validation}}) {
+    for (const SourceSpec& source : *sources) {
+      if (!source.synthetic.has_value() ||
+          !reader->Good({key, "data.seq_len", "model.vocab_size"})) {
+        continue;
+      }
+      const absl::Status fits =
+          CheckSynthetic(*source.synthetic, config.data.seq_len, config.model.vocab_size);
+      if (!fits.ok()) reader->Fail(key, absl::StrCat(key, ": ", MessageOf(fits)));
+    }
+  }
+
   const auto pass_tokens =
       static_cast<double>(config.data.seq_len) * static_cast<double>(config.train.micro_batch);
   if (pass_tokens > kMaxPassTokens ||

@@ -191,7 +191,8 @@ void MergeLayer(ConfigNode* tree, ConfigNode layer, ConfigErrors* errors) {
 
 class Loader {
  public:
-  Loader(ConfigNode* root, ConfigErrors* errors) : root_(root), errors_(errors) {
+  Loader(ConfigNode* root, ConfigErrors* errors, bool dotted_keys = false)
+      : root_(root), errors_(errors), dotted_keys_(dotted_keys) {
     root_->kind = ConfigNode::Kind::kMap;
   }
 
@@ -224,7 +225,7 @@ class Loader {
 
     const Place origin = NewOrigin(path);
     ConfigNode layer;
-    if (!ParseYaml(*text, origin, /*any_root=*/false, &layer, errors_)) return false;
+    if (!ParseYaml(*text, origin, /*any_root=*/false, &layer, errors_, dotted_keys_)) return false;
     open_.push_back(canonical);
     const bool bases_read = Bases(layer, fs::path(path).parent_path());
     open_.pop_back();
@@ -237,7 +238,7 @@ class Loader {
   bool Text(const std::string& text, const std::string& name) {
     const Place origin = NewOrigin(name);
     ConfigNode layer;
-    if (!ParseYaml(text, origin, /*any_root=*/false, &layer, errors_)) return false;
+    if (!ParseYaml(text, origin, /*any_root=*/false, &layer, errors_, dotted_keys_)) return false;
     if (const ConfigNode* base = layer.Find("base"); base != nullptr) {
       errors_->Add(base->key_place, "base is not possible here: this text stands alone");
       layer.Erase("base");
@@ -307,8 +308,10 @@ class Loader {
       return fail("a setting on the command line is key.path=value");
     }
     ConfigNode value;
-    if (!ParseYaml(word.substr(equals + 1), place, /*any_root=*/true, &value, errors_))
+    if (!ParseYaml(word.substr(equals + 1), place, /*any_root=*/true, &value, errors_,
+                   dotted_keys_)) {
       return false;
+    }
     // A map for every part of the path but the last, which holds the value.
     std::vector<std::string> parts;
     for (size_t begin = 0; begin <= equals;) {
@@ -343,6 +346,7 @@ class Loader {
 
   ConfigNode* root_;
   ConfigErrors* errors_;
+  bool dotted_keys_;
   std::vector<std::string> open_;  // canonical paths of the files being read, outermost first
   int files_ = 0;
   int layers_ = 0;
@@ -351,8 +355,8 @@ class Loader {
 }  // namespace
 
 bool LoadLayers(const std::string& path, const std::vector<std::string>& words, ConfigNode* root,
-                ConfigErrors* errors) {
-  Loader loader(root, errors);
+                ConfigErrors* errors, bool dotted_keys) {
+  Loader loader(root, errors, dotted_keys);
   const bool file_read = loader.File(path, nullptr);
   return loader.Words(words) && file_read;
 }

@@ -22,6 +22,15 @@ std::string Quoted(const std::string& text) {
   return quoted + "\"";
 }
 
+// "path: FILE" or "synthetic: {task: NAME, ...}".
+std::string SourceText(const SourceSpec& source) {
+  if (!source.synthetic.has_value()) return absl::StrCat("path: ", Quoted(source.path));
+  const SyntheticSpec& task = *source.synthetic;
+  return absl::StrCat("synthetic: {task: ", kSyntheticTaskNames[static_cast<size_t>(task.task)],
+                      task.items > 0 ? absl::StrCat(", items: ", task.items) : "",
+                      ", sequences: ", task.sequences, ", seed: ", task.seed, "}");
+}
+
 // Collects each key with its value as YAML and the type of that value.
 class KeyPrinter : public ConfigVisitor {
  public:
@@ -63,10 +72,11 @@ class KeyPrinter : public ConfigVisitor {
   void Sources(const ConfigKey& key, std::vector<SourceSpec>* value) override {
     std::string text;
     for (const SourceSpec& source : *value) {
-      absl::StrAppend(&text, text.empty() ? "" : ", ", "{path: ", Quoted(source.path),
+      absl::StrAppend(&text, text.empty() ? "" : ", ", "{", SourceText(source),
                       ", weight: ", PrintNumber(source.weight), "}");
     }
-    Add(key, "list of {path: FILE, weight: number}", absl::StrCat("[", text, "]"));
+    Add(key, "list of {path: FILE, weight: number} or {synthetic: {task: NAME, items: N}}",
+        absl::StrCat("[", text, "]"));
   }
 
  private:

@@ -321,16 +321,39 @@ void ConfigReader::Sources(const std::string& path, std::vector<SourceSpec>* out
     ConfigReader reader(item, /*complete=*/true, errors_);
     SourceSpec source;
     reader.String("path", &source.path);
+    if (reader.Has("synthetic")) reader.Synthetic(path, &source);
     reader.Number(
         "weight", &source.weight,
         {.min = 0, .max = std::numeric_limits<double>::max(), .min_open = true, .float32 = false});
-    reader.Require("path", absl::StrCat("each entry of ", path, " names a token file"));
+    if (!reader.Has("synthetic")) {
+      reader.Require("path", absl::StrCat("each entry of ", path,
+                                          " names a token file (or a task: synthetic)"));
+    }
     reader.Finish();
     if (!reader.bad_.empty()) bad_.insert(path);
-    source.path = UserPath(source.path);
+    source.path = source.synthetic.has_value() ? source.synthetic->Name() : UserPath(source.path);
     source.named_at = absl::StrCat(item.place.ToString(), ": ", name);
     out->push_back(std::move(source));
   }
+}
+
+void ConfigReader::Synthetic(const std::string& list, SourceSpec* source) {
+  if (Has("path")) {
+    Fail("path", "path and synthetic are alternatives: keep one of them");
+  }
+  SyntheticSpec spec;
+  // What is trained on is not what is held out.
+  spec.seed = list == "data.validation" ? 2 : 1;
+  size_t task = 0;
+  Choice("synthetic.task", {std::begin(kSyntheticTaskNames), std::end(kSyntheticTaskNames)}, &task);
+  Require("synthetic.task");
+  spec.task = static_cast<SyntheticTask>(task);
+  Whole("synthetic.items", &spec.items, {0, 1 << 24});
+  Whole("synthetic.sequences", &spec.sequences, {1, 100'000'000});
+  auto seed = static_cast<int64_t>(spec.seed);
+  Whole("synthetic.seed", &seed, {0});
+  spec.seed = static_cast<uint64_t>(seed);
+  source->synthetic = spec;
 }
 
 void ConfigReader::Finish() { CheckKeys(root_, ""); }

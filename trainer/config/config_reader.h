@@ -56,6 +56,8 @@ class ConfigReader {
   void Finish();
 
  private:
+  // The task of an entry of `list` that has `synthetic`.
+  void Synthetic(const std::string& list, SourceSpec* source);
   // The scalar text of a present, unquoted value; null after reporting anything else.
   const std::string* Plain(const std::string& path, const std::string& expected);
   void Wrong(const std::string& path, const ConfigNode& node, const std::string& expected);

@@ -45,7 +45,8 @@ bool IsUtf8(const std::string& text) {
 
 class TreeBuilder : public YAML::EventHandler {
  public:
-  TreeBuilder(const Place& origin, ConfigErrors* errors) : origin_(origin), errors_(errors) {
+  TreeBuilder(const Place& origin, bool dotted_keys, ConfigErrors* errors)
+      : origin_(origin), dotted_keys_(dotted_keys), errors_(errors) {
     root_.place = origin;
   }
 
@@ -164,7 +165,7 @@ class TreeBuilder : public YAML::EventHandler {
       errors_->Add(node.place, "merge keys (<<) are not supported; use base: FILE");
       return;
     }
-    if (node.text.find('.') != std::string::npos) {
+    if (!dotted_keys_ && node.text.find('.') != std::string::npos) {
       errors_->Add(node.place, absl::StrCat("key ", Quote(node.text),
                                             ": dotted keys belong on the command line; in a file "
                                             "write the parts as nested maps"));
@@ -181,6 +182,7 @@ class TreeBuilder : public YAML::EventHandler {
   }
 
   Place origin_;
+  bool dotted_keys_;
   ConfigErrors* errors_;
   ConfigNode root_;
   std::vector<Frame> stack_;
@@ -314,9 +316,9 @@ std::string Describe(const ConfigNode& node) {
 }
 
 bool ParseYaml(const std::string& text, const Place& origin, bool any_root, ConfigNode* root,
-               ConfigErrors* errors) {
+               ConfigErrors* errors, bool dotted_keys) {
   if (!CheckEncoding(text, origin, errors)) return false;
-  TreeBuilder builder(origin, errors);
+  TreeBuilder builder(origin, dotted_keys, errors);
   try {
     std::istringstream stream(text);
     YAML::Parser parser(stream);

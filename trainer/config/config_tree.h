@@ -77,15 +77,16 @@ std::string Describe(const ConfigNode& node);
 // The one document of a YAML text. Reported: syntax, encoding, duplicate keys, anchors, aliases,
 // tags, merge keys, several documents, too deep or too many values. Returns false when nothing
 // could be made of the text. The root is a map (an empty text is an empty map) unless `any_root`.
-// A word's text has place.line 0: its nodes all have the word's place.
+// A word's text has place.line 0: its nodes all have the word's place. Keys with dots are errors,
+// unless `dotted_keys` (sweeps).
 bool ParseYaml(const std::string& text, const Place& origin, bool any_root, ConfigNode* root,
-               ConfigErrors* errors);
+               ConfigErrors* errors, bool dotted_keys = false);
 
 // What LoadConfig reads: base files, the file, the words. Returns false when a file or word could
 // not be read; the tree then holds the rest, and missing keys mean nothing. `root->place` is the
 // file's first character.
 bool LoadLayers(const std::string& path, const std::vector<std::string>& words, ConfigNode* root,
-                ConfigErrors* errors);
+                ConfigErrors* errors, bool dotted_keys = false);
 // The same for a text that stands alone (no base files).
 bool LoadText(const std::string& text, const std::string& name,
               const std::vector<std::string>& words, ConfigNode* root, ConfigErrors* errors);

@@ -4,12 +4,18 @@
 #include <cmath>
 #include <filesystem>
 #include <numbers>
+#include <numeric>
 #include <set>
 
 #include "kernels/activation.h"
 #include "kernels/transfer.h"
 
 namespace krait {
+
+double AccuracyOf(double loss, int64_t correct, int64_t targets) {
+  return std::isfinite(loss) ? static_cast<double>(correct) / static_cast<double>(targets)
+                             : std::nan("");
+}
 
 absl::StatusOr<EvalResult> EvaluateStored(const Evaluator& evaluator, const Dataset& data,
                                           int64_t first, int64_t count, int64_t micro_batch,
@@ -32,8 +38,8 @@ absl::StatusOr<EvalResult> EvaluateStored(const Evaluator& evaluator, const Data
     if (status.ok()) status = data.ReadStored(first + begin, now, &rows);
     KRAIT_RETURN_IF_ERROR(agreed(status));
     if (groups != nullptr) rows.FillUp(micro_batch);
-    evaluator.model->Evaluate(evaluator.batch.Of(rows, 0, rows.sequences, ctx), evaluator.sums,
-                              ctx);
+    evaluator.model->Evaluate(evaluator.batch.Of(rows, 0, rows.sequences, ctx), evaluator.sums, ctx,
+                              &result.correct);
     result.targets += rows.target_count;
   }
   if (groups != nullptr) {
@@ -41,10 +47,12 @@ absl::StatusOr<EvalResult> EvaluateStored(const Evaluator& evaluator, const Data
     groups->stage().AllReduceSum("evaluation", losses, ctx);
     const std::vector<int64_t> all = groups->world()->AllGather(result.targets);
     result.targets = 0;
-    // Tensor ranks have the same rows.
+    // Tensor ranks have the same rows, and count the right ones of their own.
     for (size_t r = 0; r < all.size(); r += static_cast<size_t>(mesh.tensor)) {
       result.targets += all[r];
     }
+    const std::vector<int64_t> right = groups->world()->AllGather(result.correct);
+    result.correct = std::accumulate(right.begin(), right.end(), int64_t{0});
   }
   const double sum = PassSumsOf(DownloadDoubles(evaluator.sums, ctx)).cross_entropy;
   result.loss = result.targets > 0 ? sum / static_cast<double>(result.targets) : std::nan("");

@@ -14,10 +14,15 @@
 
 namespace krait {
 
+double AccuracyOf(double loss, int64_t correct, int64_t targets);
+
 struct EvalResult {
   double loss = 0;  // cross-entropy per target, in nats; NaN without a target
   int64_t targets = 0;
+  int64_t correct = 0;  // targets that the model finds likeliest
   int64_t sequences = 0;
+  // NaN where the loss is not finite: what is likeliest is then anything.
+  double accuracy() const { return AccuracyOf(loss, correct, targets); }
 };
 
 // What evaluation runs with: a model, its context, and device memory for a pass and its sums.

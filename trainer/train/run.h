@@ -43,6 +43,9 @@ class Run {
   // After an Open that failed: a run folder that it made goes again.
   void RemoveEmptyFolder();
   absl::StatusOr<ExitCode> Loop();
+  // summary.json, however the run ended; nothing where the folder is not this run's. A run that
+  // cannot say how it ended has ended as it has.
+  void WriteSummary(const absl::StatusOr<ExitCode>& end);
 
  private:
   bool first() const { return world_->first(); }

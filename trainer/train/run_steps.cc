@@ -8,6 +8,7 @@
 #include "kernels/base/shell.h"
 #include "parallel/watchdog.h"
 #include "trainer/report/environment.h"
+#include "trainer/report/run_summary.h"
 #include "trainer/train/evaluate.h"
 #include "trainer/train/run.h"
 
@@ -170,17 +171,23 @@ absl::Status Run::Evaluate() {
   std::vector<Metric> metrics;
   std::vector<std::string> lines;
   // NaN, and nothing in the line, where a file says nothing about bytes.
+  // The accuracy is said of tasks, where it is the point.
+  const std::vector<SourceSpec>& sources = config_.data.validation;
+  const bool task = std::any_of(sources.begin(), sources.end(),
+                                [](const SourceSpec& s) { return s.synthetic.has_value(); });
   const auto add = [&](const std::string& name, const std::string& said, double loss,
-                       std::optional<double> tokens_per_byte) {
+                       double accuracy, std::optional<double> tokens_per_byte) {
     const std::optional<double> bpb = BitsPerByte(loss, tokens_per_byte);
     metrics.push_back({name + "/loss", loss});
+    metrics.push_back({name + "/accuracy", accuracy});
     metrics.push_back({name + "/bpb", bpb.value_or(std::nan(""))});
     lines.push_back(absl::StrFormat("step %5d/%d | %s loss %.4f", state().step,
                                     trainer_->last_step(), said, loss));
+    if (task) lines.back() += absl::StrFormat(" | %s acc %.4f", said, accuracy);
     if (bpb.has_value()) lines.back() += absl::StrFormat(" | %s bpb %.4f", said, *bpb);
   };
   double sum = 0, bytes = 0;
-  int64_t targets = 0;
+  int64_t targets = 0, correct = 0;
   for (const EvalShare& share : shares) {
     const auto result = EvaluateStored(
         trainer_->evaluator(), *validation_, share.first, share.count, config_.train.micro_batch,
@@ -192,21 +199,48 @@ absl::Status Run::Evaluate() {
     KRAIT_RETURN_IF_ERROR(result.status());
     before += share.count;
     if (shares.size() > 1) {
-      add("val/" + share.name, "val " + share.name, result->loss, share.tokens_per_byte);
+      add("val/" + share.name, "val " + share.name, result->loss, result->accuracy(),
+          share.tokens_per_byte);
     }
     if (result->targets == 0) continue;
     sum += result->loss * static_cast<double>(result->targets);
     targets += result->targets;
+    correct += result->correct;
     bytes += static_cast<double>(result->targets) / share.tokens_per_byte.value_or(std::nan(""));
   }
   std::optional<double> tokens_per_byte;
   if (std::isfinite(bytes)) tokens_per_byte = static_cast<double>(targets) / bytes;
-  add("val", "val", sum / static_cast<double>(targets), tokens_per_byte);
+  const double loss = sum / static_cast<double>(targets);
+  add("val", "val", loss, AccuracyOf(loss, correct, targets), tokens_per_byte);
   metrics.push_back({"tokens", state().tokens});
   return OnFirst([&]() -> absl::Status {
     for (const std::string& line : lines) KRAIT_RETURN_IF_ERROR(Say(line));
     return metrics_->Write(state().step, metrics);
   });
+}
+
+void Run::WriteSummary(const absl::StatusOr<ExitCode>& end) {
+  if (!first() || !lock_.Holds()) return;
+  const std::string& dir = config_.run_dir;
+  RunSummary summary;
+  summary.exit_code = static_cast<int>(end.ok() ? *end : ExitCodeOf(end.status()));
+  summary.error = MessageOf(end.status());
+  const ParamTable table(config_.model);
+  summary.params_total = table.total();
+  summary.params_active = table.active(config_.model);
+  summary.flops_per_token = FlopsPerToken(config_.model, config_.data.seq_len);
+  summary.steps = config_.train.steps;
+  if (trainer_ != nullptr) {
+    summary.step = state().step;
+    summary.steps = trainer_->last_step();
+    summary.tokens = state().tokens;
+    summary.finished = end.ok() && *end == ExitCode::kOk;
+  }
+  summary.seconds = TrainingSeconds(dir);
+  summary.train_loss = LastRecorded(dir, "train/loss");
+  summary.val_loss = LastRecorded(dir, "val/loss");
+  summary.val_accuracy = LastRecorded(dir, "val/accuracy");
+  WriteRunSummary(dir, summary).IgnoreError();
 }
 
 absl::Status Run::PrintSummary() {

@@ -272,8 +272,13 @@ absl::StatusOr<ExitCode> RunTraining(const RunConfig& config, const TrainOptions
     return Error(ExitCode::kStopped,
                  MessageOf(opened) + ": no step was made; to go on: " + options.continue_line);
   }
-  KRAIT_RETURN_IF_ERROR(opened);
-  return run.Loop();
+  if (!opened.ok()) {
+    run.WriteSummary(opened);
+    return opened;
+  }
+  absl::StatusOr<ExitCode> end = run.Loop();
+  run.WriteSummary(end);
+  return end;
 }
 
 }  // namespace krait

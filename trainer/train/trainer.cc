@@ -64,9 +64,11 @@ Trainer::Trainer(const RunConfig& config, World* world)
   if (!exchange_.has_value()) return;
   weights_.SetExchange(&*exchange_);
   if (!on_cuda) return;
-  peers_.emplace(world, std::vector<const Arena*>{&weight_arena_, &grad_arena_},
-                 BucketExchange::Regions(weights_));
-  exchange_->ReadPeers(&*peers_);
+  peers_.emplace(world,
+                 std::vector<const Arena*>{&weight_arena_, &grad_arena_, &activation_arena_,
+                                           &scratch_arena_, &scalar_arena_},
+                 BucketExchange::Regions(weights_), memory_.signature);
+  groups_->ReadPeers(&*peers_);
 }
 
 int64_t Trainer::last_step() const {

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "kernels/event.h"
 #include "model/support/meshes.h"
 #include "paths.h"
 #include "support/golden.h"
@@ -125,6 +126,28 @@ TEST_F(GpuProbeRanksTest, Bf16FollowsOneRankAndRepeatsItsBits) {
       EXPECT_EQ(ReadTensor(out, entry_name), ReadTensor(again, entry_name)) << entry_name;
     }
   });
+}
+
+// What runs beside the passes comes late, on each rank by another time: a wait that is missing
+// shows.
+TEST_F(GpuProbeRanksTest, DelaysBesideThePassesLeaveTheBits) {
+  static void* memory = nullptr;
+  constexpr int64_t kBytes = int64_t{1} << 29;  // a fifth of a millisecond to zero
+  memory = cuda::Allocate(kBytes, "a delay");
+  ForLayouts([&](const std::string& name, const std::vector<std::string>& layout) {
+    const SafetensorsReader plain = Probe(TestWorld(), name, "fp32", layout);
+    const SafetensorsReader late = [&] {
+      const SideStreamDelay delay([](void* stream) {
+        for (int k = 0; k < 3 + TestWorld()->rank(); ++k) cuda::Zero(memory, kBytes, stream);
+      });
+      return Probe(TestWorld(), name + "-late", "fp32", layout);
+    }();
+    if (!TestWorld()->first()) return;
+    for (const auto& [entry_name, entry] : plain.entries()) {
+      EXPECT_EQ(ReadTensor(plain, entry_name), ReadTensor(late, entry_name)) << entry_name;
+    }
+  });
+  cuda::Free(memory);
 }
 
 }  // namespace
