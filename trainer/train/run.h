@@ -36,7 +36,7 @@ class Run {
         options_(options),
         world_(OrAlone(options.world)),
         mesh_(MeshOf(config.parallel, world_->size(), world_->rank())),
-        signals_("stopping after this step; once more to end at once", world_->size() > 1),
+        signals_("stopping after this step; once more to end at once", LaunchOfThisProcess().mpi),
         saver_(world_) {}
 
   absl::Status Open();
