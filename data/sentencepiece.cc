@@ -6,6 +6,8 @@
 #include <exception>
 #include <system_error>
 
+#include "data/charsmap.h"
+
 namespace krait {
 namespace {
 
@@ -22,6 +24,8 @@ SentencePieceModel::~SentencePieceModel() = default;
 
 std::unique_ptr<SentencePieceModel> SentencePieceModel::Load(std::string_view model,
                                                              std::string* error) {
+  *error = CheckCharsMaps(model);
+  if (!error->empty()) return nullptr;
   std::unique_ptr<SentencePieceModel> result(new SentencePieceModel());
   sentencepiece::SentencePieceProcessor& processor = result->library_->processor;
   sentencepiece::util::Status status;

@@ -8,6 +8,7 @@
 #include <fstream>
 #include <iterator>
 
+#include "data/charsmap.h"
 #include "data/json_texts.h"
 #include "data/token_file.h"
 #include "data/tokenizer.h"
@@ -172,6 +173,23 @@ void FuzzSentencePiece(double seconds) {
   for (const double end = MonotonicSeconds() + seconds; MonotonicSeconds() < end;) {
     UseTokenizer(Mutated(sound[draw.Below(sound.size())], &draw), "tokenizer.model");
   }
+}
+
+// The library follows the offsets of a character map as they stand: bytes of one in turn.
+TEST(FuzzTest, BrokenCharacterMaps) {
+  EXPECT_EQ(CheckCharsMaps(ReadAll(kGolden + "tokenizers/sp_unigram.model")), "");  // has none
+  const std::string sound = ReadAll(kGolden + "tokenizers/sp_bpe.model");
+  const size_t rules = sound.find("nmt_nfkc");
+  ASSERT_NE(rules, std::string::npos);
+  ASSERT_EQ(CheckCharsMaps(sound), "");
+  int refused = 0;
+  for (size_t at = rules + 8; at + 100 < sound.size(); at += 1501) {
+    std::string model = sound;
+    model[at] = static_cast<char>(~model[at]);
+    refused += CheckCharsMaps(model).empty() ? 0 : 1;
+    UseTokenizer(model, "tokenizer.model");
+  }
+  EXPECT_GT(refused, 5);
 }
 
 void FuzzIndex(double seconds) {
