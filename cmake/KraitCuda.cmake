@@ -97,6 +97,15 @@ if(KRAIT_CUDA)
   if(KRAIT_CUDNN AND KRAIT_NVRTC AND KRAIT_CUDNN_INCLUDE AND KRAIT_CUDNN_FRONTEND_INCLUDE)
     set(KRAIT_CUDNN_ATTENTION ON)
   endif()
+  # NCCL, for several GPUs.
+  find_library(KRAIT_NCCL_LIBRARY NAMES nccl libnccl.so.2 HINTS ${krait_cuda_root}/lib64
+    ${krait_cuda_root}/lib ${krait_cuda_root}/../nccl/lib ${CMAKE_CUDA_IMPLICIT_LINK_DIRECTORIES})
+  find_path(KRAIT_NCCL_INCLUDE nccl.h HINTS ${krait_cuda_root}/include
+    ${krait_cuda_root}/../nccl/include ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
+  set(KRAIT_NCCL OFF)
+  if(KRAIT_NCCL_LIBRARY AND KRAIT_NCCL_INCLUDE)
+    set(KRAIT_NCCL ON)
+  endif()
   target_compile_options(krait_flags INTERFACE
     "$<$<COMPILE_LANGUAGE:CUDA>:SHELL:-Werror all-warnings -Xcompiler=-Wall,-Wextra,-Werror>")
 endif()
@@ -110,24 +119,12 @@ elseif(KRAIT_NVCC)
 else()
   krait_found("CUDA" "" "${krait_cuda_get}")
 endif()
-set(krait_later "no part of Krait calls it yet")
-macro(krait_cuda_library name file get)
-  find_library(KRAIT_${name}_LIBRARY NAMES ${file} lib${file}.so.2 lib${file}.so.9 lib${file}.so.13
-    HINTS ${krait_cuda_root}/lib64 ${krait_cuda_root}/lib ${krait_cuda_root}/../nccl/lib
-    ${krait_cuda_root}/../cudnn/lib)
-  if(KRAIT_${name}_LIBRARY)
-    krait_found("${name}" "${KRAIT_${name}_LIBRARY} (${krait_later})" "")
-  else()
-    krait_found("${name}" "" "${get} (${krait_later})")
-  endif()
-endmacro()
-if(KRAIT_CUDNN_ATTENTION)
-  krait_found("cuDNN" "${KRAIT_CUDNN}, cudnn-frontend in ${KRAIT_CUDNN_FRONTEND_INCLUDE}" "")
+if(KRAIT_NCCL)
+  krait_found("NCCL" "${KRAIT_NCCL_LIBRARY}" "")
 elseif(KRAIT_CUDA)
-  krait_found("cuDNN" "" "attention by the plain kernels, several times slower. For cuDNN's: \
-.venv/bin/pip install nvidia-cudnn-cu13 nvidia-cudnn-frontend nvidia-cuda-nvrtc")
+  krait_found("NCCL" "" "one GPU per run. For several: NVIDIA's apt repository (libnccl-dev), or: \
+.venv/bin/pip install nvidia-nccl-cu13")
 endif()
-krait_cuda_library(NCCL nccl "pip install nvidia-nccl-cu13")
 
 macro(krait_program name program get)
   find_program(KRAIT_${name}_PROGRAM NAMES ${program})

@@ -320,9 +320,10 @@ absl::Status WriteTokens(const std::string& path, const Tokenizer& tokenizer,
   KRAIT_RETURN_IF_ERROR(file.CreateChunked("documents", DType::kU64, kDocumentChunk));
   KRAIT_RETURN_IF_ERROR(
       file.Append("documents", starts.data(), static_cast<int64_t>(starts.size())));
+  hash.AddDocuments(starts);
   KRAIT_RETURN_IF_ERROR(WriteAttributes(
       tokenizer, files, *report,
-      hash.Finish(starts, tokenizer.name(), static_cast<uint64_t>(tokenizer.vocab_size())), &file));
+      hash.Finish(tokenizer.name(), static_cast<uint64_t>(tokenizer.vocab_size())), &file));
   KRAIT_RETURN_IF_ERROR(teller->Tell(2 * input_bytes));
   KRAIT_RETURN_IF_ERROR(file.Close());
   KRAIT_RETURN_IF_ERROR(raw.Sync());
@@ -344,7 +345,7 @@ std::string KeyOf(const std::vector<Input>& inputs, const Tokenizer& tokenizer) 
     hash.AddTokens(line.data(), line.size());
   }
   json["inputs"] = inputs.size();
-  json["inputs_hash"] = hash.Finish({}, "", 0);
+  json["inputs_hash"] = hash.Finish("", 0);
   return json.dump();
 }
 

@@ -15,9 +15,11 @@ void ContentHash::Add(const void* data, size_t size) {
 
 void ContentHash::AddTokens(const void* data, size_t size) { Add(data, size); }
 
-std::string ContentHash::Finish(const std::vector<uint64_t>& document_starts,
-                                std::string_view tokenizer, uint64_t vocab_size) {
-  Add(document_starts.data(), document_starts.size() * sizeof(uint64_t));
+void ContentHash::AddDocuments(const std::vector<uint64_t>& entries) {
+  Add(entries.data(), entries.size() * sizeof(uint64_t));
+}
+
+std::string ContentHash::Finish(std::string_view tokenizer, uint64_t vocab_size) {
   Add(tokenizer.data(), tokenizer.size());
   Add("", 1);
   Add(&vocab_size, sizeof(vocab_size));

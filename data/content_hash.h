@@ -20,9 +20,10 @@ class ContentHash {
  public:
   // `size` bytes of /tokens, in stored order.
   void AddTokens(const void* data, size_t size);
+  // Entries of /documents, likewise.
+  void AddDocuments(const std::vector<uint64_t>& entries);
   // The rest; returns the hash.
-  std::string Finish(const std::vector<uint64_t>& document_starts, std::string_view tokenizer,
-                     uint64_t vocab_size);
+  std::string Finish(std::string_view tokenizer, uint64_t vocab_size);
 
  private:
   void Add(const void* data, size_t size);

@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <utility>
+#include <vector>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_format.h"
@@ -42,14 +44,14 @@ absl::Status HashRange(const File& file, int64_t begin, int64_t end, ContentHash
 template <typename T>
 class Column {
  public:
-  Column(const File& file, int64_t begin, int64_t count)
-      : file_(file), begin_(begin), count_(count) {}
+  Column(const File& file, int64_t begin, int64_t count, int64_t piece = kPiece)
+      : file_(file), begin_(begin), count_(count), most_(piece) {}
 
   // Element `i`; each not before the one asked for last.
   absl::StatusOr<T> At(int64_t i) {
     if (i >= first_ + static_cast<int64_t>(piece_.size())) {
       first_ = i;
-      piece_.resize(static_cast<size_t>(std::min(kPiece, count_ - i)));
+      piece_.resize(static_cast<size_t>(std::min(most_, count_ - i)));
       KRAIT_RETURN_IF_ERROR(file_.ReadAt(piece_.data(), piece_.size() * sizeof(T),
                                          begin_ + i * static_cast<int64_t>(sizeof(T))));
     }
@@ -58,7 +60,7 @@ class Column {
 
  private:
   const File& file_;
-  int64_t begin_, count_, first_ = 0;
+  int64_t begin_, count_, most_, first_ = 0;
   std::vector<T> piece_;
 };
 
@@ -77,7 +79,41 @@ absl::StatusOr<DType> TypeOfCode(const File& index, int code) {
   }
 }
 
-absl::StatusOr<ForeignTokens> OpenMegatron(const std::string& stem) {
+// The starts of documents as an index has them, where each bound of a document is one.
+class MegatronStarts {
+ public:
+  MegatronStarts(File index, int64_t sequences, int64_t tokens, int64_t width)
+      : index_(std::move(index)), sequences_(sequences), tokens_(tokens), width_(width) {}
+
+  absl::Status Read(int64_t first, int64_t count, uint64_t* entries) const {
+    std::vector<int64_t> bounds(static_cast<size_t>(count));
+    KRAIT_RETURN_IF_ERROR(index_.ReadAt(bounds.data(), bounds.size() * sizeof(int64_t),
+                                        kIndexHead + 12 * sequences_ + 8 * first));
+    Column<int64_t> places(index_, kIndexHead + 4 * sequences_, sequences_, count);
+    int64_t before = 0;
+    for (size_t i = 0; i < bounds.size(); ++i) {
+      if (bounds[i] < before || bounds[i] > sequences_) {
+        return Fault(index_, "it changed while in use");
+      }
+      before = bounds[i];
+      int64_t place = tokens_ * width_;
+      if (before < sequences_) {
+        KRAIT_ASSIGN_OR_RETURN(place, places.At(before));
+      }
+      entries[i] = static_cast<uint64_t>(place / width_);
+    }
+    return absl::OkStatus();
+  }
+
+ private:
+  File index_;
+  int64_t sequences_, tokens_, width_;
+};
+
+// With the starts of its documents in `starts`; null: they are left out, and `plain` says whether
+// each bound is one.
+absl::StatusOr<ForeignTokens> ScanMegatron(const std::string& stem, std::vector<uint64_t>* starts,
+                                           bool* plain) {
   KRAIT_ASSIGN_OR_RETURN(const File index, File::OpenRead(stem + ".idx", ExitCode::kData));
   KRAIT_ASSIGN_OR_RETURN(const int64_t size, index.Size());
   std::vector<char> head(static_cast<size_t>(kIndexHead));
@@ -110,6 +146,8 @@ absl::StatusOr<ForeignTokens> OpenMegatron(const std::string& stem) {
   Column<int64_t> places(index, kIndexHead + 4 * count, count);
   Column<int64_t> documents(index, kIndexHead + 12 * count, static_cast<int64_t>(bounds));
   int64_t next = 0;  // bound of a document
+  int64_t last_start = -1;
+  *plain = true;
   const auto bound = [&](int64_t sequence, int64_t tokens) -> absl::Status {
     while (next < static_cast<int64_t>(bounds)) {
       KRAIT_ASSIGN_OR_RETURN(const int64_t first, documents.At(next));
@@ -119,9 +157,10 @@ absl::StatusOr<ForeignTokens> OpenMegatron(const std::string& stem) {
                                             "begins later",
                                             next, first));
       }
-      std::vector<uint64_t>& starts = result.document_starts;
-      const auto start = static_cast<uint64_t>(tokens);
-      if (starts.empty() || starts.back() != start) starts.push_back(start);
+      const bool is_new = tokens != last_start;
+      *plain = *plain && is_new && (next > 0 || tokens == 0);
+      if (starts != nullptr && is_new) starts->push_back(static_cast<uint64_t>(tokens));
+      last_start = tokens;
       ++next;
     }
     return absl::OkStatus();
@@ -155,12 +194,42 @@ absl::StatusOr<ForeignTokens> OpenMegatron(const std::string& stem) {
   KRAIT_RETURN_IF_ERROR(HashRange(result.ids, 0, std::min(kSample, id_bytes), &hash));
   KRAIT_RETURN_IF_ERROR(
       HashRange(result.ids, std::max<int64_t>(0, id_bytes - kSample), id_bytes, &hash));
-  result.content_hash = hash.Finish({}, "Megatron", static_cast<uint64_t>(id_bytes));
+  result.content_hash = hash.Finish("Megatron", static_cast<uint64_t>(id_bytes));
+  *plain = *plain && last_start == result.tokens;
+  if (*plain && starts == nullptr && bounds >= 2) {
+    KRAIT_ASSIGN_OR_RETURN(File again, File::OpenRead(stem + ".idx", ExitCode::kData));
+    const auto stored =
+        std::make_shared<MegatronStarts>(std::move(again), count, result.tokens, width);
+    KRAIT_ASSIGN_OR_RETURN(
+        result.documents,
+        DocumentTable::Open([stored](int64_t first, int64_t n,
+                                     uint64_t* entries) { return stored->Read(first, n, entries); },
+                            static_cast<int64_t>(bounds), result.tokens, stem + ".idx: documents"));
+  }
+  return result;
+}
+
+// From its starts: ids before the first document are one too, and so are all where there is none.
+void KeepInMemory(std::vector<uint64_t> starts, ForeignTokens* file) {
+  const auto tokens = static_cast<uint64_t>(file->tokens);
+  if (starts.empty() || starts.front() != 0) starts.insert(starts.begin(), 0);
+  if (starts.back() != tokens) starts.push_back(tokens);
+  file->documents = DocumentTable::InMemory(std::move(starts));
+}
+
+absl::StatusOr<ForeignTokens> OpenMegatron(const std::string& stem) {
+  bool plain = false;
+  auto result = ScanMegatron(stem, nullptr, &plain);
+  if (!result.ok() || result->tokens == 0 || result->documents.entries() > 0) return result;
+  std::vector<uint64_t> starts;
+  result = ScanMegatron(stem, &starts, &plain);
+  if (result.ok() && result->tokens > 0) KeepInMemory(std::move(starts), &*result);
   return result;
 }
 
 template <typename T>
-absl::Status ScanLlmc(T begins_document, ForeignTokens* file, ContentHash* hash) {
+absl::Status ScanLlmc(T begins_document, ForeignTokens* file, std::vector<uint64_t>* starts,
+                      ContentHash* hash) {
   std::vector<T> piece;
   T largest = 0;
   for (int64_t at = 0; at < file->tokens; at += kPiece) {
@@ -172,7 +241,7 @@ absl::Status ScanLlmc(T begins_document, ForeignTokens* file, ContentHash* hash)
     for (size_t i = 0; i < piece.size(); ++i) {
       largest = std::max(largest, piece[i]);
       const uint64_t place = static_cast<uint64_t>(at) + i;
-      if (piece[i] == begins_document || place == 0) file->document_starts.push_back(place);
+      if (piece[i] == begins_document || place == 0) starts->push_back(place);
     }
   }
   file->vocab_size = static_cast<int64_t>(largest) + 1;
@@ -205,10 +274,11 @@ absl::StatusOr<ForeignTokens> OpenLlmc(const std::string& path) {
                                              size, result.tokens));
   }
   ContentHash hash;
-  KRAIT_RETURN_IF_ERROR(small ? ScanLlmc<uint16_t>(50256, &result, &hash)
-                              : ScanLlmc<uint32_t>(128000, &result, &hash));
-  if (result.tokens > 0) result.document_starts.push_back(static_cast<uint64_t>(result.tokens));
-  result.content_hash = hash.Finish({}, "llm.c", static_cast<uint64_t>(magic));
+  std::vector<uint64_t> starts;
+  KRAIT_RETURN_IF_ERROR(small ? ScanLlmc<uint16_t>(50256, &result, &starts, &hash)
+                              : ScanLlmc<uint32_t>(128000, &result, &starts, &hash));
+  if (result.tokens > 0) KeepInMemory(std::move(starts), &result);
+  result.content_hash = hash.Finish("llm.c", static_cast<uint64_t>(magic));
   return result;
 }
 
@@ -223,13 +293,6 @@ absl::StatusOr<ForeignTokens> OpenForeignTokens(const std::string& path) {
   const bool index = absl::EndsWithIgnoreCase(path, ".idx") || Exists(stem + ".idx");
   auto opened = index ? OpenMegatron(stem) : OpenLlmc(path);
   if (opened.ok() && opened->tokens == 0) return Fault(opened->ids, "it holds no ids");
-  // Ids before the first document are one too, and so are all where there is none.
-  if (opened.ok() && (opened->document_starts.empty() || opened->document_starts[0] != 0)) {
-    opened->document_starts.insert(opened->document_starts.begin(), 0);
-  }
-  if (opened.ok() && opened->document_starts.back() != static_cast<uint64_t>(opened->tokens)) {
-    opened->document_starts.push_back(static_cast<uint64_t>(opened->tokens));
-  }
   return opened;
 }
 

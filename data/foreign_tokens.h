@@ -13,8 +13,8 @@
 
 #include <cstdint>
 #include <string>
-#include <vector>
 
+#include "data/document_table.h"
 #include "kernels/base/dtype.h"
 #include "kernels/base/file.h"
 #include "kernels/base/status.h"
@@ -27,8 +27,8 @@ struct ForeignTokens {
   int64_t begin = 0;  // byte of the first id
   DType dtype = DType::kU16;
   int64_t tokens = 0;
-  int64_t vocab_size = 0;                 // the largest id + 1; 0: not known
-  std::vector<uint64_t> document_starts;  // then `tokens`; documents without ids are left out
+  int64_t vocab_size = 0;   // the largest id + 1; 0: not known
+  DocumentTable documents;  // those without ids are left out
   // Of the whole content of llm.c's; of Megatron's of the index and of the first and last MiB of
   // ids.
   std::string content_hash;
@@ -37,7 +37,9 @@ struct ForeignTokens {
 // By its name, .idx or .bin.
 bool IsForeignTokenFile(const std::string& path);
 // kData with path and place for what is not whole or not of these formats. An index is read in
-// pieces; of it the documents stay in memory. llm.c's files are read whole.
+// pieces, and again where its documents are asked for. llm.c's files are read whole. The table of
+// documents stays in memory for llm.c's, which have at most 2^31 ids, and for an index that has
+// documents without ids.
 absl::StatusOr<ForeignTokens> OpenForeignTokens(const std::string& path);
 
 }  // namespace krait

@@ -42,15 +42,21 @@ absl::StatusOr<TokenFileSummary> InspectTokenFile(const std::string& path, bool 
   summary.vocab_size = file->vocab_size();
   summary.mean_document =
       static_cast<double>(summary.tokens) / static_cast<double>(summary.documents);
-  const std::vector<uint64_t>& starts = file->document_starts();
   summary.shortest_document = summary.tokens;
-  for (size_t i = 1; i < starts.size(); ++i) {
-    const auto length = static_cast<int64_t>(starts[i] - starts[i - 1]);
-    summary.shortest_document = std::min(summary.shortest_document, length);
-    summary.longest_document = std::max(summary.longest_document, length);
-  }
-  std::vector<int32_t> ids(
-      static_cast<size_t>(std::min(kPreviewTokens, static_cast<int64_t>(starts[1]))));
+  int64_t first_end = 0, before = 0;  // of the first document; the entry before
+  KRAIT_RETURN_IF_ERROR(
+      file->document_table().ForEachPiece([&](const std::vector<uint64_t>& entries) {
+        for (const uint64_t entry : entries) {
+          const auto start = static_cast<int64_t>(entry);
+          if (start == 0) continue;
+          if (first_end == 0) first_end = start;
+          summary.shortest_document = std::min(summary.shortest_document, start - before);
+          summary.longest_document = std::max(summary.longest_document, start - before);
+          before = start;
+        }
+        return true;
+      }));
+  std::vector<int32_t> ids(static_cast<size_t>(std::min(kPreviewTokens, first_end)));
   summary.damage = file->Read(0, static_cast<int64_t>(ids.size()), ids.data());
   if (summary.damage.ok()) summary.preview = Preview(*file, ids);
   if (verify) {

@@ -49,7 +49,9 @@ absl::StatusOr<std::unique_ptr<Dataset>> Dataset::Open(const std::vector<SourceS
       add(Error(ExitCode::kData,
                 absl::StrFormat("%s: %d tokens are less than one sequence of seq_len %d",
                                 source.path, file.tokens(), seq_len)));
-    } else if (result->TargetsOf(file) == 0) {
+    } else if (const auto targets = result->HasTargets(file); !targets.ok()) {
+      add(targets.status());
+    } else if (!*targets) {
       add(Error(ExitCode::kData,
                 absl::StrFormat("%s: no token of its sequences has a target: each starts a "
                                 "document (data.reset_at_documents)",
@@ -92,15 +94,23 @@ int64_t Dataset::SequencesOf(int source) const {
   return files_[static_cast<size_t>(source)]->tokens() / seq_len_;
 }
 
-int64_t Dataset::TargetsOf(const TokenFile& file) const {
+absl::StatusOr<bool> Dataset::HasTargets(const TokenFile& file) const {
   const int64_t used = file.tokens() / seq_len_ * seq_len_;
-  int64_t targets = used - used / seq_len_;
-  if (!reset_at_documents_) return targets;
-  for (const uint64_t start : file.document_starts()) {
-    if (static_cast<int64_t>(start) >= used) break;
-    if (static_cast<int64_t>(start) % seq_len_ != 0) --targets;
-  }
-  return targets;
+  // Of positions before `end`, those that do not begin a sequence.
+  const auto inner = [&](int64_t end) { return end - (end + seq_len_ - 1) / seq_len_; };
+  if (!reset_at_documents_) return inner(used) > 0;
+  int64_t starts = 0;  // of documents, within sequences
+  bool found = false;
+  KRAIT_RETURN_IF_ERROR(file.document_table().ForEachPiece([&](const std::vector<uint64_t>& piece) {
+    for (const uint64_t entry : piece) {
+      const int64_t start = std::min(static_cast<int64_t>(entry), used);
+      found = inner(start) > starts;
+      if (found || start == used) return false;
+      starts += start % seq_len_ != 0;
+    }
+    return true;
+  }));
+  return found;
 }
 
 int64_t Dataset::sequences() const {
@@ -169,15 +179,15 @@ std::vector<std::string> Dataset::StandingAt(int64_t q) const {
   return lines;
 }
 
-void Dataset::Prepare(int64_t count, TokenBatch* batch) const {
-  KRAIT_CHECK(count >= 0);
-  const auto size = static_cast<size_t>(count * seq_len_);
-  batch->sequences = count;
-  batch->seq_len = seq_len_;
-  batch->tokens.resize(size);
-  batch->targets.resize(size);
-  batch->doc_start.resize(size);
-  batch->target_count = 0;
+void TokenBatch::Resize(int64_t rows, int64_t row_tokens) {
+  KRAIT_CHECK(rows >= 0);
+  const auto size = static_cast<size_t>(rows * row_tokens);
+  sequences = rows;
+  seq_len = row_tokens;
+  tokens.resize(size);
+  targets.resize(size);
+  doc_start.resize(size);
+  target_count = 0;
 }
 
 void TokenBatch::FillUp(int64_t rows) {
@@ -196,7 +206,7 @@ absl::Status Dataset::ReadRow(int source, int64_t sequence, int64_t row, TokenBa
   int32_t* doc_start = batch->doc_start.data() + row * seq_len_;
   KRAIT_RETURN_IF_ERROR(file.Read(begin, seq_len_, tokens));
   if (reset_at_documents_) {
-    file.DocumentStarts(begin, seq_len_, doc_start);
+    KRAIT_RETURN_IF_ERROR(file.DocumentStarts(begin, seq_len_, doc_start));
   } else {
     std::fill(doc_start, doc_start + seq_len_, 0);
   }
@@ -219,9 +229,10 @@ absl::Status Dataset::ReadTraining(int64_t first, int64_t count, TokenBatch* bat
 }
 
 absl::Status Dataset::ReadTraining(int64_t first, int64_t passes, int64_t stride, int64_t rows,
-                                   TokenBatch* batch) const {
-  Prepare(passes * rows, batch);
+                                   TokenBatch* batch, const std::atomic<bool>* cancelled) const {
+  batch->Resize(passes * rows, seq_len_);
   for (int64_t i = 0; i < passes * rows; ++i) {
+    if (cancelled != nullptr && *cancelled) return absl::OkStatus();
     const SequenceRef ref = At(first + i / rows * stride + i % rows);
     KRAIT_RETURN_IF_ERROR(ReadRow(ref.source, ref.sequence, i, batch));
   }
@@ -230,7 +241,7 @@ absl::Status Dataset::ReadTraining(int64_t first, int64_t passes, int64_t stride
 
 absl::Status Dataset::ReadStored(int64_t first, int64_t count, TokenBatch* batch) const {
   KRAIT_CHECK(first >= 0 && count >= 0 && first + count <= sequences());
-  Prepare(count, batch);
+  batch->Resize(count, seq_len_);
   for (int64_t row = 0; row < count; ++row) {
     int64_t sequence = first + row;
     int source = 0;

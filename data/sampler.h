@@ -8,6 +8,7 @@
 #ifndef KRAIT_DATA_SAMPLER_H_
 #define KRAIT_DATA_SAMPLER_H_
 
+#include <atomic>
 #include <cstdint>
 #include <limits>
 #include <memory>
@@ -50,6 +51,8 @@ struct TokenBatch {
   std::vector<int32_t> doc_start;  // [sequences, seq_len]
   int64_t target_count = 0;        // targets that are not -1
 
+  // Shapes it for `rows` rows, of which it then holds anything.
+  void Resize(int64_t rows, int64_t row_tokens);
   // Adds rows without targets until there are `rows`.
   void FillUp(int64_t rows);
 };
@@ -67,7 +70,8 @@ struct TargetRange {
 absl::Status CheckSameTokenizer(const TokenFile& file, const std::string& other,
                                 const std::string& tokenizer);
 
-// Not thread-safe. Errors of reading are kData and name file and offset; a batch then holds
+// Of the functions that read rows one thread at a time calls one; the others but Seek and Only may
+// be called meanwhile. Errors of reading are kData and name file and offset; a batch then holds
 // anything.
 class Dataset {
  public:
@@ -92,9 +96,10 @@ class Dataset {
   // Rows for positions [first, first + count), in order.
   absl::Status ReadTraining(int64_t first, int64_t count, TokenBatch* batch) const;
   // Rows for positions [first + k * stride, first + k * stride + rows) for k = 0 ... passes - 1: a
-  // rank's own rows of each pass of a step, and nothing of what the others read.
+  // rank's own rows of each pass of a step, and nothing of what the others read. Ends early, with
+  // anything in the batch, when `cancelled` becomes true.
   absl::Status ReadTraining(int64_t first, int64_t passes, int64_t stride, int64_t rows,
-                            TokenBatch* batch) const;
+                            TokenBatch* batch, const std::atomic<bool>* cancelled = nullptr) const;
   // Rows for stored order: sequences [first, first+count) of the concatenation of all sources
   // (evaluation), first + count <= sequences(), their number.
   absl::Status ReadStored(int64_t first, int64_t count, TokenBatch* batch) const;
@@ -117,10 +122,8 @@ class Dataset {
 
  private:
   Dataset() = default;
-  // Shapes `batch` for `count` rows.
-  void Prepare(int64_t count, TokenBatch* batch) const;
   absl::Status ReadRow(int source, int64_t sequence, int64_t row, TokenBatch* batch) const;
-  int64_t TargetsOf(const TokenFile& file) const;
+  absl::StatusOr<bool> HasTargets(const TokenFile& file) const;
 
   std::vector<std::unique_ptr<TokenFile>> files_;
   std::vector<double> weights_;

@@ -64,7 +64,7 @@ absl::StatusOr<std::unique_ptr<TokenFile>> TokenFile::OpenForeign(const std::str
   result->dtype_ = foreign.dtype;
   result->tokens_ = foreign.tokens;
   result->vocab_size_ = foreign.vocab_size;
-  result->document_starts_ = std::move(foreign.document_starts);
+  result->documents_ = std::move(foreign.documents);
   result->content_hash_ = std::move(foreign.content_hash);
   return result;
 }
@@ -82,9 +82,10 @@ absl::StatusOr<std::unique_ptr<TokenFile>> TokenFile::Synthetic(const SyntheticS
   result->vocab_size_ = vocab_size;
   result->content_hash_ = result->synthetic_->Hash();
   std::vector<uint64_t> starts;
-  for (int64_t k = 0; k <= spec.sequences; ++k)
+  for (int64_t k = 0; k <= spec.sequences; ++k) {
     starts.push_back(static_cast<uint64_t>(k * seq_len));
-  result->document_starts_ = std::move(starts);
+  }
+  result->documents_ = DocumentTable::InMemory(std::move(starts));
   return result;
 }
 
@@ -185,26 +186,11 @@ absl::Status TokenFile::ReadDocuments() {
                                  "needed",
                                  path_, info.elements, Name(info.dtype)));
   }
-  document_starts_.resize(static_cast<size_t>(info.elements));
-  KRAIT_RETURN_IF_ERROR(file_.Read("documents", 0, info.elements, document_starts_.data()));
-  if (document_starts_.front() != 0) {
-    return Error(ExitCode::kData, absl::StrFormat("%s: /documents[0] is %u; it must be 0", path_,
-                                                  document_starts_.front()));
-  }
-  for (size_t i = 1; i < document_starts_.size(); ++i) {
-    if (document_starts_[i] <= document_starts_[i - 1]) {
-      return Error(ExitCode::kData,
-                   absl::StrFormat("%s: /documents[%u] is %u after %u; they must ascend", path_, i,
-                                   document_starts_[i], document_starts_[i - 1]));
-    }
-  }
-  if (document_starts_.back() != static_cast<uint64_t>(tokens_)) {
-    return Error(
-        ExitCode::kData,
-        absl::StrFormat("%s: /documents[%u], the last, is %u; it must be the number of "
-                        "tokens, %d",
-                        path_, document_starts_.size() - 1, document_starts_.back(), tokens_));
-  }
+  KRAIT_ASSIGN_OR_RETURN(documents_, DocumentTable::Open(
+                                         [this](int64_t first, int64_t count, uint64_t* entries) {
+                                           return file_.Read("documents", first, count, entries);
+                                         },
+                                         info.elements, tokens_, path_ + ": /documents"));
   return absl::OkStatus();
 }
 
@@ -255,19 +241,19 @@ void TokenFile::Counts(int64_t begin, int64_t count, uint8_t* counts) const {
   if (synthetic_.has_value()) synthetic_->Read(begin, count, nullptr, counts);
 }
 
-void TokenFile::DocumentStarts(int64_t begin, int64_t count, int32_t* doc_start) const {
+absl::Status TokenFile::DocumentStarts(int64_t begin, int64_t count, int32_t* doc_start) const {
   KRAIT_CHECK(begin >= 0 && count >= 0 && count <= tokens_ && begin <= tokens_ - count);
-  // The first document that starts after `begin`; the token at `begin` belongs to the one before.
-  auto next = std::upper_bound(document_starts_.begin(), document_starts_.end(),
-                               static_cast<uint64_t>(begin));
+  KRAIT_RETURN_IF_ERROR(documents_.Within(begin, begin + count, &starts_));
+  auto next = starts_.begin();
   int32_t start = 0;
   for (int64_t i = 0; i < count; ++i) {
-    if (static_cast<uint64_t>(begin + i) == *next) {
+    if (next != starts_.end() && static_cast<uint64_t>(begin + i) == *next) {
       start = static_cast<int32_t>(i);
       ++next;
     }
     doc_start[i] = start;
   }
+  return absl::OkStatus();
 }
 
 absl::Status TokenFile::Verify() const {
@@ -282,8 +268,11 @@ absl::Status TokenFile::Verify() const {
     hash.AddTokens(raw.data(), static_cast<size_t>(count * SizeOf(dtype_)));
   }
   if (foreign_.fd() >= 0) return absl::OkStatus();
-  const std::string found =
-      hash.Finish(document_starts_, tokenizer_, static_cast<uint64_t>(vocab_size_));
+  KRAIT_RETURN_IF_ERROR(documents_.ForEachPiece([&](const std::vector<uint64_t>& piece) {
+    hash.AddDocuments(piece);
+    return true;
+  }));
+  const std::string found = hash.Finish(tokenizer_, static_cast<uint64_t>(vocab_size_));
   if (found != content_hash_) {
     return Error(ExitCode::kData, path_ + ": the content has hash " + found +
                                       ", but content_hash is " + content_hash_ +

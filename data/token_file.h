@@ -17,6 +17,7 @@
 #include <string>
 #include <vector>
 
+#include "data/document_table.h"
 #include "data/synthetic.h"
 #include "data/tokenizer.h"
 #include "kernels/base/file.h"
@@ -33,8 +34,10 @@ constexpr DType TokenDType(int64_t vocab_size) {
   return vocab_size <= 256 ? DType::kU8 : vocab_size <= 65536 ? DType::kU16 : DType::kU32;
 }
 
-// All errors of this file lead to exit code kData and name path and offset. The documents table is
-// held in memory (8 bytes per document), tokens are not. Reads are not thread-safe.
+// All errors of this file lead to exit code kData and name path and offset. Neither the tokens nor
+// the table of documents (but for some files of other programs) are held in memory.
+// Reads are not thread-safe, among them Read, DocumentStarts, Verify and what document_table() has;
+// the rest may be asked for meanwhile.
 class TokenFile {
  public:
   // Checks everything but the token values: attributes, types, that the vocabulary fits the type,
@@ -45,7 +48,7 @@ class TokenFile {
                                                               int64_t seq_len, int64_t vocab_size);
 
   int64_t tokens() const { return tokens_; }
-  int64_t documents() const { return static_cast<int64_t>(document_starts_.size()) - 1; }
+  int64_t documents() const { return documents_.documents(); }
   const std::string& format() const { return format_; }  // "Krait", "Megatron", "llm.c", "task"
   const std::string& tokenizer() const { return tokenizer_; }  // "": not known
   int64_t vocab_size() const { return vocab_size_; }           // 0: not known
@@ -61,15 +64,14 @@ class TokenFile {
   absl::StatusOr<TokenizerFiles> ReadTokenizerFiles() const;
   const std::string& path() const { return path_; }
   DType dtype() const { return dtype_; }
-  // Positions of document starts, ascending from 0, then tokens().
-  const std::vector<uint64_t>& document_starts() const { return document_starts_; }
+  const DocumentTable& document_table() const { return documents_; }
 
   // tokens [begin, begin+count) as i32; refuses ids >= vocab_size, naming their offset. On an error
   // `out` holds anything.
   absl::Status Read(int64_t begin, int64_t count, int32_t* out) const;
   // For each token of the range the position within the range of its document's first token (0 when
-  // the document began before the range). O(count + log documents).
-  void DocumentStarts(int64_t begin, int64_t count, int32_t* doc_start) const;
+  // the document began before the range).
+  absl::Status DocumentStarts(int64_t begin, int64_t count, int32_t* doc_start) const;
   // Clears the entries of `counts` [count] whose tokens are no targets: all but the answers of a
   // synthetic task, none of a file.
   void Counts(int64_t begin, int64_t count, uint8_t* counts) const;
@@ -98,7 +100,8 @@ class TokenFile {
   std::optional<int64_t> end_token_, text_bytes_;
   DType dtype_ = DType::kU8;
   int64_t tokens_ = 0, vocab_size_ = 0;
-  std::vector<uint64_t> document_starts_;
+  DocumentTable documents_;
+  mutable std::vector<uint64_t> starts_;  // of DocumentStarts
 };
 
 // Writes the files of the token file's tokenizer, if it holds any, into `folder`: kCannotSave.

@@ -76,7 +76,7 @@ absl::Status NoTokenizer(const std::string& path, const std::string& why) {
 std::string TokenizerHash(std::string_view content) {
   ContentHash hash;
   hash.AddTokens(content.data(), content.size());
-  return hash.Finish({}, "", 0);
+  return hash.Finish("", 0);
 }
 
 std::string TextDecoder::Next(int32_t id) {

@@ -46,9 +46,14 @@ Arena::~Arena() {
   }
 }
 
+void Arena::Note(int64_t event) {
+  if (capacity_ < 0) signature_ = (signature_ ^ static_cast<uint64_t>(event)) * 0x9e3779b97f4a7c15;
+}
+
 Tensor Arena::Alloc(DType dtype, std::initializer_list<int64_t> shape) {
   Tensor tensor(base_ + used_, dtype, device_, shape);
   used_ += RoundUp(tensor.bytes());
+  Note(used_);
   if (capacity_ >= 0 && used_ > capacity_) {
     KRAIT_FATAL("segment " + name_ + " of " + std::to_string(capacity_) +
                 " bytes is too small: " + std::to_string(used_) + " needed");
@@ -60,6 +65,7 @@ Tensor Arena::Alloc(DType dtype, std::initializer_list<int64_t> shape) {
 void Arena::Release(int64_t mark) {
   KRAIT_CHECK(mark >= 0 && mark <= used_);
   used_ = mark;
+  Note(~used_);
 }
 
 }  // namespace krait

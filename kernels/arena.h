@@ -36,15 +36,22 @@ class Arena {
 
   int64_t high_water() const { return high_water_; }
   int64_t capacity() const { return capacity_; }  // -1: measuring
+  void* base() const { return base_; }            // where the segment begins
   const std::string& name() const { return name_; }
+  // Of a measuring arena: what has been taken and given back so far. Arenas with equal ones have
+  // equal tensors at equal places.
+  uint64_t signature() const { return signature_; }
 
  private:
+  void Note(int64_t event);
+
   std::string name_;
   Device device_;
   char* base_ = nullptr;
   int64_t capacity_ = -1;
   int64_t used_ = 0;
   int64_t high_water_ = 0;
+  uint64_t signature_ = 0;
 };
 
 // Gives back what was taken from the arena within a scope.

@@ -77,6 +77,7 @@ class Profile {
 struct Context {
   Device device = Device::kCpu;
   void* stream = nullptr;  // cudaStream_t on CUDA; ops are enqueued, not waited for
+  int side = 0;            // which of a rank's streams that is: see SideStream (kernels/event.h)
   // Temporaries of ops and sublayers, in stack order. They belong to `stream`: memory that is given
   // back is reused by later work of the same stream without waiting. What another stream reads or
   // writes comes from an arena of its own, and an Event (kernels/event.h) orders the two.

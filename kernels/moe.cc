@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <numeric>
 
 #include "kernels/base/parallel_for.h"
 #include "kernels/check_shape.h"
@@ -484,6 +485,20 @@ void MoeCombine(Tensor y, Tensor rows, Tensor weight, Tensor row_of, const Conte
       }
     });
   });
+}
+
+void MoeRowNumbers(Tensor numbers, int64_t used, const Context& ctx) {
+  OpScope op(ctx, OpFamily::kMoe, "MoeRowNumbers", {{"numbers", numbers}});
+  CheckDense(op.name(), {"numbers", numbers}, {-1});
+  KRAIT_CHECK(used >= 0 && used <= numbers.numel());
+  if (op.planning()) return;
+  if (ctx.device == Device::kCuda) {
+    KRAIT_CUDA(MoeRowNumbers(numbers, used, ctx));
+    return;
+  }
+  int32_t* const to = cpu::DenseData<int32_t>(numbers);
+  std::iota(to, to + used, 0);
+  std::fill(to + used, to + numbers.numel(), -1);
 }
 
 }  // namespace krait

@@ -80,6 +80,10 @@ void MoePermuteBackward(Tensor dx, Tensor d_rows, Tensor row_of, bool accumulate
 // routing weights and their gradients are applied to narrower rows (kernels/swiglu.h).
 void MoeCombine(Tensor y, Tensor rows, Tensor weight, Tensor row_of, const Context& ctx);
 
+// numbers [R] i32: 0, 1, ... for the first `used` rows, -1 for those behind; the `source` of rows
+// that each belong to a choice of their own.
+void MoeRowNumbers(Tensor numbers, int64_t used, const Context& ctx);
+
 }  // namespace krait
 
 #endif  // KRAIT_KERNELS_MOE_H_

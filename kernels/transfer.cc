@@ -62,6 +62,17 @@ void Upload(Tensor to, const void* from, const Context& ctx) {
   });
 }
 
+void UploadNumbers(Tensor to, const std::vector<int64_t>& from, const Context& ctx) {
+  KRAIT_CHECK(to.dtype() == DType::kI64 && to.contiguous() &&
+              to.numel() == static_cast<int64_t>(from.size()));
+  if (ctx.planning) return;
+  if (to.device() == Device::kCuda) {
+    cuda::StoreNumbers(static_cast<int64_t*>(to.raw()), from.data(), to.numel(), ctx.stream);
+  } else {
+    std::copy(from.begin(), from.end(), to.data<int64_t>());
+  }
+}
+
 std::vector<float> DownloadFloats(Tensor from, const Context& ctx) {
   const auto n = static_cast<size_t>(from.numel());
   std::vector<float> values(n);

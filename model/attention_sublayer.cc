@@ -137,6 +137,7 @@ void AttentionSublayer::Backward(Tensor dx, Tensor dy, Tensor x, const Weights& 
   LinearBackwardInput(d_y.View({m, heads_ * head_dim_}), dy_rows, weights.Get(o_proj_),
                       /*accumulate=*/false, ctx);
   weights.Release(o_proj_);
+  const Tensor rows = GatherRowsBeside("attention: input again", x, pass);
   Wgrad(weights, o_proj_, dy_rows, s.y.View({m, heads_ * head_dim_}), ctx);
   weights.GradReady(o_proj_);
 
@@ -165,16 +166,18 @@ void AttentionSublayer::Backward(Tensor dx, Tensor dy, Tensor x, const Weights& 
   }
   Rotate(d_heads, /*inverse=*/true, pass);
   const Tensor partial = PartialRows(dx, pass);
-  const Tensor rows = GatherRows("attention: input again", x, pass);
   for (const Part& part : parts_) {
-    const Tensor d_part = d_qkv.Slice(1, part.begin, part.columns);
-    LinearBackwardInput(partial, d_part, weights.Get(part.storage),
-                        /*accumulate=*/part.begin > 0, ctx);
+    LinearBackwardInput(partial, d_qkv.Slice(1, part.begin, part.columns),
+                        weights.Get(part.storage), /*accumulate=*/part.begin > 0, ctx);
     weights.Release(part.storage);
-    Wgrad(weights, part.storage, d_part, rows, ctx);
+  }
+  JoinTraffic(pass);
+  SumRowsBeside("attention: gradient of the input", dx, partial, pass);
+  for (const Part& part : parts_) {
+    Wgrad(weights, part.storage, d_qkv.Slice(1, part.begin, part.columns), rows, ctx);
     weights.GradReady(part.storage);
   }
-  SumRows("attention: gradient of the input", dx, partial, pass);
+  JoinTraffic(pass);
 }
 
 }  // namespace krait

@@ -46,11 +46,12 @@ ExpertRoutes::Round ExpertRoutes::round(int64_t k) const {
       for (int sender = 0; sender < ranks_; ++sender) {
         const int64_t rows = Rows(sender, e);
         const Part part = InRound(at, rows, k);
+        const int64_t from = Offset(sender, e) + part.begin, to = at + part.begin - k * capacity_;
         if (part.rows > 0 && sender == rank_) {
-          round.sends.push_back({holder, Offset(sender, e) + part.begin, part.rows});
+          round.sends.push_back({holder, from, part.rows, to});
         }
         if (part.rows > 0 && holder == rank_) {
-          round.receives.push_back({sender, at + part.begin - k * capacity_, part.rows});
+          round.receives.push_back({sender, to, part.rows, from});
         }
         at += rows;
       }

@@ -318,6 +318,7 @@ void MambaSublayer::Backward(Tensor dx, Tensor dy, Tensor x, const Weights& weig
   weights.GradReady(x_proj_);
 
   // conv and in_proj.
+  const Tensor rows = GatherRowsBeside("mamba: input again", x, pass);
   CausalConv1dSiluBackward(
       Columns(d_xz, shape, 0, d_inner_), weights.Grad(conv_), GradIf(weights, conv_bias_),
       own != nullptr ? own->d_conv_next : Tensor(), Columns(d_u, shape, 0, d_inner_),
@@ -331,13 +332,15 @@ void MambaSublayer::Backward(Tensor dx, Tensor dy, Tensor x, const Weights& weig
   const Tensor partial = PartialRows(dx, pass);
   LinearBackwardInput(partial, d_xz, weights.Get(in_proj_), /*accumulate=*/false, ctx);
   weights.Release(in_proj_);
-  SumRows("mamba: gradient of the input", dx, partial, pass);
-  Wgrad(weights, in_proj_, d_xz, GatherRows("mamba: input again", x, pass), ctx);
+  JoinTraffic(pass);
+  SumRowsBeside("mamba: gradient of the input", dx, partial, pass);
+  Wgrad(weights, in_proj_, d_xz, rows, ctx);
   weights.GradReady(in_proj_);
   if (in_proj_bias_ >= 0) {
     LinearBackwardBias(weights.Grad(in_proj_bias_), d_xz, ctx);
     weights.GradReady(in_proj_bias_);
   }
+  JoinTraffic(pass);
 }
 
 }  // namespace krait

@@ -55,17 +55,20 @@ void MlpSublayer::Backward(Tensor dx, Tensor dy, Tensor x, const Weights& weight
   const Tensor d_gate_up = gate_up;  // in place
   const Tensor product = ctx.scratch->Alloc(x.dtype(), {gate_up.dim(0), gate_up.dim(1) / 2});
   const Tensor dy_rows = GatherRows("mlp: gradient of the output", dy, pass);
+  const Tensor rows = GatherRowsBeside("mlp: input again", x, pass);
   SwiGluLinearBackward(d_gate_up, product, dy_rows, weights.Get(down_), gate_up, ctx);
   weights.Release(down_);
   const Tensor partial = PartialRows(dx, pass);
   LinearBackwardInput(partial, d_gate_up, weights.Get(gate_up_), /*accumulate=*/false, ctx);
   weights.Release(gate_up_);
-  SumRows("mlp: gradient of the input", dx, partial, pass);
+  JoinTraffic(pass);
+  SumRowsBeside("mlp: gradient of the input", dx, partial, pass);
 
   Wgrad(weights, down_, dy_rows, product, ctx);
   weights.GradReady(down_);
-  Wgrad(weights, gate_up_, d_gate_up, GatherRows("mlp: input again", x, pass), ctx);
+  Wgrad(weights, gate_up_, d_gate_up, rows, ctx);
   weights.GradReady(gate_up_);
+  JoinTraffic(pass);
 }
 
 }  // namespace krait

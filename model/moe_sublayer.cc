@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <numeric>
 #include <optional>
 #include <string>
 #include <vector>
@@ -54,15 +53,6 @@ std::vector<GroupRows> GroupsOfRows(const PassContext& pass, int64_t rows) {
     row += taken;
   }
   return parts;
-}
-
-// The rows of a round in use, 0, 1, ..., and -1 behind them: as if each were a token.
-Tensor RowNumbers(int64_t used, int64_t capacity, const Context& ctx) {
-  const Tensor numbers = ctx.scratch->Alloc(DType::kI32, {capacity});
-  std::vector<int32_t> values(static_cast<size_t>(capacity), -1);
-  std::iota(values.begin(), values.begin() + used, 0);
-  Upload(numbers, values.data(), ctx);
-  return numbers;
 }
 
 }  // namespace
@@ -212,7 +202,7 @@ void MoeSublayer::SharedExpertsForward(Tensor y, Tensor x, const Weights& weight
   for (int64_t k = y.defined() ? s->routes->rounds() : 1; k-- > 0;) {
     const ArenaScope scope(ctx.scratch);
     const ExpertRoutes::Round round = s->routes->round(k);
-    Upload(s->expert_offsets, round.offsets.data(), ctx);
+    UploadNumbers(s->expert_offsets, round.offsets, ctx);
     group.ExchangeRows("moe: rows to their experts", s->inputs, round.receives, rows, round.sends,
                        ctx);
     const Tensor product =
@@ -253,7 +243,7 @@ void MoeSublayer::SharedExpertsBackward(Tensor d_rows, Tensor d_weight, Tensor d
     const ExpertRoutes::Round round = s.routes->round(k);
     const Tensor inputs = s.inputs, gate_up = s.gate_up, own_offsets = s.expert_offsets;
     if (k > 0) {  // in the memory of the first round, which is done
-      Upload(own_offsets, round.offsets.data(), ctx);
+      UploadNumbers(own_offsets, round.offsets, ctx);
       group.ExchangeRows("moe: rows to their experts again", inputs, round.receives, x_rows,
                          round.sends, ctx);
       GroupedLinearSwiGluForward(Tensor(), gate_up, inputs, w_gate_up, own_offsets, ctx);
@@ -261,11 +251,12 @@ void MoeSublayer::SharedExpertsBackward(Tensor d_rows, Tensor d_weight, Tensor d
     const Tensor d_outputs = ctx.scratch->Alloc(x.dtype(), {capacity, d});
     const Tensor weight = ctx.scratch->Alloc(wide, {capacity, 1});
     const Tensor d_own_weight = ctx.scratch->Alloc(wide, {capacity, 1});
-    group.ExchangeRows("moe: gradients to the experts", d_outputs, round.receives, d_rows,
-                       round.sends, ctx);
-    group.ExchangeRows("moe: routing weights to the experts", weight, round.receives, row_weights,
-                       round.sends, ctx);
-    const Tensor numbers = RowNumbers(round.offsets.back(), capacity, ctx);
+    group.ExchangeRows("moe: gradients to the experts",
+                       {{d_outputs, d_rows}, {weight, row_weights}}, round.receives, round.sends,
+                       ctx);
+    // Each row in use is as a token of its own.
+    const Tensor numbers = ctx.scratch->Alloc(DType::kI32, {capacity});
+    MoeRowNumbers(numbers, round.offsets.back(), ctx);
     const Tensor product = ctx.scratch->Alloc(x.dtype(), {capacity, gate_up.dim(1) / 2});
     const Tensor d_gate_up = gate_up;  // in place
     GroupedSwiGluLinearBackward(d_gate_up, product, {weight, d_own_weight, numbers}, d_outputs,
@@ -274,10 +265,9 @@ void MoeSublayer::SharedExpertsBackward(Tensor d_rows, Tensor d_weight, Tensor d
     GroupedWgrad(weights, gate_up_, d_gate_up, inputs, own_offsets, ctx);
     const Tensor d_inputs = d_outputs;  // in place: dy of the rows has served
     GroupedLinearBackwardInput(d_inputs, d_gate_up, w_gate_up, own_offsets, ctx);
-    group.ExchangeRows("moe: gradients from the experts", d_rows, round.sends, d_inputs,
+    group.ExchangeRows("moe: gradients from the experts",
+                       {{d_rows, d_inputs}, {d_row_weights, d_own_weight}}, round.sends,
                        round.receives, ctx);
-    group.ExchangeRows("moe: gradients of routing weights", d_row_weights, round.sends,
-                       d_own_weight, round.receives, ctx);
   }
   weights.Release(gate_up_);
   weights.Release(down_);

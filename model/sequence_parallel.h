@@ -23,6 +23,13 @@ Tensor PartialRows(Tensor own, const PassContext& pass);
 // own = this rank's rows of the sum of all ranks' `partial`.
 void SumRows(const char* what, Tensor own, Tensor partial, const PassContext& pass);
 
+// Two of these beside the computation at hand, for a backward pass: what they bring is there for
+// what is enqueued after JoinTraffic. Until then memory of ctx.scratch must not be given back, and
+// `partial` stays as it is.
+Tensor GatherRowsBeside(const char* what, Tensor own, const PassContext& pass);
+void SumRowsBeside(const char* what, Tensor own, Tensor partial, const PassContext& pass);
+void JoinTraffic(const PassContext& pass);
+
 }  // namespace krait
 
 #endif  // KRAIT_MODEL_SEQUENCE_PARALLEL_H_

@@ -49,10 +49,9 @@ Weights::Weights(const ParamTable* table, Placement placement, bool with_grad, A
   }
 }
 
-void Weights::BeginPass(const Context& ctx, bool first, bool last, const BucketExchange* exchange) {
-  exchange_ = last ? exchange : nullptr;
-  exchange_ctx_ = &ctx;
-  if (exchange_ != nullptr) {
+void Weights::BeginPass(const Context& ctx, bool first, bool last) {
+  sending_ = last && exchange_ != nullptr ? &ctx : nullptr;
+  if (sending_ != nullptr) {
     unready_.assign(layout_.buckets().size(), 0);
     for (const LocalStorage& storage : layout_.storages()) {
       for (const int b : storage.buckets) ++unready_[static_cast<size_t>(b)];
@@ -74,6 +73,11 @@ void Weights::BeginPass(const Context& ctx, bool first, bool last, const BucketE
 
 Tensor Weights::Get(int storage) const {
   ++uses_[static_cast<size_t>(storage)].held;
+  if (exchange_ != nullptr) {
+    for (const int b : layout_.storages()[static_cast<size_t>(storage)].buckets) {
+      exchange_->WaitForWeights(b);
+    }
+  }
   return values_[static_cast<size_t>(storage)];
 }
 
@@ -85,11 +89,11 @@ bool Weights::Accumulate(int storage) const {
 
 void Weights::GradReady(int storage) const {
   ++uses_[static_cast<size_t>(storage)].ready;
-  if (exchange_ == nullptr) return;
+  if (sending_ == nullptr) return;
   const LocalStorage& local = layout_.storages()[static_cast<size_t>(storage)];
   for (const int b : local.buckets) {
     if (--unready_[static_cast<size_t>(b)] == 0) {
-      exchange_->Reduce(b, FlatGrad(local.flat), *exchange_ctx_);
+      exchange_->Reduce(b, FlatGrad(local.flat), *sending_);
     }
   }
 }

@@ -19,10 +19,10 @@ class BucketExchange;
 
 // How the weights are used in a pass. A sublayer takes a weight with Get ... Release, asks
 // Accumulate before it computes a gradient, and reports a finished one with GradReady, once per
-// backward pass. On one rank there is nothing behind these; with several, Get waits for an
-// all-gather and the last pass's GradReady sends a bucket. Every use is counted, so that one which
-// does not balance is found at the end of the pass. Not thread-safe: one thread per rank calls
-// these, in program order.
+// backward pass. On one rank there is nothing behind these; with several, Get waits for the weights
+// of the ranks that own them and the last pass's GradReady sends a bucket. Every use is counted, so
+// that one which does not balance is found at the end of the pass. Not thread-safe: one thread per
+// rank calls these, in program order.
 class Weights {
  public:
   // `with_grad` false for inference. The arenas may be measuring ones; padding relies on their
@@ -33,12 +33,14 @@ class Weights {
           Arena* grad_arena, const Mesh& mesh = {},
           int64_t bucket_elements = Layout::kBucketElements);
 
+  // Of several ranks: what sends gradients and brings weights; it outlives the weights' use.
+  void SetExchange(BucketExchange* exchange) { exchange_ = exchange; }
+
   // Before a forward; before a backward as well where several forwards came before it. `first`: of
   // a step: gradients of GradWrite::kZeroed are zeroed, those of kOverwrite are overwritten by the
-  // first write. `last`: of a step: a bucket goes to `exchange` as soon as its gradients are ready.
-  // `ctx` outlives the pass.
-  void BeginPass(const Context& ctx, bool first, bool last,
-                 const BucketExchange* exchange = nullptr);
+  // first write. `last`: of a step: a bucket's gradients are sent as soon as they are ready. `ctx`
+  // outlives the pass.
+  void BeginPass(const Context& ctx, bool first, bool last);
   // After a forward, and after a backward that has finished the gradients of `storages` and of no
   // others: fatal when the uses do not balance.
   void EndForward() const;
@@ -87,10 +89,9 @@ class Weights {
   std::vector<Tensor> grads_;
   bool has_grad_;
   mutable std::vector<Use> uses_;
-  // Of the last pass of a step on several ranks; null in others.
-  const BucketExchange* exchange_ = nullptr;
-  const Context* exchange_ctx_ = nullptr;
-  mutable std::vector<int> unready_;  // storages of each bucket whose gradients are to come
+  BucketExchange* exchange_ = nullptr;  // null on one rank
+  const Context* sending_ = nullptr;    // that of the pass, in the last one of a step
+  mutable std::vector<int> unready_;    // storages of each bucket whose gradients are to come
 };
 
 }  // namespace krait

@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "kernels/base/clock.h"
+#include "kernels/cuda/runtime.h"
 
 namespace krait {
 namespace {
@@ -23,10 +24,12 @@ struct Record {
   CollectiveShape shape;
   double begun = 0, ended = 0;  // ended 0: not yet
   int waits_for = -1;
+  bool on_gpu = false;  // ends with the event of its place
 };
 
 std::mutex g_mutex;  // of all but the counter
 std::array<Record, kKept> g_records;
+std::array<void*, kKept> g_ends;  // cudaEvent_t, made when first needed
 uint64_t g_last = 0;
 std::atomic<uint64_t> g_events = 0;
 
@@ -65,6 +68,16 @@ void CollectiveScope::WaitsFor(int rank) {
   if (Record& record = At(number_); record.number == number_) record.waits_for = rank;
 }
 
+void CollectiveScope::Enqueued(void* stream) {
+  const std::lock_guard lock(g_mutex);
+  Record& record = At(number_);
+  if (record.number != number_) return;
+  void*& end = g_ends[number_ % kKept];
+  if (end == nullptr) end = cuda::CreateEvent(/*timed=*/false);
+  cuda::RecordEvent(end, stream);
+  record.on_gpu = true;
+}
+
 uint64_t CollectivesSoFar() { return g_events; }
 
 CollectiveReport ReportCollectives() {
@@ -77,7 +90,11 @@ CollectiveReport ReportCollectives() {
   const double now = MonotonicSeconds();
   for (uint64_t number = g_last; number > 0 && number + kKept > g_last; --number) {
     const Record& record = At(number);
-    if (record.ended == 0 && report.current.empty()) report.current = Description(record);
+    const bool waiting = record.on_gpu && !cuda::EventHappened(g_ends[number % kKept]);
+    // What a GPU has not done holds up all that was enqueued later.
+    if (waiting || (record.ended == 0 && report.current.empty())) {
+      report.current = Description(record);
+    }
     char times[160];
     std::snprintf(times, sizeof times, ", %lld bytes out, %lld in, begun %.3f s ago, ",
                   static_cast<long long>(record.shape.bytes_sent),
@@ -85,6 +102,9 @@ CollectiveReport ReportCollectives() {
     char end[64] = "not done";
     if (record.ended > 0) {
       std::snprintf(end, sizeof end, "done in %.3f ms", 1000 * (record.ended - record.begun));
+    }
+    if (record.on_gpu) {
+      std::snprintf(end, sizeof end, "%s by the GPU", waiting ? "not done" : "done");
     }
     std::string line = std::to_string(number);
     line.append(": ").append(Description(record)).append(times).append(end);

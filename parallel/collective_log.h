@@ -25,6 +25,9 @@ class CollectiveScope {
 
   // The rank that has not come yet.
   void WaitsFor(int rank);
+  // Of a collective that runs on a GPU: it is enqueued on `stream`, a cudaStream_t, and ends when
+  // the stream has come behind it.
+  void Enqueued(void* stream);
 
  private:
   uint64_t number_;

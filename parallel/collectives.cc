@@ -1,64 +1,78 @@
 #include "parallel/collectives.h"
 
 #include <algorithm>
-#include <cmath>
-#include <cstring>
-#include <functional>
 #include <utility>
 
 #include "kernels/activation.h"
 #include "kernels/base/check.h"
-#include "kernels/transfer.h"
+#include "kernels/parts.h"
 
 namespace krait {
 namespace {
-
-// Elements [begin, end) of a contiguous tensor.
-Tensor Elements(Tensor t, int64_t begin, int64_t end) {
-  return t.View({t.numel()}).Slice(0, begin, end - begin);
-}
 
 char* RowAddress(Tensor t, int64_t row) {
   return static_cast<char*>(t.raw()) + row * t.stride(0) * SizeOf(t.dtype());
 }
 
-// out [n] = `join` of parts [size*n], one part after the other.
-template <typename T, typename Join>
-void JoinParts(Tensor out, Tensor parts, const Join& join, const Context& ctx) {
-  std::vector<T> values(static_cast<size_t>(parts.numel()));
-  Download(values.data(), parts, ctx);
-  const auto n = static_cast<size_t>(out.numel());
-  for (size_t i = n; i < values.size(); ++i) values[i % n] = join(values[i % n], values[i]);
-  Upload(out, values.data(), ctx);
-}
-
-// A NaN stays, whoever has it.
-template <typename T>
-T Maximum(T a, T b) {
-  return std::isnan(a) || a > b ? a : b;
+void CopyRows(Tensor out, int64_t out_row, Tensor in, int64_t in_row, int64_t rows,
+              const Context& ctx) {
+  if (rows > 0) Copy(out.Slice(0, out_row, rows), in.Slice(0, in_row, rows), ctx);
 }
 
 }  // namespace
 
-void AddInRankOrder(Tensor out, Tensor parts, const Context& ctx) {
-  const int64_t n = out.numel(), size = parts.numel() / n;
-  if (out.dtype() == DType::kI64) {
-    JoinParts<int64_t>(out, parts, std::plus<>(), ctx);
-    return;
-  }
-  const ArenaScope scope(ctx.scratch);
-  const DType wide = Wide(out.dtype());
-  const Tensor sum = wide == out.dtype() ? out : ctx.scratch->Alloc(wide, {n});
-  Copy(sum, Elements(parts, 0, n), ctx);
-  for (int64_t r = 1; r < size; ++r) AddInPlace(sum, Elements(parts, r * n, r * n + n), ctx);
-  if (sum.raw() != out.raw()) Copy(out, sum, ctx);
-}
-
-Communicator::Communicator(World* world, std::vector<int> ranks, int self, int64_t* planned)
-    : world_(world), ranks_(std::move(ranks)), planned_(planned) {
+Communicator::Communicator(Links links, std::vector<int> ranks, int self)
+    : links_(std::move(links)), ranks_(std::move(ranks)) {
   const auto at = std::lower_bound(ranks_.begin(), ranks_.end(), self);
   KRAIT_CHECK(at != ranks_.end() && *at == self);
   rank_ = static_cast<int>(at - ranks_.begin());
+}
+
+CollectiveShape Communicator::ShapeOf(int64_t sent, int64_t received) const {
+  return {.first_rank = ranks_.front(),
+          .last_rank = ranks_.back(),
+          .ranks = size(),
+          .bytes_sent = sent,
+          .bytes_received = received};
+}
+
+bool Communicator::Reads(const Tensor& t, const Context& ctx) const {
+  return ctx.device == Device::kCuda && size() > 1 && links_.peers != nullptr &&
+         *links_.peers != nullptr && peers().Mirrors(ranks_) && peers().Holds(t.raw());
+}
+
+template <typename To, typename At>
+void Communicator::ReadParts(const char* what, int64_t bytes, const To& to, const At& at,
+                             const Context& ctx) const {
+  const int64_t others = size() - 1;
+  CollectiveScope scope(what, ShapeOf(others * bytes, others * bytes));
+  peers().Meet(ranks_, ctx);
+  // Each rank begins with its neighbour, so that no two read from the same one.
+  for (int k = 1; k < size(); ++k) {
+    const int r = (rank_ + k) % size();
+    peers().ReadSame(to(r), ranks_[static_cast<size_t>(r)], at(r), bytes, ctx.stream);
+  }
+  peers().Meet(ranks_, ctx);
+  scope.Enqueued(ctx.stream);
+}
+
+void Communicator::Exchange(const char* what, const std::vector<Message>& sends,
+                            const std::vector<Message>& receives, const Context& ctx) const {
+  if (ctx.device == Device::kCpu) {
+    const auto of_world = [this](std::vector<Message> messages) {
+      for (Message& message : messages) message.rank = ranks_[static_cast<size_t>(message.rank)];
+      return messages;
+    };
+    links_.world->Exchange(of_world(sends), of_world(receives), what);
+    return;
+  }
+  if (sends.empty() && receives.empty()) return;
+  int64_t sent = 0, received = 0;
+  for (const Message& message : sends) sent += message.bytes;
+  for (const Message& message : receives) received += message.bytes;
+  CollectiveScope scope(what, ShapeOf(sent, received));
+  links_.nccl->Exchange(sends, receives, ctx.stream);
+  scope.Enqueued(ctx.stream);
 }
 
 void Communicator::AllGather(const char* what, Tensor out, Tensor in, const Context& ctx) const {
@@ -66,103 +80,164 @@ void Communicator::AllGather(const char* what, Tensor out, Tensor in, const Cont
   KRAIT_CHECK(out.contiguous() && in.contiguous() && out.dtype() == in.dtype() &&
               out.numel() == in.numel() * size());
   if (op.planning()) return Plan(in.bytes() * (size() - 1));
-  const int64_t n = in.numel();
+  const std::vector<Tensor> parts = EqualParts(out, size());
+  const Tensor own = in.View({in.numel()});
+  const auto copy_to = [&](const Tensor& part) {
+    if (part.raw() != own.raw()) Copy(part, own, ctx);
+  };
+  if (alone()) {
+    for (const Tensor& part : parts) copy_to(part);
+    return;
+  }
+  if (Reads(in, ctx)) {
+    const bool in_place = parts[static_cast<size_t>(rank_)].raw() == own.raw();
+    const auto part = [&](int r) { return parts[static_cast<size_t>(r)].raw(); };
+    ReadParts(
+        what, in.bytes(), part, [&](int r) { return in_place ? part(r) : own.raw(); }, ctx);
+    copy_to(parts[static_cast<size_t>(rank_)]);
+    return;
+  }
+  if (ctx.device == Device::kCuda && size() > 1) {
+    CollectiveScope scope(what, ShapeOf(in.bytes() * (size() - 1), in.bytes() * (size() - 1)));
+    links_.nccl->AllGather(out.raw(), in.raw(), in.bytes(), ctx.stream);
+    scope.Enqueued(ctx.stream);
+    return;
+  }
+  copy_to(parts[static_cast<size_t>(rank_)]);
   std::vector<Message> sends, receives;
   for (int r = 0; r < size(); ++r) {
-    const Tensor part = Elements(out, r * n, r * n + n);
-    if (r == rank_) {
-      if (part.raw() != in.raw()) Copy(part, in.View({n}), ctx);
-      continue;
-    }
-    sends.push_back({ranks_[static_cast<size_t>(r)], in.raw(), in.bytes()});
-    receives.push_back({ranks_[static_cast<size_t>(r)], part.raw(), part.bytes()});
+    if (r == rank_) continue;
+    sends.push_back({r, in.raw(), in.bytes()});
+    receives.push_back({r, parts[static_cast<size_t>(r)].raw(), in.bytes()});
   }
-  world_->Exchange(sends, receives, what);
+  Exchange(what, sends, receives, ctx);
 }
 
 void Communicator::AllReduceSum(const char* what, Tensor x, const Context& ctx) const {
   const ArenaScope scope(ctx.scratch);
-  const Tensor parts = ctx.scratch->Alloc(x.dtype(), {size() * x.numel()});
-  AllGather(what, parts, x, ctx);
-  AddInRankOrder(x.View({x.numel()}), parts, ctx);
+  const Tensor all = ctx.scratch->Alloc(x.dtype(), {size() * x.numel()});
+  AllGather(what, all, x, ctx);
+  SumParts(x.View({x.numel()}), EqualParts(all, size()), ctx);
 }
 
 void Communicator::AllReduceMax(const char* what, Tensor x, const Context& ctx) const {
   const ArenaScope scope(ctx.scratch);
-  const Tensor parts = ctx.scratch->Alloc(x.dtype(), {size() * x.numel()});
-  AllGather(what, parts, x, ctx);
-  const Tensor out = x.View({x.numel()});
-  x.dtype() == DType::kF64 ? JoinParts<double>(out, parts, Maximum<double>, ctx)
-                           : JoinParts<float>(out, parts, Maximum<float>, ctx);
+  const Tensor all = ctx.scratch->Alloc(x.dtype(), {size() * x.numel()});
+  AllGather(what, all, x, ctx);
+  MaxParts(x.View({x.numel()}), EqualParts(all, size()), ctx);
 }
 
-void Communicator::ReduceScatterSum(const char* what, Tensor out, Tensor in,
-                                    const Context& ctx) const {
+void Communicator::ReduceScatterSum(const char* what, Tensor out, Tensor in, const Context& ctx,
+                                    Tensor received) const {
   const OpScope op(ctx, OpFamily::kCommunication, what, {{"out", out}, {"in", in}});
   const int64_t n = out.numel();
   KRAIT_CHECK(out.contiguous() && in.contiguous() && out.dtype() == in.dtype() &&
               in.numel() == n * size());
   const ArenaScope scope(ctx.scratch);
-  const Tensor parts = ctx.scratch->Alloc(in.dtype(), {size() * n});
+  const int others = size() - 1;
+  const std::vector<Tensor> from = EqualParts(in, size());
+  std::vector<Tensor> parts;
+  if (others > 0) {
+    if (!received.defined()) received = ctx.scratch->Alloc(in.dtype(), {others * n});
+    KRAIT_CHECK(received.dtype() == in.dtype() && received.numel() == others * n);
+    parts = EqualParts(received, others);
+  }
+  parts.insert(parts.begin() + rank_, from[static_cast<size_t>(rank_)]);
   if (op.planning()) {
-    Plan(out.bytes() * (size() - 1));
+    Plan(out.bytes() * others);
+  } else if (alone()) {
+    for (const Tensor& part : parts) {
+      if (part.raw() != from[static_cast<size_t>(rank_)].raw()) {
+        Copy(part, from[static_cast<size_t>(rank_)], ctx);
+      }
+    }
+  } else if (Reads(in, ctx)) {
+    ReadParts(
+        what, out.bytes(), [&](int r) { return parts[static_cast<size_t>(r)].raw(); },
+        [&](int) { return from[static_cast<size_t>(rank_)].raw(); }, ctx);
   } else {
     std::vector<Message> sends, receives;
     for (int r = 0; r < size(); ++r) {
-      const Tensor from = Elements(in, r * n, r * n + n), to = Elements(parts, r * n, r * n + n);
-      if (r == rank_) {
-        Copy(to, from, ctx);
-        continue;
-      }
-      sends.push_back({ranks_[static_cast<size_t>(r)], from.raw(), from.bytes()});
-      receives.push_back({ranks_[static_cast<size_t>(r)], to.raw(), to.bytes()});
+      if (r == rank_) continue;
+      sends.push_back({r, from[static_cast<size_t>(r)].raw(), out.bytes()});
+      receives.push_back({r, parts[static_cast<size_t>(r)].raw(), out.bytes()});
     }
-    world_->Exchange(sends, receives, what);
+    Exchange(what, sends, receives, ctx);
   }
-  AddInRankOrder(out.View({n}), parts, ctx);
+  SumParts(out.View({n}), parts, ctx);
 }
 
-void Communicator::ExchangeRows(const char* what, Tensor out,
-                                const std::vector<RowMessage>& receives, Tensor in,
+void Communicator::ExchangeRows(const char* what, const std::vector<RowTensors>& tensors,
+                                const std::vector<RowMessage>& receives,
                                 const std::vector<RowMessage>& sends, const Context& ctx) const {
-  const OpScope op(ctx, OpFamily::kCommunication, what, {{"out", out}, {"in", in}});
-  KRAIT_CHECK(out.contiguous() && in.contiguous() && out.dtype() == in.dtype());
-  const int64_t row_bytes = in.stride(0) * SizeOf(in.dtype());
-  if (op.planning()) {
-    int64_t bytes = 0;
-    for (const RowMessage& send : sends) bytes += send.rank == rank_ ? 0 : send.rows * row_bytes;
-    // Messages that depend on data: all rows, evenly over the ranks.
-    if (sends.empty()) bytes = std::min(in.bytes(), out.bytes()) / size() * (size() - 1);
-    return Plan(bytes);
+  const OpScope op(ctx, OpFamily::kCommunication, what,
+                   {{"out", tensors.front().out}, {"in", tensors.front().in}});
+  bool reads = true;
+  for (const auto& [out, in] : tensors) reads = reads && Reads(in, ctx);
+  for (const auto* messages : {&sends, &receives}) {
+    for (const RowMessage& message : *messages) reads = reads && message.there >= 0;
   }
-  KRAIT_CHECK(out.stride(0) * SizeOf(out.dtype()) == row_bytes);
+  struct Reading {
+    void* to;
+    int rank;
+    const void* at;
+    int64_t bytes;
+  };
+  std::vector<Reading> readings;
   std::vector<Message> to, from;
-  std::vector<RowMessage> own;
-  for (const RowMessage& send : sends) {
-    if (send.rows == 0) continue;
-    KRAIT_CHECK(send.row >= 0 && send.row + send.rows <= in.dim(0));
-    if (send.rank == rank_) {
-      own.push_back(send);
-    } else {
-      to.push_back({ranks_[static_cast<size_t>(send.rank)], RowAddress(in, send.row),
-                    send.rows * row_bytes});
+  for (const auto& [out, in] : tensors) {
+    KRAIT_CHECK(out.contiguous() && in.contiguous() && out.dtype() == in.dtype());
+    const int64_t row_bytes = in.stride(0) * SizeOf(in.dtype());
+    KRAIT_CHECK(out.stride(0) * SizeOf(out.dtype()) == row_bytes);
+    if (op.planning()) {
+      int64_t bytes = 0;
+      for (const RowMessage& send : sends) bytes += send.rank == rank_ ? 0 : send.rows * row_bytes;
+      // Messages that depend on data: all rows, evenly over the ranks.
+      if (sends.empty()) bytes = std::min(in.bytes(), out.bytes()) / size() * (size() - 1);
+      Plan(bytes);
+      continue;
     }
-  }
-  size_t next = 0;
-  for (const RowMessage& receive : receives) {
-    if (receive.rows == 0) continue;
-    KRAIT_CHECK(receive.row >= 0 && receive.row + receive.rows <= out.dim(0));
-    if (receive.rank == rank_) {
-      KRAIT_CHECK(next < own.size() && own[next].rows == receive.rows);
-      std::memmove(RowAddress(out, receive.row), RowAddress(in, own[next++].row),
-                   static_cast<size_t>(receive.rows * row_bytes));
-    } else {
-      from.push_back({ranks_[static_cast<size_t>(receive.rank)], RowAddress(out, receive.row),
-                      receive.rows * row_bytes});
+    std::vector<RowMessage> own;
+    for (const RowMessage& send : sends) {
+      if (send.rows == 0) continue;
+      KRAIT_CHECK(send.row >= 0 && send.row + send.rows <= in.dim(0));
+      if (send.rank == rank_) {
+        own.push_back(send);
+      } else {
+        to.push_back({send.rank, RowAddress(in, send.row), send.rows * row_bytes});
+      }
     }
+    size_t next = 0;
+    for (const RowMessage& receive : receives) {
+      if (receive.rows == 0) continue;
+      KRAIT_CHECK(receive.row >= 0 && receive.row + receive.rows <= out.dim(0));
+      if (receive.rank == rank_) {
+        KRAIT_CHECK(next < own.size() && own[next].rows == receive.rows);
+        CopyRows(out, receive.row, in, own[next++].row, receive.rows, ctx);
+      } else if (alone()) {
+        const int64_t rows = std::min(receive.rows, in.dim(0));
+        CopyRows(out, receive.row, in, std::min(receive.row, in.dim(0) - rows), rows, ctx);
+      } else if (reads) {
+        readings.push_back({RowAddress(out, receive.row), ranks_[static_cast<size_t>(receive.rank)],
+                            RowAddress(in, receive.there), receive.rows * row_bytes});
+      } else {
+        from.push_back({receive.rank, RowAddress(out, receive.row), receive.rows * row_bytes});
+      }
+    }
+    KRAIT_CHECK(next == own.size());
   }
-  KRAIT_CHECK(next == own.size());
-  world_->Exchange(to, from, what);
+  if (op.planning() || alone()) return;
+  if (!reads) return Exchange(what, to, from, ctx);
+  int64_t sent = 0, received = 0;
+  for (const Message& message : to) sent += message.bytes;
+  for (const Reading& reading : readings) received += reading.bytes;
+  CollectiveScope scope(what, ShapeOf(sent, received));
+  peers().Meet(ranks_, ctx);
+  for (const Reading& reading : readings) {
+    peers().ReadSame(reading.to, reading.rank, reading.at, reading.bytes, ctx.stream);
+  }
+  peers().Meet(ranks_, ctx);
+  scope.Enqueued(ctx.stream);
 }
 
 }  // namespace krait

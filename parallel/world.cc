@@ -8,7 +8,9 @@
 
 #include "kernels/base/check.h"
 #include "parallel/collective_log.h"
+#include "parallel/gpu.h"
 #include "parallel/mpi.h"
+#include "parallel/tcp.h"
 
 namespace krait {
 namespace {
@@ -97,18 +99,29 @@ std::string World::Broadcast(std::string_view bytes) {
 
 std::unique_ptr<World> OneRankWorld() { return std::make_unique<SingleWorld>(); }
 
+World* OrAlone(World* world) {
+  static const std::unique_ptr<World> alone = OneRankWorld();
+  return world != nullptr ? world : alone.get();
+}
+
 Launch LaunchOfThisProcess() {
+  // What srun sets where its plugin speaks to Open MPI; without it MPI_Init would end the process.
+  const bool pmix = std::getenv("PMIX_RANK") != nullptr;
   struct Variables {
     const char *launcher, *ranks, *rank;
+    bool mpi;
   };
   for (const Variables& names :
-       {Variables{"mpirun", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"},
-        Variables{"mpiexec", "PMI_SIZE", "PMI_RANK"},
+       {Variables{"mpirun", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", true},
+        Variables{"mpiexec", "PMI_SIZE", "PMI_RANK", true},
+        Variables{"torchrun", "WORLD_SIZE", "RANK", false},
         // Set for the tasks of srun only; a batch script has SLURM_NTASKS and SLURM_PROCID too.
-        Variables{"srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"}}) {
+        Variables{"srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", pmix}}) {
     const char *ranks = std::getenv(names.ranks), *rank = std::getenv(names.rank);
     if (ranks == nullptr || std::atoi(ranks) <= 1) continue;
-    return {names.launcher, rank == nullptr ? 0 : std::atoi(rank), std::atoi(ranks)};
+    // Some shells have a WORLD_SIZE that is nobody's.
+    if (!names.mpi && rank == nullptr) continue;
+    return {names.launcher, rank == nullptr ? 0 : std::atoi(rank), std::atoi(ranks), names.mpi};
   }
   return {};
 }
@@ -116,7 +129,15 @@ Launch LaunchOfThisProcess() {
 absl::StatusOr<std::unique_ptr<World>> StartWorld(int* argc, char*** argv) {
   const Launch launch = LaunchOfThisProcess();
   if (launch.ranks == 1) return OneRankWorld();
-  std::unique_ptr<World> world = StartMpiWorld(argc, argv);
+  std::unique_ptr<World> world;
+  if (!launch.mpi) {
+    KRAIT_ASSIGN_OR_RETURN(const TcpJob job, TcpJobOfThisProcess(launch, *argc, *argv));
+    KRAIT_ASSIGN_OR_RETURN(world, StartTcpWorld(job));
+    ChooseGpu(*world);
+    return world;
+  }
+  world = StartMpiWorld(argc, argv);
+  ChooseGpu(*world);
   if (world->size() == launch.ranks) return world;
   return Error(ExitCode::kConfig,
                launch.rank > 0
@@ -154,6 +175,15 @@ absl::Status Agree(World* world, const absl::Status& status) {
   absl::Status agreed = Error(code, text);
   agreed.SetPayload(kAgreed, absl::Cord());
   return agreed;
+}
+
+absl::Status StatusOfFirst(World* world, const absl::Status& status) {
+  if (world->size() == 1) return status;
+  const auto code =
+      static_cast<ExitCode>(world->AllGather(static_cast<int64_t>(ExitCodeOf(status)))[0]);
+  if (code == ExitCode::kOk) return absl::OkStatus();
+  // All say the same, so that it is told without a rank.
+  return Agree(world, Error(code, world->Broadcast(MessageOf(status))));
 }
 
 bool IsAgreed(const absl::Status& status) { return status.GetPayload(kAgreed).has_value(); }

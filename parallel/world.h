@@ -1,5 +1,5 @@
 // The processes of one run on the host: who they are, messages between them, agreement, and the end
-// of all when one ends. MPI under a launcher, otherwise a single rank.
+// of all when one ends. MPI under its launchers, TCP under others (tcp.h), otherwise a single rank.
 //
 // One thread per rank issues everything here, in the same program order on every rank: a message
 // has no other name than its place in that order. Failures end all ranks through
@@ -40,7 +40,8 @@ class World {
 
   // All messages travel at once; complete on return. The n-th message of a to b is received by b's
   // n-th receive from a, which has as many bytes. None goes to the rank itself. `what` is for the
-  // report about a job that hangs.
+  // report about a job that hangs. Without MPI only messages to and from the first rank are
+  // possible.
   void Exchange(const std::vector<Message>& sends, const std::vector<Message>& receives,
                 const char* what = "messages");
 
@@ -52,12 +53,15 @@ class World {
   // agreement: ten minutes, and the working folder.
   virtual void SetHangTimeout(double /*seconds*/, const std::string& /*folder*/) {}
 
+  // Whether the tensors of CPU ranks can travel by Exchange.
+  virtual bool carries_tensors() const { return true; }
+
   // Every rank's bytes, in rank order, on every rank.
-  std::vector<std::string> AllGather(std::string_view mine);
+  virtual std::vector<std::string> AllGather(std::string_view mine);
   // Every rank's number, likewise.
-  std::vector<int64_t> AllGather(int64_t mine);
+  virtual std::vector<int64_t> AllGather(int64_t mine);
   // The first rank's bytes on every rank; what the others pass is ignored.
-  std::string Broadcast(std::string_view bytes);
+  virtual std::string Broadcast(std::string_view bytes);
   void Barrier() { AllGather(int64_t{0}); }
 
  protected:
@@ -74,21 +78,26 @@ class World {
 
 // A single process.
 std::unique_ptr<World> OneRankWorld();
+// The world, or that of this process alone where it is null.
+World* OrAlone(World* world);
 
-// How a launcher started this process as one of several ranks, by the variables that it sets.
+// How a launcher started this process as one of several ranks, by the variables that it sets: Open
+// MPI's, PMI's, torchrun's (RANK and WORLD_SIZE), Slurm's, in this order.
 struct Launch {
-  std::string launcher;  // mpirun, mpiexec or srun; "": started alone, or as the only rank
+  std::string launcher;  // mpirun, mpiexec, torchrun or srun; "": alone, or as the only rank
   int rank = 0, ranks = 1;
+  bool mpi = false;  // the ranks meet by MPI; else by TCP
 };
 Launch LaunchOfThisProcess();
 
 // The MPI that this build uses: "Open MPI v4.1.4". Any time, any thread.
 std::string MpiLibrary();
 
-// The world that this process was started into: MPI's where a launcher started several ranks, else
-// a single rank. Fatal paths end all ranks from here on. Call once; the world ends with the object
-// (which waits for the other ranks). `argv` as main has it. kConfig, with a message on the first
-// rank only, when the launcher is not that of this MPI: every process would be a rank 0 of its own.
+// The world that this process was started into: where a launcher started several ranks they meet,
+// by MPI or TCP; else a single rank. Fatal paths end all ranks from here on. Call once; the world
+// ends with the object (which waits for the other ranks). `argv` as main has it. kConfig, with a
+// message on the first rank only, when the launcher is not that of this MPI: every process would be
+// a rank 0 of its own. Errors of meeting by TCP (tcp.h) are each rank's own.
 absl::StatusOr<std::unique_ptr<World>> StartWorld(int* argc, char*** argv);
 
 // OK when all ranks pass OK. Otherwise an error on every rank, with the exit code of the first rank
@@ -97,6 +106,9 @@ absl::StatusOr<std::unique_ptr<World>> StartWorld(int* argc, char*** argv);
 absl::Status Agree(World* world, const absl::Status& status);
 // Whether an error is Agree's: then all ranks end with it by themselves.
 bool IsAgreed(const absl::Status& status);
+// The first rank's status on every rank, as Agree gives it; what the others pass is ignored. For
+// what the first rank does alone.
+absl::Status StatusOfFirst(World* world, const absl::Status& status);
 
 }  // namespace krait
 

@@ -33,7 +33,19 @@ void OnStop(int signal) {
   }
 }
 
+// Blocks SIGUSR1 in this thread, or lets it through; whether it was blocked before.
+bool Block(bool block) {
+  sigset_t signal, before;
+  sigemptyset(&signal);
+  sigaddset(&signal, SIGUSR1);
+  KRAIT_CHECK(pthread_sigmask(block ? SIG_BLOCK : SIG_UNBLOCK, &signal, &before) == 0);
+  return sigismember(&before, SIGUSR1) == 1;
+}
+
 }  // namespace
+
+void HoldStopSignal() { Block(true); }
+void LetStopSignalThrough() { Block(false); }
 
 StopSignals::StopSignals(const char* acknowledgement, bool of_a_rank) {
   g_received = 0;
@@ -51,9 +63,12 @@ StopSignals::StopSignals(const char* acknowledgement, bool of_a_rank) {
     if (handled.signal == SIGINT) action.sa_flags |= SA_RESETHAND;  // the second one kills
     KRAIT_CHECK(sigaction(handled.signal, &action, nullptr) == 0);
   }
+  was_held_ = Block(false);  // one that waits arrives here
 }
 
 StopSignals::~StopSignals() {
+  // What comes when all is done is nobody's death either.
+  if (was_held_) Block(true);
   for (const Handled& handled : g_handled) sigaction(handled.signal, &handled.before, nullptr);
   g_received = 0;
 }

@@ -8,7 +8,7 @@
 
 namespace krait {
 
-// Installs the handlers for the lifetime of the object and restores the ones before. Also ignores
+// Installs the handlers for the lifetime of the object and restores what was before. Also ignores
 // SIGPIPE and SIGXFSZ, so that a closed terminal or a file size limit is an error code of write()
 // and not the death of the process. At most one object at a time.
 class StopSignals {
@@ -20,7 +20,16 @@ class StopSignals {
   ~StopSignals();
   StopSignals(const StopSignals&) = delete;
   StopSignals& operator=(const StopSignals&) = delete;
+
+ private:
+  bool was_held_ = false;
 };
+
+// From here on SIGUSR1 waits, through an execv too, for the first StopSignals object: a request
+// that comes while a program starts is not its death. Before other threads are made. A program that
+// makes no such object lets it through.
+void HoldStopSignal();
+void LetStopSignalThrough();
 
 // Whether a stop signal has arrived since the StopSignals object at hand was made; false without
 // one. Any thread.

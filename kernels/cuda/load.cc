@@ -1,4 +1,4 @@
-// What the driver's management library, NVML, says of the current device. The library comes with
+// What the driver's management library, NVML, says of the device in use. The library comes with
 // the driver, its header does not come with every toolkit: the four functions are declared here
 // (NVML API reference, stable since driver 319) and looked up at the first call.
 #include <cuda_runtime_api.h>
@@ -29,6 +29,7 @@ class Nvml {
         !find(&clock_, "nvmlDeviceGetClockInfo") || !find(&power_, "nvmlDeviceGetPowerUsage")) {
       return;
     }
+    UseSameDevice();
     int device = 0;
     KRAIT_CUDA_CHECK(cudaGetDevice(&device));
     std::array<char, 32> bus = {};

@@ -41,6 +41,7 @@ void MoePermute(Tensor rows, Tensor x, Tensor source, int64_t top_k, const Conte
 void MoePermuteBackward(Tensor dx, Tensor d_rows, Tensor row_of, bool accumulate,
                         const Context& ctx);
 void MoeCombine(Tensor y, Tensor rows, Tensor weight, Tensor row_of, const Context& ctx);
+void MoeRowNumbers(Tensor numbers, int64_t used, const Context& ctx);
 
 }  // namespace krait::cuda
 

@@ -209,6 +209,13 @@ void Combine(const char* name, Tensor y, Tensor rows, Tensor weight, Tensor row_
   });
 }
 
+__global__ void __launch_bounds__(kThreads)
+    RowNumbersKernel(int32_t* numbers, int64_t rows, int64_t used) {
+  StartDependent();
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (row < rows) numbers[row] = row < used ? static_cast<int32_t>(row) : -1;
+}
+
 }  // namespace
 
 void RouterForward(Tensor logits, Tensor x, Tensor w, const Context& ctx) {
@@ -291,6 +298,12 @@ void MoePermuteBackward(Tensor dx, Tensor d_rows, Tensor row_of, bool accumulate
 
 void MoeCombine(Tensor y, Tensor rows, Tensor weight, Tensor row_of, const Context& ctx) {
   Combine<false, true>("MoeCombine", y, rows, weight, row_of, ctx);
+}
+
+void MoeRowNumbers(Tensor numbers, int64_t used, const Context& ctx) {
+  const int64_t rows = numbers.numel();
+  Launch("MoeRowNumbers", RowNumbersKernel, Dependent((rows + kThreads - 1) / kThreads),
+         dim3(kThreads), 0, ctx, numbers.device_data<int32_t>(), rows, used);
 }
 
 }  // namespace krait::cuda

@@ -70,7 +70,7 @@ class BuildTest : public ::testing::Test {
     std::vector<int32_t> ids(static_cast<size_t>((*file)->tokens()));
     EXPECT_TRUE((*file)->Read(0, (*file)->tokens(), ids.data()).ok());
     std::vector<std::string> documents;
-    const auto& starts = (*file)->document_starts();
+    const auto starts = (*file)->document_table().All().value();
     for (size_t i = 1; i < starts.size(); ++i) {
       std::string text;
       for (size_t k = starts[i - 1]; k < starts[i]; ++k) text += static_cast<char>(ids[k]);

@@ -3,6 +3,11 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <filesystem>
+#include <string>
+#include <vector>
+
 #include "data/inspect.h"
 #include "data/sampler.h"
 #include "data/token_file.h"
@@ -64,11 +69,55 @@ TEST(ForeignTokensTest, ReadsMegatron) {
     ASSERT_TRUE(file.ok()) << file.status();
     EXPECT_EQ((*file)->format(), "Megatron");
     EXPECT_EQ((*file)->dtype(), DType::kU16);
-    EXPECT_THAT((*file)->document_starts(), ElementsAre(0, 5, 9));
+    EXPECT_THAT((*file)->document_table().All().value(), ElementsAre(0, 5, 9));
     EXPECT_THAT(Ids(**file), ElementsAre(1, 2, 3, 4, 5, 60, 7, 8, 9));
     EXPECT_TRUE((*file)->Verify().ok());
     EXPECT_EQ((*file)->vocab_size(), 0);
     EXPECT_EQ((*file)->tokenizer(), "");
+  }
+}
+
+// Documents that are read from the index when they are asked for: of one to four sequences.
+TEST(ForeignTokensTest, ReadsManyDocumentsOfMegatron) {
+  const TempFolder folder;
+  for (const int64_t bounds : {2, 4096, 4097, 9000, 70'000}) {
+    for (const bool empty : {false, true}) {
+      SCOPED_TRACE(bounds);
+      std::vector<int32_t> lengths;
+      std::vector<int64_t> places, documents = {0};
+      std::vector<uint64_t> starts = {0};
+      int64_t tokens = 0;
+      for (int64_t d = 1; d < bounds; ++d) {
+        const bool without = empty && d % 7 == 3;
+        for (int64_t s = 0; s < (without ? 0 : 1 + d % 4); ++s) {
+          lengths.push_back(static_cast<int32_t>(1 + (d + s) % 5));
+          places.push_back(2 * tokens);
+          tokens += lengths.back();
+        }
+        documents.push_back(static_cast<int64_t>(lengths.size()));
+        if (!without) starts.push_back(static_cast<uint64_t>(tokens));
+      }
+      Megatron file;
+      file.index.resize(9 + 8 + 1);
+      Add<uint64_t>(&file.index, {lengths.size(), documents.size()});
+      const auto put = [&](const auto& values) {
+        file.index.append(reinterpret_cast<const char*>(values.data()),
+                          values.size() * sizeof(values[0]));
+      };
+      put(lengths);
+      put(places);
+      put(documents);
+      file.ids.assign(static_cast<size_t>(2 * tokens), '\1');
+      const auto opened = TokenFile::Open(file.Write(folder, "m"));
+      ASSERT_TRUE(opened.ok()) << opened.status();
+      EXPECT_EQ((*opened)->tokens(), tokens);
+      EXPECT_EQ((*opened)->document_table().All().value(), starts);
+      std::vector<uint64_t> found;
+      const int64_t middle = tokens / 2;
+      ASSERT_TRUE((*opened)->document_table().Within(middle, tokens, &found).ok());
+      const auto first = std::upper_bound(starts.begin(), starts.end(), middle);
+      EXPECT_EQ(found, std::vector<uint64_t>(first, starts.end() - 1));
+    }
   }
 }
 
@@ -78,7 +127,7 @@ TEST(ForeignTokensTest, ReadsLlmc) {
     const auto file = TokenFile::Open(folder.Write("x.bin", Llmc(small)));
     ASSERT_TRUE(file.ok()) << file.status();
     EXPECT_EQ((*file)->format(), "llm.c");
-    EXPECT_THAT((*file)->document_starts(), ElementsAre(0, 3, 5));
+    EXPECT_THAT((*file)->document_table().All().value(), ElementsAre(0, 3, 5));
     const int32_t end = small ? 50256 : 128000;
     EXPECT_THAT(Ids(**file), ElementsAre(end, 1, 2, end, 3));
     EXPECT_EQ((*file)->vocab_size(), end + 1);

@@ -199,7 +199,7 @@ void FuzzIndex(double seconds) {
       (void)(*file)->Verify();
       std::vector<int32_t> tokens(static_cast<size_t>((*file)->tokens())), starts(tokens.size());
       (void)(*file)->Read(0, (*file)->tokens(), tokens.data());
-      (*file)->DocumentStarts(0, (*file)->tokens(), starts.data());
+      (void)(*file)->DocumentStarts(0, (*file)->tokens(), starts.data());
     }
   }
 }

@@ -209,7 +209,8 @@ TEST_F(SamplerTest, RowsHoldTokensTargetsAndDocumentStarts) {
       const TokenFile& file = *data->files()[static_cast<size_t>(ref.source)];
       std::vector<int32_t> ids(static_cast<size_t>(file.tokens()));
       ASSERT_TRUE(file.Read(0, file.tokens(), ids.data()).ok());
-      const std::set<uint64_t> starts(file.document_starts().begin(), file.document_starts().end());
+      const auto table = file.document_table().All().value();
+      const std::set<uint64_t> starts(table.begin(), table.end());
       int32_t doc_start = 0;
       for (int32_t t = 0; t < 24; ++t) {
         const auto at = static_cast<size_t>(row * 24 + t);

@@ -68,5 +68,20 @@ TEST(ProfileGpu, TimesAreThoseOfTheStream) {
   }
 }
 
+TEST(EventGpu, NumbersOfTheHostAreNotWaitedFor) {
+  KRAIT_NEEDS_GPU();
+  GpuContext gpu;
+  const Tensor numbers = gpu.scratch.Alloc(DType::kI64, {1000});
+  std::vector<int64_t> values(1000);
+  for (size_t i = 0; i < values.size(); ++i) values[i] = static_cast<int64_t>(i * i) - 5;
+  const std::vector<int64_t> expected = values;
+  UploadNumbers(numbers, values, gpu);
+  values.assign(1000, 0);  // the caller's again
+  std::vector<int64_t> seen(1000);
+  Download(seen.data(), numbers, gpu);
+  EXPECT_EQ(seen, expected);
+  gpu.scratch.Release(0);
+}
+
 }  // namespace
 }  // namespace krait

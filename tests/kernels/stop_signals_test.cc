@@ -27,5 +27,25 @@ TEST(StopSignalsTest, ARankOnlyBySigusr1) {
   }
 }
 
+// A request that comes before the object is made is not lost, nor one that comes after it is gone.
+TEST(StopSignalsTest, ARequestIsHeldWhileAProgramStarts) {
+  EXPECT_EXIT(std::raise(SIGUSR1), ::testing::KilledBySignal(SIGUSR1), "");
+  HoldStopSignal();
+  std::raise(SIGUSR1);
+  EXPECT_FALSE(StopRequested());
+  {
+    const StopSignals signals("stopping", /*of_a_rank=*/true);
+    EXPECT_TRUE(StopRequested());
+  }
+  std::raise(SIGUSR1);
+  {
+    const StopSignals signals("stopping");
+    EXPECT_TRUE(StopRequested());
+  }
+  LetStopSignalThrough();
+  const StopSignals signals("stopping");
+  EXPECT_FALSE(StopRequested());
+}
+
 }  // namespace
 }  // namespace krait

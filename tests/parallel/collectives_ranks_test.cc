@@ -20,7 +20,7 @@ class CollectivesTest : public ::testing::Test {
     ctx_.scratch = &scratch_;
     std::vector<int> all(static_cast<size_t>(world_->size()));
     std::iota(all.begin(), all.end(), 0);
-    all_.emplace(world_, all, world_->rank());
+    all_.emplace(Communicator::Links{.world = world_, .nccl = nullptr}, all, world_->rank());
   }
   int rank() const { return world_->rank(); }
   int size() const { return world_->size(); }

@@ -1,22 +1,6 @@
 #include "trainer/checkpoint/checkpoint_ranks.h"
 
-#include <memory>
-
 namespace krait {
-
-World* OrAlone(World* world) {
-  static const std::unique_ptr<World> alone = OneRankWorld();
-  return world != nullptr ? world : alone.get();
-}
-
-absl::Status StatusOfFirst(World* world, const absl::Status& status) {
-  if (world->size() == 1) return status;
-  const auto code =
-      static_cast<ExitCode>(world->AllGather(static_cast<int64_t>(ExitCodeOf(status)))[0]);
-  if (code == ExitCode::kOk) return absl::OkStatus();
-  // All say the same, so that it is told without a rank.
-  return Agree(world, Error(code, world->Broadcast(MessageOf(status))));
-}
 
 absl::StatusOr<std::vector<std::string>> PathsOfFirst(
     World* world, const absl::StatusOr<std::vector<std::string>>& paths) {

@@ -107,6 +107,7 @@ void AddDataCommands(CLI::App* app, CommandLine* line) {
   AddPaths(build_command, "paths", &options.paths, "files and folders", "PATH")->required();
   build_command->add_flag("--json", build->json, "one JSON object");
   build_command->callback([line, build] {
+    line->stops = true;
     build->options.threads = static_cast<int>(std::min<int64_t>(build->threads, 1024));
     line->run = [build] { return Build(build->options, build->json); };
   });

@@ -5,6 +5,7 @@
 #include "absl/strings/str_format.h"
 #include "kernels/base/number.h"
 #include "nlohmann/json.hpp"
+#include "parallel/watchdog.h"
 #include "trainer/cli/commands.h"
 #include "trainer/report/progress_line.h"
 #include "trainer/tools/choice_task.h"
@@ -44,7 +45,8 @@ struct Figures {
 
 // The parts of the targets of `sequences` sequences: context lengths by powers of two, or
 // documents.
-std::vector<Figures::Part> PartsOf(const std::string& by, const Dataset& data, int64_t sequences) {
+absl::StatusOr<std::vector<Figures::Part>> PartsOf(const std::string& by, const Dataset& data,
+                                                   int64_t sequences) {
   std::vector<Figures::Part> parts;
   const int64_t seq_len = data.seq_len();
   if (by == "context") {
@@ -52,12 +54,17 @@ std::vector<Figures::Part> PartsOf(const std::string& by, const Dataset& data, i
       parts.push_back({.begin = begin, .end = std::min(2 * begin, seq_len)});
     }
   } else if (by == "document") {
-    const std::vector<uint64_t>& starts = data.files().front()->document_starts();
-    for (size_t i = 1; i < starts.size(); ++i) {
-      if (static_cast<int64_t>(starts[i - 1]) >= sequences * seq_len) break;
-      parts.push_back(
-          {.begin = static_cast<int64_t>(starts[i - 1]), .end = static_cast<int64_t>(starts[i])});
-    }
+    int64_t begin = 0;
+    KRAIT_RETURN_IF_ERROR(data.files().front()->document_table().ForEachPiece(
+        [&](const std::vector<uint64_t>& entries) {
+          for (const uint64_t entry : entries) {
+            if (entry == 0) continue;
+            if (begin >= sequences * seq_len) return false;
+            parts.push_back({.begin = begin, .end = static_cast<int64_t>(entry)});
+            begin = parts.back().end;
+          }
+          return true;
+        }));
   }
   return parts;
 }
@@ -88,27 +95,64 @@ absl::Status EvaluateParts(const std::string& by, const Evaluator& evaluator, Da
   return absl::OkStatus();
 }
 
-absl::StatusOr<Figures> EvaluateFile(const Arguments& arguments, const SourceSpec& source,
-                                     int64_t seq_len, InferenceModel* model) {
-  const RunConfig& config = model->config();
+// The file, and the parts to evaluate of so many of its sequences.
+struct EvalData {
   std::unique_ptr<Dataset> data;
-  KRAIT_ASSIGN_OR_RETURN(data, Dataset::Open({source}, seq_len, config.model.vocab_size,
-                                             config.train.seed, config.data.reset_at_documents));
-  const std::string& tokenizer = model->checkpoint().meta.tokenizer;  // "": not known
+  int64_t sequences = 0;
+  std::vector<Figures::Part> parts;
+};
+absl::StatusOr<EvalData> OpenData(const Arguments& arguments, const SourceSpec& source,
+                                  int64_t seq_len, const InferenceModel& model) {
+  const RunConfig& config = model.config();
+  EvalData opened;
+  KRAIT_ASSIGN_OR_RETURN(
+      opened.data, Dataset::Open({source}, seq_len, config.model.vocab_size, config.train.seed,
+                                 config.data.reset_at_documents));
+  const Dataset& data = *opened.data;
+  const std::string& tokenizer = model.checkpoint().meta.tokenizer;  // "": not known
   if (!tokenizer.empty()) {
     KRAIT_RETURN_IF_ERROR(
-        CheckSameTokenizer(*data->files().front(), model->checkpoint().path, tokenizer));
+        CheckSameTokenizer(*data.files().front(), model.checkpoint().path, tokenizer));
   }
-  int64_t sequences = data->sequences();
-  if (arguments.tokens > 0) sequences = std::min(arguments.tokens / seq_len, sequences);
-  const int64_t asked = std::min(
-      arguments.micro_batch > 0 ? arguments.micro_batch : config.train.micro_batch, sequences);
+  opened.sequences = data.sequences();
+  if (arguments.tokens > 0) {
+    opened.sequences = std::min(arguments.tokens / seq_len, opened.sequences);
+  }
+  KRAIT_ASSIGN_OR_RETURN(opened.parts, PartsOf(arguments.by, data, opened.sequences));
+  return opened;
+}
+
+// The tensor ranks share the tokens of a pass.
+absl::Status CheckPass(int64_t micro_batch, int64_t seq_len, int tensor) {
+  if (micro_batch * seq_len % tensor == 0) return absl::OkStatus();
+  return Error(ExitCode::kConfig,
+               absl::StrFormat("parallel.tensor %d of the checkpoint's run does not divide the "
+                               "tokens of a pass, %d x %d: give another --micro-batch or "
+                               "--seq-len, or start a single rank",
+                               tensor, micro_batch, seq_len));
+}
+
+absl::StatusOr<Figures> EvaluateFile(const Arguments& arguments, const SourceSpec& source,
+                                     int64_t seq_len, InferenceModel* model) {
+  World* const world = arguments.world;
+  const RunConfig& config = model->config();
+  auto opened = OpenData(arguments, source, seq_len, *model);
+  KRAIT_RETURN_IF_ERROR(Agree(world, opened.status()));
+  const std::unique_ptr<Dataset>& data = opened->data;
+  const int64_t sequences = opened->sequences;
+  const int64_t data_ranks = model->mesh().data;
+  // No rank computes filling alone.
+  const int64_t asked =
+      std::min(arguments.micro_batch > 0 ? arguments.micro_batch : config.train.micro_batch,
+               (sequences + data_ranks - 1) / data_ranks);
   const int64_t micro_batch = model->EvaluationBatch(asked, seq_len);
-  if (micro_batch < asked) {
+  KRAIT_RETURN_IF_ERROR(Agree(world, CheckPass(micro_batch, seq_len, model->mesh().tensor)));
+  if (micro_batch < asked && world->first()) {
     PrintNotice(absl::StrFormat("passes of %s sequences do not fit the free memory: %s each",
                                 PrintGrouped(asked), PrintGrouped(micro_batch)));
   }
-  ProgressLine line("evaluating", ProgressLine::OnStandardError());
+  ProgressLine line(
+      "evaluating", world->first() ? ProgressLine::OnStandardError() : [](const std::string&) {});
   EvalResult result;
   const Evaluator evaluator = model->ForEvaluate({.batch = micro_batch, .seq_len = seq_len});
   KRAIT_ASSIGN_OR_RETURN(result, EvaluateStored(evaluator, *data, /*first=*/0, sequences,
@@ -116,17 +160,17 @@ absl::StatusOr<Figures> EvaluateFile(const Arguments& arguments, const SourceSpe
                                                   line.Update(done, total);
                                                   return absl::OkStatus();
                                                 }));
-  std::vector<Figures::Part> parts = PartsOf(arguments.by, *data, sequences);
+  std::vector<Figures::Part> parts = std::move(opened->parts);
   KRAIT_RETURN_IF_ERROR(
       EvaluateParts(arguments.by, evaluator, data.get(), sequences, micro_batch, &line, &parts));
-  ProgressLine::ClearStandardError();
+  if (world->first()) ProgressLine::ClearStandardError();
   if (result.targets == 0) {
-    return Error(ExitCode::kData,
-                 source.path + ": nothing to evaluate: every token starts a document");
+    return Agree(world, Error(ExitCode::kData, source.path + ": nothing to evaluate: every token "
+                                                             "starts a document"));
   }
   if (!std::isfinite(result.loss)) {
-    return Error(ExitCode::kNumerics,
-                 model->checkpoint().path + " on " + source.path + ": the loss is not finite");
+    return Agree(world, Error(ExitCode::kNumerics, model->checkpoint().path + " on " + source.path +
+                                                       ": the loss is not finite"));
   }
   return Figures{source.path,
                  result.loss,
@@ -242,23 +286,27 @@ absl::StatusOr<ExitCode> EvaluateTask(const Arguments& arguments) {
 }
 
 absl::StatusOr<ExitCode> Evaluate(const Arguments& arguments) {
+  World* const world = arguments.world;
+  const LongPhase phase;
   std::unique_ptr<InferenceModel> model;
-  KRAIT_ASSIGN_OR_RETURN(model, InferenceModel::Load(arguments.checkpoint, PrintNotice));
+  KRAIT_ASSIGN_OR_RETURN(
+      model, InferenceModel::Load(arguments.checkpoint, PrintNotice, std::nullopt, world));
   const std::string& checkpoint = model->checkpoint().path;
   const int64_t seq_len = arguments.seq_len > 0 ? arguments.seq_len : model->config().data.seq_len;
   if (arguments.tokens > 0 && arguments.tokens < seq_len) {
-    return Error(
-        ExitCode::kConfig,
-        absl::StrFormat("--tokens %d is less than one sequence of %d tokens; give as many, "
-                        "or a shorter --seq-len",
-                        arguments.tokens, seq_len));
+    return Agree(
+        world, Error(ExitCode::kConfig,
+                     absl::StrFormat("--tokens %d is less than one sequence of %d tokens; give as "
+                                     "many, or a shorter --seq-len",
+                                     arguments.tokens, seq_len)));
   }
   std::vector<SourceSpec> sources;
   for (const std::string& path : arguments.data) sources.push_back({.path = path});
   if (sources.empty()) sources = model->config().data.validation;
   if (sources.empty()) {
-    return Error(ExitCode::kConfig,
-                 checkpoint + " is of a run without validation files: add --data X.h5");
+    return Agree(world,
+                 Error(ExitCode::kConfig,
+                       checkpoint + " is of a run without validation files: add --data X.h5"));
   }
   std::vector<Figures> files;
   for (const SourceSpec& source : sources) {
@@ -266,6 +314,10 @@ absl::StatusOr<ExitCode> Evaluate(const Arguments& arguments) {
     KRAIT_ASSIGN_OR_RETURN(files.back(), EvaluateFile(arguments, source, seq_len, model.get()));
   }
   const Figures all = files.size() == 1 ? files.front() : Together(files);
+  const auto print = [&](const std::string& text) -> absl::StatusOr<ExitCode> {
+    KRAIT_RETURN_IF_ERROR(StatusOfFirst(world, world->first() ? Print(text) : absl::OkStatus()));
+    return ExitCode::kOk;
+  };
   if (arguments.json) {
     nlohmann::ordered_json json = {{"checkpoint", checkpoint}};
     AddJson(all, &json);
@@ -276,17 +328,14 @@ absl::StatusOr<ExitCode> Evaluate(const Arguments& arguments) {
       AddJson(file, &one);
       json["files"].push_back(one);
     }
-    KRAIT_RETURN_IF_ERROR(
-        Print(json.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n"));
-    return ExitCode::kOk;
+    return print(json.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n");
   }
   std::string text;
   for (const Figures& file : files) {
     text += Text(checkpoint, file, seq_len) + PartsText(arguments.by, file);
   }
   if (files.size() > 1) text += Text(checkpoint, all, seq_len);
-  KRAIT_RETURN_IF_ERROR(Print(text));
-  return ExitCode::kOk;
+  return print(text);
 }
 
 }  // namespace
@@ -324,7 +373,7 @@ void AddEvalCommand(CLI::App* app, CommandLine* line) {
       ->needs(eval->get_option("--task"));
   eval->add_flag("--json", arguments->json, "one JSON object");
   eval->callback([line, arguments] {
-    line->on_several_ranks = false;
+    line->on_several_ranks = true;
     line->run = [line, arguments] {
       arguments->world = line->world;
       if (arguments->task.empty()) return Evaluate(*arguments);

@@ -84,7 +84,10 @@ void AddInteropCommands(CLI::App* app, CommandLine* line) {
                    "the model's tokenizer (default: the one in the folder)")
       ->type_name("bytes|FILE");
   from_hf->add_flag("--json", *json, "one JSON object");
-  from_hf->callback([line, in, json] { line->run = [in, json] { return Import(*in, *json); }; });
+  from_hf->callback([line, in, json] {
+    line->stops = true;
+    line->run = [in, json] { return Import(*in, *json); };
+  });
 
   auto out = std::make_shared<ExportOptions>();
   CLI::App* to_hf =
@@ -121,7 +124,10 @@ void AddInteropCommands(CLI::App* app, CommandLine* line) {
           },
           "largest weight file before a further one is begun (default 5GiB)")
       ->type_name("SIZE");
-  to_hf->callback([line, out, json] { line->run = [out, json] { return Export(*out, *json); }; });
+  to_hf->callback([line, out, json] {
+    line->stops = true;
+    line->run = [out, json] { return Export(*out, *json); };
+  });
 }
 
 }  // namespace krait

@@ -34,6 +34,7 @@ void AddTrainCommand(CLI::App* app, CommandLine* line) {
                   "try it even where the planned memory is more than there is");
   train->callback([line, arguments] {
     line->on_several_ranks = true;
+    line->stops = true;
     line->run = [line, arguments]() -> absl::StatusOr<ExitCode> {
       RunConfig config;
       KRAIT_ASSIGN_OR_RETURN(config,
@@ -43,9 +44,12 @@ void AddTrainCommand(CLI::App* app, CommandLine* line) {
       arguments->options.command_line = line->text;
       arguments->options.continue_line = line->text_without_resume;
       if (line->world->size() > 1) {
+        const std::string launcher = LaunchOfThisProcess().launcher;
         arguments->options.continue_line =
-            absl::StrCat(LaunchOfThisProcess().launcher, " -n ", line->world->size(), " ",
-                         line->text_without_resume);
+            launcher == "torchrun"
+                ? line->text_without_resume + "   # on all ranks, started as these were"
+                : absl::StrCat(launcher, " -n ", line->world->size(), " ",
+                               line->text_without_resume);
       }
       return RunTraining(config, arguments->options);
     };

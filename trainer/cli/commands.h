@@ -24,6 +24,7 @@ struct CommandLine {
   // all ranks.
   std::function<absl::StatusOr<ExitCode>()> run;
   bool on_several_ranks = false;  // run() is called on all ranks; else several are refused
+  bool stops = false;             // run() makes a StopSignals object
 };
 
 // CONFIG.yaml [key.path=value ...]

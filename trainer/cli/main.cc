@@ -14,6 +14,7 @@
 
 #include "kernels/base/check.h"
 #include "kernels/base/shell.h"
+#include "kernels/base/stop_signals.h"
 #include "parallel/world.h"
 #include "trainer/cli/commands.h"
 #include "trainer/report/environment.h"
@@ -116,11 +117,13 @@ absl::StatusOr<ExitCode> Run(int argc, char** argv, World* world) {
   }
   if (world->size() > 1 && !line.on_several_ranks) {
     const std::string launcher = LaunchOfThisProcess().launcher;
-    return Agree(
-        world, Error(ExitCode::kConfig, ParsedName(app) + " runs as one process, but " + launcher +
-                                            " started " + std::to_string(world->size()) +
-                                            ": start it without " + launcher));
+    return Agree(world,
+                 Error(ExitCode::kConfig,
+                       ParsedName(app) + " runs as one process, but " + launcher + " started " +
+                           std::to_string(world->size()) + ": start it without " + launcher +
+                           (launcher == "torchrun" ? " (unset RANK and WORLD_SIZE)" : "")));
   }
+  if (!line.stops) LetStopSignalThrough();
   return line.run();
 }
 
@@ -170,6 +173,7 @@ void LetThreadsSleep(char** argv) {
 }  // namespace krait
 
 int main(int argc, char** argv) {
+  krait::HoldStopSignal();
   krait::LetThreadsSleep(argv);
   std::setvbuf(stdout, nullptr, _IOLBF, 0);
   std::signal(SIGPIPE, SIG_IGN);  // a write then fails, and Print sees why

@@ -13,6 +13,8 @@
 #include "kernels/base/shell.h"
 #include "kernels/cuda/runtime.h"
 #include "kernels/hardware.h"
+#include "parallel/gpu.h"
+#include "parallel/world.h"
 #include "trainer/config/config_check.h"
 #include "trainer/config/config_keys.h"
 #include "trainer/config/config_print.h"
@@ -322,11 +324,18 @@ Placement PlacementOf(const RunConfig& config) {
           .compute = bf16 ? DType::kBF16 : DType::kF32};
 }
 
-absl::Status CheckDevice(const RunConfig& config, int ranks) {
-  if (ranks > 1 && config.train.device == DevicePreference::kCuda) {
-    return Error(ExitCode::kConfig,
-                 "train.device: several ranks on GPUs are not supported yet: use train.device=cpu");
+absl::Status CheckDevice(const RunConfig& config, World* world) {
+  KRAIT_RETURN_IF_ERROR(Agree(world, CheckDevice(config)));
+  const bool cuda = config.train.device == DevicePreference::kCuda;
+  if (!cuda && !world->carries_tensors()) {
+    return Agree(world, Error(ExitCode::kConfig,
+                              "train.device: several ranks on the CPU need MPI: start them with "
+                              "mpirun (with srun: --mpi=pmix)"));
   }
+  return cuda ? CheckGpus(world) : absl::OkStatus();
+}
+
+absl::Status CheckDevice(const RunConfig& config) {
   std::string reason;
   if (config.train.device != DevicePreference::kCuda || cuda::Available(&reason)) {
     return PrepareDevice(PlacementOf(config).device);

@@ -16,6 +16,8 @@
 
 namespace krait {
 
+class World;
+
 enum class DevicePreference : uint8_t { kAuto, kCpu, kCuda };
 enum class Precision : uint8_t { kAuto, kFp32, kBf16 };
 
@@ -126,8 +128,11 @@ absl::StatusOr<RunConfig> ParseConfig(const std::string& text, const std::string
 // has resolved `auto`: CUDA in a build with it where a GPU can be used).
 Placement PlacementOf(const RunConfig& config);
 // Readies the device (kernels/hardware.h). kConfig when the run asks for CUDA and this build or
-// machine has none, or for several ranks on it. `plan` needs none.
-absl::Status CheckDevice(const RunConfig& config, int ranks = 1);
+// machine has none. `plan` needs none.
+absl::Status CheckDevice(const RunConfig& config);
+// The same on all ranks, which all call it: an error of one is agreed on (parallel/world.h), and so
+// are GPUs that cannot work together (parallel/gpu.h).
+absl::Status CheckDevice(const RunConfig& config, World* world);
 
 // The mesh of a run on `ranks` ranks, as `rank` sees it. The config was read for that many.
 Mesh MeshOf(const ParallelConfig& parallel, int ranks, int rank);

@@ -61,11 +61,10 @@ struct StepBench {
   int64_t peak_memory_bytes = 0, params_total = 0, params_active = 0;
   std::array<StepPart, kOpFamilies> families{};  // kOther: with what no op accounts for
   std::vector<StepPart> ops;                     // the longest first
-  // Of the first rank. On the CPU nothing is computed while ranks exchange something, so all of it,
-  // the waiting for slower ranks included, is exposed.
-  double exposed_comm_ms() const {
-    return families[static_cast<size_t>(OpFamily::kCommunication)].ms;
-  }
+  // What a step is longer by than one in which the ranks exchange nothing and copy as many rows of
+  // their own (Groups::SetAlone): measured on GPUs. On the CPU nothing is computed while ranks
+  // exchange something, so all of it, the waiting for slower ranks included, is exposed.
+  double exposed_comm_ms = 0;
 };
 // Synthetic tokens in documents of `document` tokens (0: of a whole sequence); steps to warm up, on
 // CUDA for 3 seconds, so that the card is as hot as in a run; then `steps` (at least 1), of which

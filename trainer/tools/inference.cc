@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
 
+#include "absl/strings/str_format.h"
 #include "kernels/cuda/runtime.h"
 #include "kernels/hardware.h"
 #include "trainer/report/progress_line.h"
@@ -11,42 +13,78 @@
 
 namespace krait {
 
+namespace {
+
+// The mesh of so many ranks for a run's model.
+absl::StatusOr<Mesh> EvaluationMesh(const RunConfig& config, const World& world) {
+  if (world.size() == 1) return Mesh();
+  if (world.size() % config.parallel.tensor != 0) {
+    return Error(ExitCode::kConfig,
+                 absl::StrFormat("parallel.tensor %d of the checkpoint's run needs %d ranks or a "
+                                 "multiple of that, or a single one, but there are %d",
+                                 config.parallel.tensor, config.parallel.tensor, world.size()));
+  }
+  const Mesh mesh = MeshOf(config.parallel, world.size(), world.rank());
+  KRAIT_RETURN_IF_ERROR(CheckMesh(config.model, mesh));
+  return mesh;
+}
+
+}  // namespace
+
 std::unique_ptr<Weights> NewWeights(const ParamTable* table, Placement placement,
-                                    std::unique_ptr<Arena>* arena) {
+                                    std::unique_ptr<Arena>* arena, const Mesh& mesh) {
   Arena measure("weights", placement.device);
-  const Weights sizes(table, placement, /*with_grad=*/false, &measure, nullptr);
+  const Weights sizes(table, placement, /*with_grad=*/false, &measure, nullptr, mesh);
   *arena = std::make_unique<Arena>("weights", placement.device, measure.high_water());
-  return std::make_unique<Weights>(table, placement, /*with_grad=*/false, arena->get(), nullptr);
+  return std::make_unique<Weights>(table, placement, /*with_grad=*/false, arena->get(), nullptr,
+                                   mesh);
 }
 
 absl::StatusOr<std::unique_ptr<InferenceModel>> InferenceModel::Load(
-    const std::string& path, const Notice& notice, std::optional<Placement> placement) {
-  std::vector<std::string> candidates;
-  KRAIT_ASSIGN_OR_RETURN(candidates, FindCheckpoints(path));
-  ProgressLine line("loading", ProgressLine::OnStandardError());
+    const std::string& path, const Notice& notice, std::optional<Placement> placement,
+    World* given) {
+  World* const world = OrAlone(given);
+  absl::StatusOr<std::vector<std::string>> found = std::vector<std::string>();
+  if (world->first()) found = FindCheckpoints(path);
+  KRAIT_RETURN_IF_ERROR(StatusOfFirst(world, found.status()));
+  const std::vector<std::string>& candidates = *found;
+  ProgressLine line(
+      "loading", world->first() ? ProgressLine::OnStandardError() : [](const std::string&) {});
   const Progress progress = [&line](int64_t done, int64_t total) {
     line.Update(done, total);
     return absl::OkStatus();
   };
   std::unique_ptr<InferenceModel> loaded(new InferenceModel());
+  loaded->world_ = world;
   const auto load = [&](const Checkpoint& checkpoint) -> absl::Status {
     KRAIT_ASSIGN_OR_RETURN(loaded->config_, ParseConfig(checkpoint.meta.config_yaml,
                                                         checkpoint.path + "/manifest.json: config",
                                                         {}, ConfigUse::kStored, /*ranks=*/1));
-    loaded->table_ = std::make_unique<ParamTable>(loaded->config_.model);
+    KRAIT_ASSIGN_OR_RETURN(const Mesh mesh, EvaluationMesh(loaded->config_, *world));
+    loaded->table_ = std::make_unique<ParamTable>(loaded->config_.model, mesh.tensor);
     Placement place = placement.value_or(PlacementOf(loaded->config_));
     // A run of a GPU can be looked at without one.
     if (place.device == Device::kCuda && !cuda::Available()) place = Placement();
     KRAIT_RETURN_IF_ERROR(PrepareDevice(place.device));
-    loaded->weights_ = NewWeights(loaded->table_.get(), place, &loaded->weight_arena_);
+    loaded->weights_ = NewWeights(loaded->table_.get(), place, &loaded->weight_arena_, mesh);
     Context ctx;
     ctx.device = place.device;
     return LoadBoxes(checkpoint, StateBoxes(*loaded->weights_, nullptr), ctx, progress);
   };
-  KRAIT_ASSIGN_OR_RETURN(loaded->checkpoint_, LoadNewest(candidates, load, notice));
-  ProgressLine::ClearStandardError();
-  loaded->model_ = std::make_unique<HybridModel>(loaded->config_.model, loaded->weights_.get(),
-                                                 Recompute::kNone);
+  KRAIT_ASSIGN_OR_RETURN(loaded->checkpoint_,
+                         LoadNewest(candidates, load, notice, /*passed_over=*/nullptr, world));
+  if (world->first()) ProgressLine::ClearStandardError();
+  if (world->size() > 1) {
+    const Device device = loaded->weights_->placement().device;
+    RunConfig here = loaded->config_;
+    here.train.device = device == Device::kCuda ? DevicePreference::kCuda : DevicePreference::kCpu;
+    KRAIT_RETURN_IF_ERROR(CheckDevice(here, world));
+    loaded->groups_ = std::make_unique<Groups>(world, loaded->mesh(),
+                                               loaded->config_.parallel.expert_slack, device);
+  }
+  loaded->model_ =
+      std::make_unique<HybridModel>(loaded->config_.model, loaded->weights_.get(), Recompute::kNone,
+                                    SublayerRange(), loaded->groups_.get());
   return loaded;
 }
 
@@ -59,18 +97,28 @@ InferenceModel::EvaluationMemory InferenceModel::ToEvaluate(PassShape shape) con
   ctx.scratch = &scratch;
   PassBatch(device, shape.batch, shape.seq_len, &batches);
   const Tensor sums = batches.Alloc(DType::kF64, {model_->SumsSize()});
-  model_->Evaluate(PassBatch::Planned(shape.batch, shape.seq_len, &planned_batch), sums, ctx);
+  // Groups that plan have no world.
+  std::optional<Groups> several;
+  if (groups_ != nullptr) several.emplace(nullptr, mesh(), config_.parallel.expert_slack);
+  HybridModel model(config_.model, weights_.get(), Recompute::kNone, SublayerRange(),
+                    several.has_value() ? &*several : nullptr);
+  const int ranks = mesh().tensor;
+  model.Evaluate(PassBatch::Planned(shape.batch, shape.seq_len, &planned_batch, ranks), sums, ctx);
   return {scratch.high_water(), batches.high_water()};
 }
 
 int64_t InferenceModel::EvaluationBatch(int64_t batch, int64_t seq_len) const {
-  const MemoryUse memory = MemoryOf(weights_->placement().device);
+  const Device device = weights_->placement().device;
+  const MemoryUse memory = MemoryOf(device);
+  // Ranks of one machine share its memory.
+  const int64_t there = memory.total / (device == Device::kCpu ? world_->local_size() : 1);
   const auto fits = [&](int64_t sequences) {
     const EvaluationMemory need = ToEvaluate({.batch = sequences, .seq_len = seq_len});
-    return need.scratch + need.batches <= memory.total - memory.used;
+    return need.scratch + need.batches <= there - memory.used;
   };
   while (batch > 1 && !fits(batch)) batch /= 2;
-  return batch;
+  const std::vector<int64_t> all = world_->AllGather(batch);
+  return *std::min_element(all.begin(), all.end());
 }
 
 Evaluator InferenceModel::ForEvaluate(PassShape shape) {
@@ -81,8 +129,9 @@ Evaluator InferenceModel::ForEvaluate(PassShape shape) {
   Context ctx;
   ctx.device = device;
   ctx.scratch = scratch_.get();
-  const PassBatch batch(device, shape.batch, shape.seq_len, batch_arena_.get());
-  return {model_.get(), batch, batch_arena_->Alloc(DType::kF64, {model_->SumsSize()}), ctx};
+  const PassBatch batch(device, shape.batch, shape.seq_len, batch_arena_.get(), mesh().tensor);
+  return {model_.get(), batch, batch_arena_->Alloc(DType::kF64, {model_->SumsSize()}), ctx,
+          groups_.get()};
 }
 
 InferenceModel::DecodingMemory InferenceModel::ToDecode(PassShape shape, int64_t max_tokens) const {

@@ -169,8 +169,10 @@ void AddMemory(const PlanReport& report, std::string* out) {
         {"activations", memory.activations},
         {"scratch", memory.scratch},
         {"batches", memory.batches},
+        {memory.device == Device::kCuda ? "rows (on the host)" : "rows", memory.rows},
         {"scalars", memory.scalars},
         {"communication", memory.communication},
+        {"NCCL", memory.nccl},
         {memory.device == Device::kCuda ? "staging (on the host)" : "staging", memory.staging},
         {"total", memory.total()}}) {
     absl::StrAppendFormat(out, "  %-24s %12s\n", name, PrintBytes(bytes));
@@ -280,7 +282,9 @@ std::string PlanJson(const PlanReport& report) {
         {"activations", memory.activations},
         {"scratch", memory.scratch},
         {"batches", memory.batches},
+        {"rows", memory.rows},
         {"communication", memory.communication},
+        {"nccl", memory.nccl},
         {"staging", memory.staging},
         {"total", memory.total()}}},
       {"ranks",

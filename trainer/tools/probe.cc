@@ -299,7 +299,7 @@ absl::Status RunProbe(const ProbeOptions& options, const Notice& notice) {
   KRAIT_RETURN_IF_ERROR(Agree(world, batches.status()));
   auto config = ProbeConfig(folder->spec(), batches->forward, options, world->size());
   KRAIT_RETURN_IF_ERROR(Agree(world, config.status()));
-  KRAIT_RETURN_IF_ERROR(Agree(world, CheckDevice(*config, world->size())));
+  KRAIT_RETURN_IF_ERROR(CheckDevice(*config, world));
   // The overrides may have changed the model.
   KRAIT_RETURN_IF_ERROR(Agree(world, folder->Locate(config->model, ParamTable(config->model))));
 

@@ -20,15 +20,20 @@ struct MemoryPlan {
   int64_t optimizer = 0;    // exp_avg and exp_avg_sq (and fp32 masters where precision is not fp32)
   int64_t activations = 0;  // kept from forward to backward by one pass
   int64_t scratch = 0;      // temporaries of ops and sublayers
-  int64_t batches = 0;      // token batches of the host, or on CUDA those of a pass
+  int64_t batches = 0;      // the rows of a pass (on the CPU those of evaluation's)
+  int64_t rows = 0;         // those of the step at hand and of the ones read ahead, in host memory
   int64_t scalars = 0;      // losses, norm and other numbers of a step
   int64_t communication = 0;  // gradients of other ranks on their way to their sum
+  int64_t nccl = 0;           // what NCCL takes for its communicators
   int64_t staging = 0;        // copy of the state in host memory for checkpoints
   Groups::Traffic sent;       // over each axis by an optimizer step
-  // Of the device's memory; on CUDA the staging copy is not in it.
+  // Of how passes use activations, scratch memory and scalars (Arena::signature).
+  uint64_t signature = 0;
+  // Of the device's memory; on CUDA what is on the host is not in it.
+  int64_t on_host() const { return rows + staging; }
   int64_t total() const {
     return weights + gradients + optimizer + activations + scratch + batches + scalars +
-           communication + (device == Device::kCpu ? staging : 0);
+           communication + nccl + (device == Device::kCpu ? on_host() : 0);
   }
 };
 

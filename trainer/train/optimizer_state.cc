@@ -10,7 +10,7 @@
 namespace krait {
 
 OptimizerState::OptimizerState(const Weights* weights, const OptimizerConfig& config, Arena* arena,
-                               const Context& ctx, const BucketExchange* exchange)
+                               const Context& ctx, BucketExchange* exchange)
     : weights_(weights),
       exchange_(exchange),
       config_(config),
@@ -118,6 +118,7 @@ void OptimizerState::GatherWeights(int bucket, const Context& ctx) const {
 }
 
 void OptimizerState::SumOfSquares(Tensor sum, const Context& ctx) const {
+  if (exchange_ != nullptr) exchange_->WaitForGradients(ctx);
   Fill(sum, 0, ctx);
   for (const Owned& owned : buckets_) {
     if (owned.grad.defined() && owned.grad.numel() > 0) AddSumOfSquares(sum, owned.grad, ctx);
@@ -155,34 +156,38 @@ Tensor OptimizerState::Master(int param) const {
 
 std::vector<CheckpointBox> StateBoxes(const Weights& weights, const OptimizerState* optimizer) {
   const Layout& layout = weights.layout();
-  const std::vector<OwnedBox> parts = layout.Owned();
   std::vector<CheckpointBox> boxes;
   // `values` begins with element `first` of the flat.
-  const auto add = [&](const char* slot, const OwnedBox& part, const Tensor& values,
-                       int64_t first) {
+  const auto add = [&](const char* slot, const ParamBox& box, const Tensor& values, int64_t first) {
     if (!values.defined()) return;
-    const Param& param = weights.table().params()[part.box.param];
+    const Param& param = weights.table().params()[box.param];
     boxes.push_back({.slot = slot,
                      .name = param.name,
                      .dtype = values.dtype(),
                      .shape = param.shape,
-                     .offset = part.box.offset,
-                     .extent = part.box.extent,
-                     .data = values.Slice(0, part.box.begin - first, part.box.numel()).raw(),
+                     .offset = box.offset,
+                     .extent = box.extent,
+                     .data = values.Slice(0, box.begin - first, box.numel()).raw(),
                      .device = values.device()});
   };
-  for (const OwnedBox& part : parts) {
-    if (optimizer != nullptr) {
-      add("weight", part, optimizer->buckets()[part.bucket].master, layout.Own(part.bucket).begin);
-    } else {
-      add("weight", part, weights.FlatWeight(layout.buckets()[part.bucket].flat), 0);
+  if (optimizer == nullptr) {
+    for (const LocalStorage& storage : layout.storages()) {
+      for (const ParamBox& box : storage.boxes) {
+        add("weight", box, weights.FlatWeight(storage.flat), 0);
+      }
     }
+    return boxes;
   }
-  for (size_t i = 0; optimizer != nullptr && i < parts.size(); ++i) {
-    const OptimizerState::Owned& owned = optimizer->buckets()[parts[i].bucket];
-    const int64_t first = layout.Own(parts[i].bucket).begin;
-    add("exp_avg", parts[i], owned.exp_avg, first);
-    add("exp_avg_sq", parts[i], owned.exp_avg_sq, first);
+  const std::vector<OwnedBox> parts = layout.Owned();
+  for (const OwnedBox& part : parts) {
+    add("weight", part.box, optimizer->buckets()[part.bucket].master,
+        layout.Own(part.bucket).begin);
+  }
+  for (const OwnedBox& part : parts) {
+    const OptimizerState::Owned& owned = optimizer->buckets()[part.bucket];
+    const int64_t first = layout.Own(part.bucket).begin;
+    add("exp_avg", part.box, owned.exp_avg, first);
+    add("exp_avg_sq", part.box, owned.exp_avg_sq, first);
   }
   return boxes;
 }

@@ -30,7 +30,7 @@ class OptimizerState {
   // Memory from `arena`, which comes zeroed; it may be a measuring one. `weights` and `exchange`
   // outlive the state; exchange null: a single rank. `ctx` uploads the decay ranges.
   OptimizerState(const Weights* weights, const OptimizerConfig& config, Arena* arena,
-                 const Context& ctx, const BucketExchange* exchange = nullptr);
+                 const Context& ctx, BucketExchange* exchange = nullptr);
 
   // Fresh masters by the model's scheme, and the weights rounded from them: also those that other
   // ranks own.
@@ -40,8 +40,8 @@ class OptimizerState {
   // ranks those of the other owners.
   void MastersToWeights(const Context& ctx);
 
-  // `sum` [1] f64 = the sum of squares of the gradients that this rank owns: bucket by bucket, in
-  // the layout's order.
+  // Behind the last pass: `sum` [1] f64 = the sum of squares of the gradients that this rank owns:
+  // bucket by bucket, in the layout's order.
   void SumOfSquares(Tensor sum, const Context& ctx) const;
   // One AdamW update of what this rank owns, bucket by bucket in the order of the forward pass.
   // `sum_of_squares` [1] f64 is that of all gradients as one vector, so of all owners; `control`
@@ -60,15 +60,15 @@ class OptimizerState {
   void GatherWeights(int bucket, const Context& ctx) const;
 
   const Weights* weights_;
-  const BucketExchange* exchange_;
+  BucketExchange* exchange_;
   OptimizerConfig config_;
   std::vector<Owned> buckets_;
   std::vector<Tensor> masters_;  // per flat: of its buckets, one after the other
 };
 
-// Every published tensor as boxes of a checkpoint, as far as this rank owns it: slot weight (with
-// `optimizer` the master), and with `optimizer` exp_avg and exp_avg_sq of the trainable ones. The
-// boxes point into live memory.
+// Every published tensor as boxes of a checkpoint, as far as this rank owns it: slot weight, the
+// master, and exp_avg and exp_avg_sq of the trainable ones. `optimizer` null: slot weight alone,
+// the weights, as far as this rank holds them. The boxes point into live memory.
 std::vector<CheckpointBox> StateBoxes(const Weights& weights, const OptimizerState* optimizer);
 
 }  // namespace krait

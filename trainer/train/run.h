@@ -14,6 +14,7 @@
 #include "kernels/base/clock.h"
 #include "kernels/base/progress.h"
 #include "kernels/base/stop_signals.h"
+#include "kernels/cuda/runtime.h"
 #include "parallel/mesh.h"
 #include "parallel/world.h"
 #include "trainer/checkpoint/checkpoint.h"
@@ -104,6 +105,7 @@ class Run {
   std::unique_ptr<Dataset> train_data_, validation_;
   std::unique_ptr<Trainer> trainer_;
   std::optional<Arena> staging_;  // the copy that saver_ writes from
+  std::optional<cuda::PinnedHost> pinned_staging_;
   AsyncSaver saver_;
 
   int64_t first_step_ = 0, first_tokens_ = 0;  // of this process

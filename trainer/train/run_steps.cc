@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "data/read_ahead.h"
 #include "kernels/base/file.h"
 #include "kernels/base/number.h"
 #include "kernels/base/shell.h"
@@ -76,17 +77,18 @@ absl::Status Run::Steps() {
   const int64_t steps = trainer_->last_step();
   // This rank's rows of each pass.
   const int64_t rows = config_.train.micro_batch, pass_rows = rows * mesh_.data;
-  TokenBatch batch;
+  ReadAhead reader(train_data_.get(), {config_.accumulation(mesh_.data), pass_rows, rows},
+                   state().sequences + mesh_.data_index() * rows,
+                   std::max<int64_t>(0, steps - state().step));
   Boundary boundary;
   KRAIT_ASSIGN_OR_RETURN(boundary, Exchange(absl::OkStatus(), 0));
   bool stop = boundary.stop, save = false;
   while (state().step < steps && !(stop && !save)) {
     const double begin = MonotonicSeconds();
-    const absl::Status read =
-        train_data_->ReadTraining(state().sequences + mesh_.data_index() * rows,
-                                  config_.accumulation(mesh_.data), pass_rows, rows, &batch);
-    KRAIT_ASSIGN_OR_RETURN(boundary, Exchange(read, batch.target_count));
-    const StepReport report = trainer_->Step(batch, boundary.targets);
+    const absl::StatusOr<const TokenBatch*> batch = reader.Next();
+    KRAIT_ASSIGN_OR_RETURN(boundary,
+                           Exchange(batch.status(), batch.ok() ? (*batch)->target_count : 0));
+    const StepReport report = trainer_->Step(**batch, boundary.targets);
     sound_ = !report.was_skipped;
     const absl::Status reported =
         first() ? Report(report, MonotonicSeconds() - begin) : absl::OkStatus();

@@ -30,16 +30,18 @@ absl::Status Run::CheckMemory() {
   // Ranks of one machine share its memory.
   const int sharers = world_->local_size();
   const int64_t there = MemoryOf(plan.device).total / (on_cpu ? sharers : 1);
-  const bool staging_fits = on_cpu || plan.staging <= MachineMemory() / sharers;
-  if (options_.force || (plan.total() <= there && staging_fits)) return absl::OkStatus();
+  const bool host_fits = on_cpu || plan.on_host() <= MachineMemory() / sharers;
+  if (options_.force || (plan.total() <= there && host_fits)) return absl::OkStatus();
   const std::string owner = !on_cpu        ? "the GPU"
                             : sharers == 1 ? "this process"
                                            : absl::StrFormat("each of %d ranks", sharers);
-  const std::string what =
-      staging_fits ? absl::StrFormat("this run takes %s, and %s has %s", PrintBytes(plan.total()),
-                                     owner, PrintBytes(there))
-                   : absl::StrFormat("saving this run takes %s of the host's memory, which has %s",
-                                     PrintBytes(plan.staging), PrintBytes(MachineMemory()));
+  const std::string what = host_fits
+                               ? absl::StrFormat("this run takes %s, and %s has %s",
+                                                 PrintBytes(plan.total()), owner, PrintBytes(there))
+                               : absl::StrFormat(
+                                     "this run takes %s of the host's memory, which has %s, for "
+                                     "what it saves and the rows of its steps",
+                                     PrintBytes(plan.on_host()), PrintBytes(MachineMemory()));
   return Error(ExitCode::kOutOfMemory,
                what +
                    ": nothing was started. `krait plan` shows what takes it; a smaller "
@@ -53,6 +55,7 @@ absl::Status Run::TakeStaging() {
   staging_.emplace("checkpoint staging", Device::kCpu, AsyncSaver::StagingBytes(trainer_->Boxes()));
   const Tensor copy = staging_->Alloc(DType::kU8, {staging_->capacity()});
   std::memset(copy.raw(), 0, static_cast<size_t>(copy.bytes()));
+  if (trainer_->ctx().device == Device::kCuda) pinned_staging_.emplace(copy.raw(), copy.bytes());
   staging_->Release(0);
   return absl::OkStatus();
 }
@@ -72,7 +75,6 @@ Progress Run::ShowProgress(const std::string& what) {
 }
 
 absl::Status Run::OpenData() {
-  KRAIT_RETURN_IF_ERROR(CheckDevice(config_, world_->size()));
   KRAIT_RETURN_IF_ERROR(CheckMemory());
   ErrorList errors;
   const auto open = [&](const std::vector<SourceSpec>& sources, std::unique_ptr<Dataset>* data) {
@@ -103,6 +105,7 @@ absl::Status Run::OpenFolder() {
 
 absl::Status Run::Open() {
   const LongPhase phase;
+  KRAIT_RETURN_IF_ERROR(CheckDevice(config_, world_));
   KRAIT_RETURN_IF_ERROR(Agree(world_, OpenData()));
   KRAIT_RETURN_IF_ERROR(OnFirst([&] { return OpenFolder(); }));
   world_->SetHangTimeout(config_.train.hang_timeout, config_.run_dir);

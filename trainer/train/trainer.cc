@@ -26,9 +26,10 @@ Trainer::Trainer(const RunConfig& config, World* world)
     : config_(config),
       placement_(PlacementOf(config)),
       mesh_(world != nullptr ? MeshOf(config.parallel, world->size(), world->rank()) : Mesh()),
-      groups_(mesh_.world() == 1 ? std::nullopt
-                                 : std::optional<Groups>(std::in_place, world, mesh_,
-                                                         config.parallel.expert_slack)),
+      groups_(mesh_.world() == 1
+                  ? std::nullopt
+                  : std::optional<Groups>(std::in_place, world, mesh_, config.parallel.expert_slack,
+                                          placement_.device)),
       memory_(PlanTraining(config, mesh_)),
       table_(config.model, mesh_.tensor),
       weight_arena_("weights", placement_.device, memory_.weights),
@@ -58,9 +59,16 @@ Trainer::Trainer(const RunConfig& config, World* world)
       scalars_(model_, &scalar_arena_),
       pass_batch_(placement_.device, config.train.micro_batch, config.data.seq_len, &batch_arena_,
                   mesh_.tensor) {
-  if (placement_.device == Device::kCuda && placement_.compute == DType::kBF16) {
-    peak_flops_ = cuda::Info().peak_flops;
-  }
+  const bool on_cuda = placement_.device == Device::kCuda;
+  if (on_cuda && placement_.compute == DType::kBF16) peak_flops_ = cuda::Info().peak_flops;
+  if (!exchange_.has_value()) return;
+  weights_.SetExchange(&*exchange_);
+  if (!on_cuda) return;
+  peers_.emplace(world,
+                 std::vector<const Arena*>{&weight_arena_, &grad_arena_, &activation_arena_,
+                                           &scratch_arena_, &scalar_arena_},
+                 BucketExchange::Regions(weights_), memory_.signature);
+  groups_->ReadPeers(&*peers_);
 }
 
 int64_t Trainer::last_step() const {
@@ -118,6 +126,7 @@ StepReport Trainer::Step(const TokenBatch& batch, int64_t targets) {
 StepReport Trainer::Gradients(const TokenBatch& batch, const ProbeSink* probe) {
   const int64_t targets = TargetsOf(batch);
   RunPasses(batch, targets, probe);
+  if (exchange_.has_value()) exchange_->WaitForGradients(ctx_);
   Fill(scalars_.sum_of_squares, 0, ctx_);
   ShareScalars();
   return ReportOf(batch, targets, DownloadDoubles(scalars_.all, ctx_));
@@ -156,8 +165,7 @@ void Trainer::RunPasses(const TokenBatch& batch, int64_t targets, const ProbeSin
   Fill(scalars_.sums, 0, ctx_);
   for (int64_t first = 0; first < batch.sequences; first += micro_batch) {
     const Batch pass = pass_batch_.Of(batch, first, micro_batch, ctx_);
-    weights_.BeginPass(ctx_, first == 0, first + micro_batch == batch.sequences,
-                       exchange_.has_value() ? &*exchange_ : nullptr);
+    weights_.BeginPass(ctx_, first == 0, first + micro_batch == batch.sequences);
     model_.Forward(pass, scalars_.loss_scale, scalars_.sums, activations_.get(), ctx_, probe);
     model_.Backward(pass, 1 / passes, activations_.get(), ctx_);
   }

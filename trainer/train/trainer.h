@@ -87,6 +87,10 @@ class Trainer {
   const Mesh& mesh() const { return mesh_; }
   // Null on a single rank.
   const Groups* groups() const { return groups_.has_value() ? &*groups_ : nullptr; }
+  // Steps whose ranks exchange nothing, to be timed (Groups::SetAlone); weights become garbage.
+  void SetAlone(bool alone) {
+    if (groups_.has_value()) groups_->SetAlone(alone);
+  }
   HybridModel& model() { return model_; }
   OptimizerState& optimizer() { return optimizer_; }
   const OptimizerState& optimizer() const { return optimizer_; }
@@ -118,6 +122,7 @@ class Trainer {
   Arena scalar_arena_, batch_arena_, communication_arena_;
   Context ctx_;
   Weights weights_;
+  std::optional<PeerMemory> peers_;  // on GPUs
   std::optional<BucketExchange> exchange_;
   OptimizerState optimizer_;
   HybridModel model_;

@@ -1,6 +1,7 @@
 #include "kernels/activation.h"
 #include "kernels/cases/op_cases.h"
 #include "kernels/optimizer.h"
+#include "kernels/parts.h"
 #include "kernels/random_fill.h"
 #include "kernels/swiglu.h"
 
@@ -51,6 +52,52 @@ void AddAddFillCopy(std::vector<OpCase>* cases) {
               .Call([](const Operands& t, const Context& ctx) { Copy(t["y"], t["x"], ctx); }));
     }
   }
+}
+
+// One to five parts of any length, and more than one launch takes; the bits of a fixed order.
+void AddParts(std::vector<OpCase>* cases) {
+  for (const auto& [n, count] : {std::pair<int64_t, int>(1, 1), {7, 2}, {4096, 3}, {33333, 5}}) {
+    const std::string what = Sizes({n, count});
+    for (const auto& [to, from] :
+         {std::pair(kCompute, kCompute), std::pair(kWide, kWide), std::pair(kWide, kCompute)}) {
+      const int parts = count;
+      cases->push_back(
+          OpCase("SumParts", what + (to == from ? "" : " widened") + (from == kWide ? " wide" : ""))
+              .Out("out", to, {n}, Sum(count))
+              .In("all", from, {count * n}, Normal(1))
+              .Call([parts](const Operands& t, const Context& ctx) {
+                SumParts(t["out"], EqualParts(t["all"], parts), ctx);
+              }));
+    }
+    const int parts = count;
+    cases->push_back(OpCase("MaxParts", what)
+                         .Out("out", kWide, {n}, Exact())
+                         .In("all", kWide, {count * n}, Normal(1))
+                         .Call([parts](const Operands& t, const Context& ctx) {
+                           MaxParts(t["out"], EqualParts(t["all"], parts), ctx);
+                         }));
+    cases->push_back(OpCase("SumParts", what + " counts")
+                         .Out("out", kI64, {n}, Exact())
+                         .In("all", kI64, {count * n}, Integers(1, -50, 50))
+                         .Call([parts](const Operands& t, const Context& ctx) {
+                           SumParts(t["out"], EqualParts(t["all"], parts), ctx);
+                         }));
+  }
+  // One of the parts is the output.
+  cases->push_back(OpCase("SumParts", "in place")
+                       .InOut("out", kWide, {1000}, Normal(2), Sum(3))
+                       .In("all", kWide, {2000}, Normal(1))
+                       .Call([](const Operands& t, const Context& ctx) {
+                         std::vector<Tensor> parts = EqualParts(t["all"], 2);
+                         parts.insert(parts.begin() + 1, t["out"]);
+                         SumParts(t["out"], parts, ctx);
+                       }));
+  cases->push_back(OpCase("SumParts", "300 parts")
+                       .Out("out", kWide, {12}, Sum(300))
+                       .In("all", kCompute, {3600}, Normal(1))
+                       .Call([](const Operands& t, const Context& ctx) {
+                         SumParts(t["out"], EqualParts(t["all"], 300), ctx);
+                       }));
 }
 
 void AddSwiGlu(std::vector<OpCase>* cases) {
@@ -203,6 +250,7 @@ void AddOptimizer(std::vector<OpCase>* cases) {
 
 void AddElementwiseCases(std::vector<OpCase>* cases) {
   AddAddFillCopy(cases);
+  AddParts(cases);
   AddSwiGlu(cases);
   AddRandom(cases);
   AddOptimizer(cases);

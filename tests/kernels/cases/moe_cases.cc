@@ -180,6 +180,13 @@ Initial SortedRows::Rows(Initial initial, double unused) const {
 }
 
 void AddMoeCases(std::vector<OpCase>* cases) {
+  for (const auto& [rows, used] : {std::pair<int64_t, int64_t>(1, 0), {5, 5}, {1000, 77}}) {
+    cases->push_back(OpCase("MoeRowNumbers", Sizes({rows, used}))
+                         .Out("numbers", kI32, {rows}, Exact())
+                         .Call([used = used](const Operands& t, const Context& ctx) {
+                           MoeRowNumbers(t["numbers"], used, ctx);
+                         }));
+  }
   for (const Shape& s : {Shape{0, 3, 2}, Shape{1, 1, 1}, Shape{1, 4, 2}, Shape{7, 5, 3},
                          Shape{40, 16, 2}, Shape{9, 33, 5}, Shape{300, 8, 1}}) {
     AddRouting(s, /*groups=*/1, cases);

@@ -1,5 +1,6 @@
 // What checkpoint_speed_test measures, with several ranks at once: the state of a model of 100M
-// parameters. By hand: mpirun -n 4 trainer_checkpoint_checkpoint_speed_ranks_test
+// parameters, and where each rank has a GPU a save of one of 1B from there. By hand:
+//   mpirun -n 4 trainer_checkpoint_checkpoint_speed_ranks_test
 #include <gtest/gtest.h>
 #include <unistd.h>
 
@@ -11,8 +12,11 @@
 #include <vector>
 
 #include "absl/strings/str_format.h"
+#include "kernels/arena.h"
 #include "kernels/base/file.h"
+#include "kernels/cuda/runtime.h"
 #include "model/layout.h"
+#include "support/gpu_ranks.h"
 #include "support/ranks.h"
 #include "trainer/checkpoint/checkpoint.h"
 #include "trainer/checkpoint/checkpoint_async.h"
@@ -34,6 +38,9 @@ model:
 data: {train: [{path: x.h5}]}
 train: {steps: 10000}
 )";
+// Of 1B parameters, as changes to the one above.
+const std::vector<std::string> kLarge = {"model.d_model=2048", "model.n_layers=16",
+                                         "model.attention.heads=16", "model.mlp.d_ff=5632"};
 
 // What the rank of a mesh owns.
 testing_checkpoint::State Owned(const ParamTable& table, const Mesh& mesh) {
@@ -164,6 +171,78 @@ TEST_F(CheckpointSpeedRanksTest, AgainstPlainWriteReadAndCopy) {
       gb / Median(plain_read), Median(plain_read) / Median(load),
       Median(plain_read) / Median(load_other), 1e3 * Median(open), 1e3 * Median(stall),
       1e3 * Median(copy), Median(stall) / Median(copy));
+}
+
+// The stall of a save from the GPUs against the copy to pinned memory alone, and the save against
+// a plain write of as many bytes.
+TEST_F(CheckpointSpeedRanksTest, FromGpus) {
+  KRAIT_NEEDS_GPU_PER_RANK();
+  const auto config = ParseConfig(kModel, "model", kLarge, ConfigUse::kPlan, world_->size());
+  ASSERT_TRUE(config.ok()) << config.status();
+  const Mesh mesh{.data = world_->size(), .rank = world_->rank()};
+  const ParamTable table(config->model, mesh.tensor);
+  testing_checkpoint::State state = Owned(table, mesh);
+  const int64_t bytes = AsyncSaver::StagingBytes(state.boxes);
+  Arena device("state", Device::kCuda, bytes + 256 * static_cast<int64_t>(state.boxes.size()));
+  std::vector<CheckpointBox> boxes = state.boxes;
+  for (CheckpointBox& box : boxes) {
+    const Tensor there = device.Alloc(DType::kU8, {box.bytes()});
+    cuda::CopyToDevice(there.raw(), box.data, box.bytes());
+    box.data = there.raw();
+    box.device = Device::kCuda;
+  }
+  Context ctx;
+  ctx.device = Device::kCuda;
+  std::vector<char> staging(static_cast<size_t>(bytes), 0);
+  const cuda::PinnedHost pinned(staging.data(), bytes);
+  EXPECT_TRUE(pinned.pinned());
+  const std::string root =
+      world_->Broadcast(::testing::TempDir() + "krait_speed_gpus_" + std::to_string(getpid()));
+  if (world_->first()) std::filesystem::create_directories(root);
+  world_->Barrier();
+  const std::string plain = root + "/plain-" + std::to_string(world_->rank());
+  const std::string dir = root + "/checkpoints";
+  std::vector<double> copy, stall, save, plain_write;
+  int64_t total = 0;
+  for (const int64_t of_rank : world_->AllGather(bytes)) total += of_rank;
+  for (int round = 0; round < 2; ++round) {
+    copy.push_back(Seconds([&] {
+      cuda::CopyToHost(staging.data(), boxes.front().data, std::min(bytes, device.capacity()));
+    }));
+    plain_write.push_back(Seconds([&] {
+      auto file = File::Create(plain, false, ExitCode::kCannotSave);
+      ASSERT_TRUE(file->WriteAt(staging.data(), staging.size(), 0).ok());
+      ASSERT_TRUE(file->Sync().ok());
+    }));
+    std::filesystem::remove(plain);
+    AsyncSaver saver(world_);
+    save.push_back(Seconds([&] {
+      stall.push_back(Seconds([&] {
+        ASSERT_TRUE(saver
+                        .Start({dir, 2, ""}, testing_checkpoint::SmallMeta(1), boxes,
+                               staging.data(), bytes, ctx)
+                        .ok());
+      }));
+      ASSERT_TRUE(saver.Wait().ok());
+    }));
+    world_->Barrier();
+    if (world_->first()) std::filesystem::remove_all(dir);
+    world_->Barrier();
+  }
+  if (!world_->first()) return;
+  std::filesystem::remove_all(root);
+  const double gb = static_cast<double>(total) * 1e-9;
+  absl::PrintF(
+      "%d GPUs, %.3f GB of %.1fM parameters, the second of two rounds:\n"
+      "  stall of a save in the background %.0f ms, copy to pinned memory %.0f ms (%.1f GB/s "
+      "each), "
+      "ratio %.2f\n"
+      "  the save, copy included, %.2f GB/s, plain write + fsync %.2f GB/s; write alone against it "
+      "%.2f\n",
+      world_->size(), gb, static_cast<double>(table.total()) * 1e-6, 1e3 * Median(stall),
+      1e3 * Median(copy), static_cast<double>(bytes) * 1e-9 / Median(copy),
+      Median(stall) / Median(copy), gb / Median(save), gb / Median(plain_write),
+      Median(plain_write) / (Median(save) - Median(stall)));
 }
 
 }  // namespace

@@ -130,12 +130,16 @@ TEST(Plan, MemoryFollowsTheConfig) {
   EXPECT_GE(none.optimizer, 2 * none.weights);
   EXPECT_LE(none.optimizer, 2 * none.weights + 4096);
   EXPECT_EQ(none.staging, 3 * 4 * table.total());
-  // Two passes of a step and one of evaluation.
-  EXPECT_EQ(none.batches, 3 * 3 * 4 * 4 * 128);
+  // Three numbers per token: one pass of evaluation; the two of the step at hand, and those of
+  // 128Ki tokens read ahead.
+  constexpr int64_t kPass = 3 * 4 * 4 * 128;
+  EXPECT_EQ(none.batches, kPass);
+  EXPECT_EQ(none.rows, (1 + 128) * 2 * kPass);
   EXPECT_GT(none.activations, 0);
   EXPECT_GT(none.scratch, 0);
   EXPECT_EQ(none.total(), none.weights + none.gradients + none.optimizer + none.activations +
-                              none.scratch + none.batches + none.scalars + none.staging);
+                              none.scratch + none.batches + none.rows + none.scalars +
+                              none.staging);
 
   int64_t last = none.activations;
   for (const char* mode : {"norms", "mixers", "layer"}) {

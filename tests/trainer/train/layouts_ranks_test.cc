@@ -88,6 +88,7 @@ class Rank {
     if (world != nullptr) {
       groups_.emplace(world, mesh, variant.expert_slack);
       exchange_.emplace(&weights_.layout(), &*groups_, DType::kF64, DType::kF64, &arena_);
+      weights_.SetExchange(&*exchange_);
     }
     optimizer_.emplace(&weights_, OptimizerConfig{.lr = kRate, .clip = 0.5}, &arena_, ctx_,
                        exchange());
@@ -113,7 +114,7 @@ class Rank {
       own.tokens = part(batch.value().tokens);
       own.targets = part(batch.value().targets);
       own.documents.doc_start = part(batch.value().documents.doc_start);
-      weights_.BeginPass(ctx_, k == 0, k + 1 == kPasses, exchange());
+      weights_.BeginPass(ctx_, k == 0, k + 1 == kPasses);
       model_->Forward(own, loss_scale_, sums(), set.get(), ctx_);
       model_->Backward(own, 1.0 / static_cast<double>(kPasses), set.get(), ctx_);
     }
@@ -141,7 +142,7 @@ class Rank {
 
  private:
   Tensor sums() { return sums_.tensor().Slice(0, 0, model_->SumsSize()); }
-  const BucketExchange* exchange() const { return exchange_.has_value() ? &*exchange_ : nullptr; }
+  BucketExchange* exchange() { return exchange_.has_value() ? &*exchange_ : nullptr; }
 
   Mesh mesh_;
   ParamTable table_;

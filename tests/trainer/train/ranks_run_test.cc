@@ -143,6 +143,62 @@ TEST_F(RanksRun, ResumesOnAnotherLayout) {
   }
 }
 
+// The figures of `krait eval` of one process, by several: of the whole, and of its parts.
+TEST_F(RanksRun, EvaluatesAlike) {
+  ASSERT_EQ(Train("run", {4, 2, 2}, {"train.steps=10"}).code, 0);
+  const auto eval = [&](int ranks, std::vector<std::string> words) {
+    words.insert(words.begin(), {"eval", tiny_ / "run"});
+    return RunProcess(Argv(ranks, words), MpiVariables());
+  };
+  const std::vector<std::vector<std::string>> cases = {
+      {},
+      {"--by", "context"},
+      {"--by", "document"},
+      {"--tokens", "96", "--micro-batch", "5", "--data", tiny_ / "train.h5"},  // three sequences
+      {"--data", tiny_ / "train.h5", "--data", tiny_ / "more.h5", "--micro-batch", "3"}};
+  for (std::vector<std::string> words : cases) {
+    SCOPED_TRACE(::testing::PrintToString(words));
+    words.push_back("--json");
+    const ProcessResult alone = eval(1, words);
+    ASSERT_EQ(alone.code, 0) << alone.err;
+    const auto one = nlohmann::json::parse(alone.out);
+    const auto expect_alike = [](const nlohmann::json& a, const nlohmann::json& b) {
+      EXPECT_EQ(a["targets"], b["targets"]);
+      if (a["targets"] == 0) return;
+      const double x = a["loss"].get<double>(), y = b["loss"].get<double>();
+      EXPECT_LE(std::abs(x - y), kBound * std::abs(x));
+    };
+    for (const int ranks : {2, 4}) {
+      const ProcessResult result = eval(ranks, words);
+      ASSERT_EQ(result.code, 0) << result.err;
+      const auto several = nlohmann::json::parse(result.out);  // printed once
+      expect_alike(one, several);
+      EXPECT_EQ(one["sequences"], several["sequences"]);
+      EXPECT_EQ(one.contains("parts"), several.contains("parts"));
+      for (size_t i = 0; one.contains("parts") && i < one["parts"].size(); ++i) {
+        expect_alike(one["parts"][i], several["parts"][i]);
+      }
+    }
+  }
+  const ProcessResult text = eval(2, {});
+  EXPECT_EQ(text.code, 0);
+  EXPECT_EQ(text.out.find("perplexity"), text.out.rfind("perplexity"));
+  // Errors are said once too.
+  const ProcessResult three = eval(3, {});
+  EXPECT_EQ(three.code, 20);
+  EXPECT_THAT(three.err, HasSubstr("parallel.tensor 2 of the checkpoint's run needs 2 ranks or a "
+                                   "multiple of that, or a single one, but there are 3"));
+  EXPECT_EQ(three.err.find("parallel.tensor"), three.err.rfind("parallel.tensor"));
+  const ProcessResult no_data = eval(2, {"--data", tiny_ / "none.h5"});
+  EXPECT_EQ(no_data.code, 21);
+  EXPECT_EQ(no_data.err.find("none.h5"), no_data.err.rfind("none.h5"));
+  const ProcessResult odd = eval(2, {"--seq-len", "31", "--micro-batch", "1"});
+  EXPECT_EQ(odd.code, 20);
+  EXPECT_THAT(odd.err, HasSubstr("does not divide the tokens of a pass, 1 x 31"));
+  const ProcessResult none = RunProcess(Argv(2, {"eval", tiny_ / "no-run"}), MpiVariables());
+  EXPECT_EQ(none.code, 30);
+}
+
 TEST_F(RanksRun, OneLayoutGivesTheSameBits) {
   const RankLayout layout = {4, 2, 4};
   ASSERT_EQ(Train("a", layout, {"train.steps=12", "checkpoint.every=4"}).code, 0);

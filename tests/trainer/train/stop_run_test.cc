@@ -62,6 +62,31 @@ ProcessResult Stopped(Process* part, int signal) {
   return result;
 }
 
+// Whether the process holds or handles SIGUSR1: its main function has begun.
+bool KnowsSigusr1(pid_t pid) {
+  std::istringstream lines(ReadText("/proc/" + std::to_string(pid) + "/status"));
+  uint64_t known = 0;
+  for (std::string line; std::getline(lines, line);) {
+    if (line.starts_with("SigBlk:") || line.starts_with("SigCgt:")) {
+      known |= std::stoull(line.substr(7), nullptr, 16);
+    }
+  }
+  return (known >> (SIGUSR1 - 1) & 1) != 0;
+}
+
+TEST(StopRun, ARequestWhileTheProgramStartsIsNoDeath) {
+  const TinyRun tiny;
+  for (const int milliseconds : {0, 1, 5, 20, 60}) {
+    SCOPED_TRACE(milliseconds);
+    Process process(TinyRun::Argv(tiny.TrainWords("run")), TinyRun::Variables());
+    while (process.running() && !KnowsSigusr1(process.pid())) {
+      std::this_thread::sleep_for(std::chrono::microseconds(100));
+    }
+    std::this_thread::sleep_for(std::chrono::milliseconds(milliseconds));
+    EXPECT_EQ(Stopped(&process, SIGUSR1).code, 10);
+  }
+}
+
 TEST(StopRun, AnEvaluationEndsEarlyAndIsMadeUp) {
   const TinyRun tiny;
   // In the midst of training, and at its end, where everything else is done.

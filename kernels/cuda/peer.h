@@ -1,0 +1,27 @@
+// Device memory of other processes of this machine, over NVLink or PCIe, without a multiprocessor's
+// help. Plain C++; in a build without CUDA the same functions exist and are fatal.
+#ifndef KRAIT_KERNELS_CUDA_PEER_H_
+#define KRAIT_KERNELS_CUDA_PEER_H_
+
+#include <cstdint>
+#include <string>
+
+namespace krait::cuda {
+
+// Names the allocation that begins at `memory` to processes beside this one; "": it cannot be
+// named.
+std::string ExportMemory(void* memory);
+// That allocation, of another process, as this one's device reaches it, until CloseMemory; null
+// where it does not.
+void* OpenMemory(const std::string& name);
+void CloseMemory(void* memory);
+
+// Enqueued on `stream`: *flag = value, also in another process's memory, once all earlier work of
+// the stream is done; and a wait until *flag, in this process's memory, is `value` or up to 2^31
+// beyond it. Neither takes part of the GPU.
+void WriteFlag(uint32_t* flag, uint32_t value, void* stream);
+void WaitForFlag(uint32_t* flag, uint32_t value, void* stream);
+
+}  // namespace krait::cuda
+
+#endif  // KRAIT_KERNELS_CUDA_PEER_H_
