@@ -21,7 +21,7 @@ struct Arguments {
   std::vector<std::string> data;                     // none: the run's validation files
   int64_t tokens = 0, seq_len = 0, micro_batch = 0;  // 0: all; the checkpoint's
   std::string by;                                    // "", "context" or "document"
-  std::string task;                                  // multiple choice instead
+  std::string task, tokenizer;                       // multiple choice instead
   bool json = false;
 };
 
@@ -241,13 +241,14 @@ std::string Text(const std::string& checkpoint, const Figures& figures, int64_t 
   return text;
 }
 
-absl::StatusOr<ExitCode> EvaluateTask(const std::string& path, const std::string& task, bool json) {
+absl::StatusOr<ExitCode> EvaluateTask(const Arguments& arguments) {
+  const std::string& task = arguments.task;
   std::vector<ChoiceItem> items;
   KRAIT_ASSIGN_OR_RETURN(items, ReadChoiceTask(task));
   std::unique_ptr<InferenceModel> model;
-  KRAIT_ASSIGN_OR_RETURN(model, InferenceModel::Load(path, PrintNotice));
+  KRAIT_ASSIGN_OR_RETURN(model, InferenceModel::Load(arguments.checkpoint, PrintNotice));
   ModelTokenizer own;
-  KRAIT_ASSIGN_OR_RETURN(own, TokenizerOf(model->checkpoint(), ""));
+  KRAIT_ASSIGN_OR_RETURN(own, TokenizerOf(model->checkpoint(), arguments.tokenizer));
   ProgressLine line("scoring", ProgressLine::OnStandardError());
   const auto result =
       ScoreChoices(items, own.tokenizer.get(), model.get(), [&](int64_t done, int64_t total) {
@@ -261,7 +262,7 @@ absl::StatusOr<ExitCode> EvaluateTask(const std::string& path, const std::string
   const double by_byte = static_cast<double>(result->correct_by_byte) / count;
   // Of a share that is counted over so many items.
   const double error = std::sqrt(accuracy * (1 - accuracy) / count);
-  if (json) {
+  if (arguments.json) {
     const nlohmann::ordered_json figures = {{"checkpoint", model->checkpoint().path},
                                             {"task", task},
                                             {"items", result->items},
@@ -367,13 +368,16 @@ void AddEvalCommand(CLI::App* app, CommandLine* line) {
       ->excludes(eval->get_option("--seq-len"))
       ->excludes(eval->get_option("--micro-batch"))
       ->excludes(eval->get_option("--by"));
+  AddPath(eval, "--tokenizer", &arguments->tokenizer,
+          "of a task's texts (default: the checkpoint's)", "bytes|FILE")
+      ->needs(eval->get_option("--task"));
   eval->add_flag("--json", arguments->json, "one JSON object");
   eval->callback([line, arguments] {
     line->on_several_ranks = true;
     line->run = [line, arguments] {
       arguments->world = line->world;
       if (arguments->task.empty()) return Evaluate(*arguments);
-      return EvaluateTask(arguments->checkpoint, arguments->task, arguments->json);
+      return EvaluateTask(*arguments);
     };
   });
 }

@@ -263,8 +263,11 @@ absl::Status Run::PrintSummary() {
     const std::string quoted = ShellQuoted(checkpoint);
     summary.next_commands = {options_.program + " generate " + quoted + " --prompt \"...\""};
     if (validation_ != nullptr) {
-      summary.next_commands.push_back(options_.program + " eval " + quoted + " --data " +
-                                      ShellQuoted(config_.data.validation.front().path));
+      const SourceSpec& held_out = config_.data.validation.front();
+      summary.next_commands.push_back(
+          options_.program + " eval " + quoted +
+          (held_out.synthetic.has_value() ? " --tokens " + std::to_string(config_.evaluation.tokens)
+                                          : " --data " + ShellQuoted(held_out.path)));
     }
   }
   for (const std::string& line : FormatSummary(summary)) KRAIT_RETURN_IF_ERROR(Say(line));

@@ -137,11 +137,15 @@ void ExpectSame(const RunConfig& a, const RunConfig& b) {
   EXPECT_EQ(a.evaluation.tokens, b.evaluation.tokens);
 }
 
+// Of runs: sweep_test has the sweeps, in ablations/ beside the configs that they vary.
 std::vector<std::string> ShippedConfigs() {
   std::vector<std::string> paths;
   for (const auto& entry :
        std::filesystem::recursive_directory_iterator(KRAIT_SOURCE_DIR "/configs")) {
-    if (entry.is_regular_file()) paths.push_back(entry.path().string());
+    const std::filesystem::path& path = entry.path();
+    const bool sweep = path.parent_path().filename() == "ablations" &&
+                       !path.filename().string().starts_with("recall-");
+    if (path.extension() == ".yaml" && !sweep) paths.push_back(path.string());
   }
   std::sort(paths.begin(), paths.end());
   return paths;

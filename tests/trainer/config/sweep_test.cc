@@ -4,6 +4,9 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <filesystem>
+
+#include "paths.h"
 #include "support/temp_folder.h"
 
 namespace krait {
@@ -137,6 +140,24 @@ TEST_F(SweepTest, AWrongValueIsNamedWhereTheSweepSaysIt) {
   const auto config = LoadCell(*sweep, sweep->cells[1].settings, 1);
   EXPECT_EQ(ExitCodeOf(config.status()), ExitCode::kConfig);
   EXPECT_THAT(MessageOf(config.status()), HasSubstr("s.yaml:2:35: model.mixer.ratio: \"oops\""));
+}
+
+TEST_F(SweepTest, ShippedSweepsLoad) {
+  int sweeps = 0;
+  for (const auto& entry :
+       std::filesystem::directory_iterator(KRAIT_SOURCE_DIR "/configs/ablations")) {
+    const std::filesystem::path& path = entry.path();
+    if (path.extension() != ".yaml" || path.filename().string().starts_with("recall-")) continue;
+    SCOPED_TRACE(path);
+    const auto sweep = LoadSweep(path.string(), {});
+    ASSERT_TRUE(sweep.ok()) << sweep.status();
+    for (const SweepCell& cell : sweep->cells) {
+      const auto config = LoadCell(*sweep, cell.settings, 1);
+      EXPECT_TRUE(config.ok()) << config.status();
+    }
+    ++sweeps;
+  }
+  EXPECT_EQ(sweeps, 9);
 }
 
 TEST_F(SweepTest, ConfigsKeepRefusingDottedKeys) {
