@@ -150,6 +150,9 @@ void PeerMemory::Read(void* to, int rank, int region, int64_t begin, int64_t byt
 void PeerMemory::ReadSame(void* to, int rank, const void* at, int64_t bytes, void* stream) const {
   if (bytes == 0) return;
   const int segment = SegmentOf(at);
+  // Those of regions have places of their own on each rank.
+  const std::vector<int64_t>& regions = peers_[static_cast<size_t>(world_->rank())].region_segment;
+  KRAIT_CHECK(std::find(regions.begin(), regions.end(), segment) == regions.end());
   const char* const there = static_cast<const char*>(
       peers_[static_cast<size_t>(rank)].segments[static_cast<size_t>(segment)]);
   cuda::CopyOnDevice(to, there + (static_cast<const char*>(at) - Base(segment)), bytes, stream);
