@@ -81,7 +81,7 @@ TEST_F(AblateTest, RunsOnceAndReports) {
     EXPECT_THAT(inside.out, Not(HasSubstr("exp_avg")));
   }
   EXPECT_EQ(Krait({"checkpoint", "verify", Runs()[0]}).code, 0);
-  const ProcessResult eval = Krait({"eval", Runs()[0]});
+  const ProcessResult eval = Krait({"eval", Runs()[0], "--tokens", "480"});
   EXPECT_EQ(eval.code, 0) << eval.err;
   // A second call trains nothing, and yields the same report.
   const std::string csv = ReadText(folder_ / "out/runs.csv");
