@@ -1,6 +1,7 @@
 #include "kernels/parts.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <string>
 #include <type_traits>
@@ -14,7 +15,8 @@
 namespace krait {
 namespace {
 
-constexpr int64_t kPieceElements = 16384;
+// Of a thread's piece of work, and of what is joined at a time, on the stack.
+constexpr int64_t kPieceElements = 16384, kBlock = 1024;
 
 struct Sum {
   template <typename T>
@@ -41,19 +43,22 @@ void JoinOnCpu(Tensor out, const std::vector<Tensor>& parts, const Join& join) {
     }
   };
   To* const to = out.data<To>();
-  ParallelFor(out.numel(), kPieceElements, [&](int64_t begin, int64_t end) {
-    std::vector<W> joined(static_cast<size_t>(end - begin));
-    for (size_t p = 0; p < parts.size(); ++p) {
-      const From* const from = parts[p].data<From>() + begin;
-      for (size_t i = 0; i < joined.size(); ++i) {
-        joined[i] = p == 0 ? load(from[i]) : join(joined[i], load(from[i]));
+  ParallelFor(out.numel(), kPieceElements, [&](int64_t first, int64_t last) {
+    std::array<W, kBlock> joined;
+    for (int64_t begin = first; begin < last; begin += kBlock) {
+      const auto n = static_cast<size_t>(std::min(kBlock, last - begin));
+      for (size_t p = 0; p < parts.size(); ++p) {
+        const From* const from = parts[p].data<From>() + begin;
+        for (size_t i = 0; i < n; ++i) {
+          joined[i] = p == 0 ? load(from[i]) : join(joined[i], load(from[i]));
+        }
       }
-    }
-    for (size_t i = 0; i < joined.size(); ++i) {
-      if constexpr (std::is_same_v<To, int64_t>) {
-        to[begin + static_cast<int64_t>(i)] = joined[i];
-      } else {
-        cpu::Store(joined[i], &to[begin + static_cast<int64_t>(i)]);
+      for (size_t i = 0; i < n; ++i) {
+        if constexpr (std::is_same_v<To, int64_t>) {
+          to[begin + static_cast<int64_t>(i)] = joined[i];
+        } else {
+          cpu::Store(joined[i], &to[begin + static_cast<int64_t>(i)]);
+        }
       }
     }
   });

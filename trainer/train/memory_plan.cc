@@ -20,7 +20,7 @@ namespace krait {
 
 namespace {
 
-// Of a communicator, seen with 2.28 on two H100s.
+// Of a communicator, as seen on two H100s.
 constexpr int64_t kNcclBytes = int64_t{300} << 20;
 
 }  // namespace
