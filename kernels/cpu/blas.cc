@@ -3,7 +3,9 @@
 #include <dlfcn.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
+#include <unistd.h>
 
+#include <string>
 #include <vector>
 
 #include "absl/strings/str_format.h"
@@ -45,12 +47,13 @@ absl::Status CheckAddressSpace() {
                                PrintBytes(bytes), MaxThreads()));
 }
 
-#ifdef KRAIT_OPENBLAS
+// OpenBLAS's own functions for its buffers, which are not in its headers.
+using TakeBuffer = void* (*)(int);
+using GiveBackBuffer = void (*)(void*);
+
 // Has the buffers mapped before the rest of the space is used: later on OpenBLAS would wait for
-// them for ever. Its own functions for them are not in its headers.
-void TakeBuffers(const Blas& blas, void* library) {
-  const auto take = reinterpret_cast<void* (*)(int)>(dlsym(library, "blas_memory_alloc"));
-  const auto give_back = reinterpret_cast<void (*)(void*)>(dlsym(library, "blas_memory_free"));
+// them for ever.
+void TakeBuffers(const Blas& blas, TakeBuffer take, GiveBackBuffer give_back) {
   constexpr int kSize = 256;
   const std::vector<float> zeros(static_cast<size_t>(kSize) * kSize);
   std::vector<float> product(zeros.size());
@@ -60,6 +63,22 @@ void TakeBuffers(const Blas& blas, void* library) {
   std::vector<void*> buffers;
   for (int i = 0; i < MaxThreads(); ++i) buffers.push_back(take(0));
   for (void* buffer : buffers) give_back(buffer);
+}
+
+#ifndef KRAIT_OPENBLAS
+extern "C" {
+[[gnu::weak]] void* blas_memory_alloc(int);
+[[gnu::weak]] void blas_memory_free(void*);
+}
+
+// A static OpenBLAS takes its buffers before main, and would wait there for ever: looked for before
+// that, for commands that multiply nothing too.
+[[gnu::constructor(101)]] void EndWithoutAddressSpace() {
+  const absl::Status status = CheckAddressSpace();
+  if (status.ok()) return;
+  const std::string line = "krait: " + MessageOf(status) + "\n";
+  (void)!write(STDERR_FILENO, line.data(), line.size());
+  _exit(static_cast<int>(ExitCodeOf(status)));
 }
 #endif
 
@@ -85,10 +104,15 @@ absl::StatusOr<Blas> Load() {
     return Error(ExitCode::kConfig, "the OpenBLAS that was found lacks functions of OpenBLAS");
   }
   const Blas loaded = {sgemm, dgemm, core()};
-  if (Limited()) TakeBuffers(loaded, library);
+  if (Limited()) {
+    TakeBuffers(loaded, reinterpret_cast<TakeBuffer>(dlsym(library, "blas_memory_alloc")),
+                reinterpret_cast<GiveBackBuffer>(dlsym(library, "blas_memory_free")));
+  }
   return loaded;
 #else
-  return Blas{&cblas_sgemm, &cblas_dgemm, openblas_get_corename()};
+  const Blas linked = {&cblas_sgemm, &cblas_dgemm, openblas_get_corename()};
+  if (Limited()) TakeBuffers(linked, &blas_memory_alloc, &blas_memory_free);
+  return linked;
 #endif
 }
 

@@ -8,7 +8,6 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_join.h"
 #include "kernels/base/number.h"
 #include "kernels/base/shell.h"
 #include "kernels/cuda/runtime.h"
@@ -268,6 +267,26 @@ class KeyReader : public ConfigVisitor {
   ConfigReader* reader_;
 };
 
+// What the user set and what changes nothing on this device or with so many ranks.
+void NoteIdleSettings(const RunConfig& config, int64_t ranks, ConfigReader* reader) {
+  const RunConfig defaults;
+  const auto note = [reader](const std::string& key, std::string_view why) {
+    reader->Note(key, absl::StrCat(key, " has no effect ", why));
+  };
+  if (config.train.hang_timeout != defaults.train.hang_timeout && ranks == 1) {
+    note("train.hang_timeout", "on a run of one process");
+  }
+  if (config.parallel.expert == 1 &&
+      config.parallel.expert_slack != defaults.parallel.expert_slack) {
+    note("parallel.expert_slack", "where no experts are shared");
+  }
+  // Elsewhere there is nothing that is faster in another order.
+  const bool on_gpu = config.train.device == DevicePreference::kCuda;
+  if (!config.train.deterministic && !(on_gpu && config.model.Has(SublayerKind::kAttention))) {
+    note("train.deterministic", on_gpu ? "without attention layers" : "on the CPU");
+  }
+}
+
 absl::StatusOr<RunConfig> Read(const ConfigNode& root, bool complete, const std::string& path,
                                ConfigUse use, int64_t ranks, ConfigErrors* errors) {
   ConfigReader reader(root, complete, errors);
@@ -286,7 +305,6 @@ absl::StatusOr<RunConfig> Read(const ConfigNode& root, bool complete, const std:
   reader.Finish();
   if (complete) CheckRun(config, use, ranks, &reader);
   if (!errors->empty()) return errors->ToStatus();
-  config.notes = errors->notes();
   TrainConfig& train = config.train;
   if (train.device == DevicePreference::kAuto) {
     train.device = cuda::Available() ? DevicePreference::kCuda : DevicePreference::kCpu;
@@ -294,6 +312,8 @@ absl::StatusOr<RunConfig> Read(const ConfigNode& root, bool complete, const std:
   if (train.precision == Precision::kAuto) {
     train.precision = train.device == DevicePreference::kCuda ? Precision::kBf16 : Precision::kFp32;
   }
+  if (use == ConfigUse::kTrain) NoteIdleSettings(config, ranks, &reader);
+  config.notes = errors->notes();
   return config;
 }
 
@@ -361,28 +381,6 @@ int64_t LeastRanks(const ParallelConfig& parallel) {
 DType ReduceDType(const RunConfig& config) {
   return config.parallel.reduce == GradReduce::kBf16 ? DType::kBF16
                                                      : Wide(PlacementOf(config).compute);
-}
-
-std::string WithoutEffect(const RunConfig& config, int64_t ranks) {
-  const RunConfig defaults;
-  std::vector<std::string> sentences;
-  if (config.train.hang_timeout != defaults.train.hang_timeout && ranks == 1) {
-    sentences.push_back("train.hang_timeout: no effect on a run of one process");
-  }
-  if (config.parallel.expert == 1 &&
-      config.parallel.expert_slack != defaults.parallel.expert_slack) {
-    sentences.push_back("parallel.expert_slack: no effect where no experts are shared");
-  }
-  // Elsewhere there is nothing that is faster in another order.
-  const bool choice =
-      config.train.device == DevicePreference::kCuda && config.model.Has(SublayerKind::kAttention);
-  if (!config.train.deterministic && !choice) {
-    sentences.push_back(absl::StrCat("train.deterministic: false changes nothing ",
-                                     config.train.device == DevicePreference::kCuda
-                                         ? "without attention layers"
-                                         : "on the CPU"));
-  }
-  return absl::StrJoin(sentences, "; ");
 }
 
 absl::StatusOr<std::string> ExplainConfig(const std::string& path,

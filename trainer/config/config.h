@@ -94,7 +94,7 @@ struct RunConfig {
   LogConfig log;
   EvaluationConfig evaluation;
   // What the files and words say without effect, a line each with its place: to be shown to the
-  // user.
+  // user. What depends on device and ranks is looked at for ConfigUse::kTrain alone.
   std::vector<std::string> notes;
 
   // The resolved configuration as YAML text that reads back to the same struct. Numbers are printed
@@ -140,10 +140,6 @@ Mesh MeshOf(const ParallelConfig& parallel, int ranks, int rank);
 int64_t LeastRanks(const ParallelConfig& parallel);
 // The dtype in which gradients travel.
 DType ReduceDType(const RunConfig& config);
-
-// What the user set and what changes nothing in this version, on this device or with so many ranks,
-// in one line; "" when there is nothing.
-std::string WithoutEffect(const RunConfig& config, int64_t ranks = 1);
 
 // The resolved config as YAML, each line with where its value came from as a comment:
 // file:line:column, a word of the command line, a key that it is derived from, or the default. Its

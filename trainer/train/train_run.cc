@@ -250,9 +250,6 @@ absl::Status Run::Describe() {
   if (config_.log.tensorboard) {
     KRAIT_RETURN_IF_ERROR(Say("curves: tensorboard --logdir " + config_.run_dir + "/tensorboard"));
   }
-  if (const std::string idle = WithoutEffect(config_, world_->size()); !idle.empty()) {
-    KRAIT_RETURN_IF_ERROR(Say("note: " + idle));
-  }
   if (config_.model.pad_token >= 0) {
     KRAIT_RETURN_IF_ERROR(Say(
         absl::StrFormat("model.pad_token %d: its embedding row gets no gradient from the lookup",

@@ -17,7 +17,9 @@
 namespace krait {
 namespace {
 
+using ::testing::ElementsAre;
 using ::testing::HasSubstr;
+using ::testing::IsEmpty;
 using ::testing::Not;
 
 std::string Layout(const std::string& model, const std::vector<std::string>& words = {}) {
@@ -432,18 +434,21 @@ TEST(Config, AStoredConfigAsksNothingOfThisMachine) {
               HasSubstr("kv_heads"));
 }
 
-TEST(Config, SettingsWithoutEffectAreNamed) {
-  EXPECT_EQ(WithoutEffect(MustParse(kSmall)), "");
-  EXPECT_EQ(WithoutEffect(MustParse(kSmall, {"train.hang_timeout=600"})), "");
-  EXPECT_EQ(WithoutEffect(MustParse(kSmall, {"train.hang_timeout=60", "parallel.expert_slack=2"})),
-            "train.hang_timeout: no effect on a run of one process; "
-            "parallel.expert_slack: no effect where no experts are shared");
-  EXPECT_EQ(WithoutEffect(MustParse(kSmall, {"train.hang_timeout=60"}), /*ranks=*/2), "");
-  EXPECT_EQ(WithoutEffect(MustParse(kSmall, {"train.deterministic=false"})),
-            "train.deterministic: false changes nothing on the CPU");
-  EXPECT_EQ(WithoutEffect(MustParse(kSmall, {"train.deterministic=false", "train.device=cuda"},
-                                    ConfigUse::kStored)),
-            "");
+TEST(Config, SettingsWithoutEffectOnThisDeviceOrRanksAreNoted) {
+  EXPECT_THAT(MustParse(kSmall).notes, IsEmpty());
+  EXPECT_THAT(MustParse(kSmall, {"train.hang_timeout=600"}).notes, IsEmpty());
+  EXPECT_THAT(
+      MustParse(kSmall, {"train.hang_timeout=60", "parallel.expert_slack=2"}).notes,
+      ElementsAre(HasSubstr("train.hang_timeout has no effect on a run of one process"),
+                  HasSubstr("parallel.expert_slack has no effect where no experts are shared")));
+  EXPECT_THAT(MustParse(kSmall, {"train.deterministic=false"}).notes,
+              ElementsAre(HasSubstr("train.deterministic has no effect on the CPU")));
+  // Of a checkpoint's config nothing is said.
+  EXPECT_THAT(MustParse(kSmall, {"train.hang_timeout=60"}, ConfigUse::kStored).notes, IsEmpty());
+  const auto two = ParseConfig(kSmall, "test.yaml", {"train.hang_timeout=60"}, ConfigUse::kTrain,
+                               /*ranks=*/2);
+  ASSERT_TRUE(two.ok()) << two.status();
+  EXPECT_THAT(two->notes, IsEmpty());
 }
 
 TEST(Config, TheReadmesBlockIsAConfig) {

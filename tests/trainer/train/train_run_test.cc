@@ -118,12 +118,13 @@ TEST(TrainRun, TheStartSaysWhatIsToCome) {
   ASSERT_EQ(result.code, 0) << result.err;
   const auto file = TokenFile::Open(tiny / "more.h5");
   const auto tokens = static_cast<double>((*file)->tokens());
-  EXPECT_THAT(result.out,
-              AllOf(HasSubstr(absl::StrFormat(
-                        "data: %s tokens in 1 file; the run takes 1.28k, %.3g epochs\n",
-                        PrintShort(tokens), 1280 / tokens)),
-                    HasSubstr("curves: tensorboard --logdir " + (tiny / "run") + "/tensorboard\n"),
-                    HasSubstr("note: train.hang_timeout: no effect on a run of one process\n")));
+  EXPECT_THAT(
+      result.out,
+      AllOf(
+          HasSubstr(absl::StrFormat("data: %s tokens in 1 file; the run takes 1.28k, %.3g epochs\n",
+                                    PrintShort(tokens), 1280 / tokens)),
+          HasSubstr("curves: tensorboard --logdir " + (tiny / "run") + "/tensorboard\n")));
+  EXPECT_THAT(result.err, HasSubstr("train.hang_timeout has no effect on a run of one process\n"));
 
   // Of several files each has its share of the mix: here 3 and 1 of 4.
   const std::string mix = "data.train=[{path: " + (tiny / "more.h5") +
