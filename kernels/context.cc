@@ -46,6 +46,9 @@ OpScope::OpScope(const Context& ctx, OpFamily family, const char* name,
                 " is on " + Name(operand.tensor.device()));
   }
   if (ctx.planning) return;
+  if (ctx.order != nullptr && ctx.side == 0 && family != OpFamily::kCommunication) {
+    ctx.order->AddOp(name, operands.begin(), operands.size());
+  }
   const bool cuda = ctx.device == Device::kCuda;
   if (cuda) cuda::PushRange(name);
   if (ctx.profile == nullptr || ctx.profile->depth_++ > 0) return;

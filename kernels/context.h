@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "kernels/arena.h"
+#include "kernels/enqueue_order.h"
 
 namespace krait {
 
@@ -84,7 +85,8 @@ struct Context {
   Arena* scratch = nullptr;
   bool planning = false;  // measure memory only: ops take their scratch and return
   bool deterministic = true;
-  Profile* profile = nullptr;  // optional
+  Profile* profile = nullptr;     // optional
+  EnqueueOrder* order = nullptr;  // optional
 };
 
 // A named operand of an op. Undefined tensors are optional ones that were left out.

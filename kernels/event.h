@@ -6,8 +6,8 @@
 
 namespace krait {
 
-// On the CPU, where ops are done when they return, everything here does nothing; so it does while
-// planning.
+// On the CPU, where ops are done when they return, everything here only tells the EnqueueOrder of
+// its context; while planning it does nothing.
 class Event {
  public:
   Event() = default;
@@ -23,6 +23,8 @@ class Event {
 
  private:
   void* event_ = nullptr;  // cudaEvent_t, made by the first Record() on CUDA
+  int side_ = 0;           // of the mark
+  int64_t traffic_ = 0;    // before it, see EnqueueOrder
 };
 
 // A stream beside that of a context, for work that may run under other work. `side`, from 1 on, is

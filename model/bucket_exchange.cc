@@ -52,12 +52,16 @@ bool BucketExchange::Reads(const Communicator& ranks, const Context& ctx) const 
 }
 
 void BucketExchange::Read(const char* what, const Communicator& ranks, int region, Tensor out,
-                          const std::vector<Reading>& readings, const Context& traffic) {
+                          const std::vector<Reading>& readings, const Tensor& sent,
+                          const Context& traffic) {
   const int64_t size = SizeOf(out.dtype());
   CollectiveShape shape = {.first_rank = ranks.ranks().front(),
                            .last_rank = ranks.ranks().back(),
                            .ranks = ranks.size()};
   for (const Reading& reading : readings) shape.bytes_received += reading.count * size;
+  if (traffic.order != nullptr) {
+    traffic.order->AddTraffic(what, traffic.side, sent, shape.bytes_received);
+  }
   CollectiveScope scope(what, shape);
   groups_->peers()->Meet(ranks.ranks(), traffic);
   // Each rank begins with its neighbour, so that no two read from the same one.
@@ -100,7 +104,7 @@ void BucketExchange::Reduce(int b, Tensor grad, const Context& ctx) {
     if (n > 0) parts.push_back(parts_.Slice(0, place, n));
   }
   if (Reads(ranks, ctx)) {
-    Read("gradients", ranks, 2 * bucket.flat + 1, parts_, readings, traffic);
+    Read("gradients", ranks, 2 * bucket.flat + 1, parts_, readings, pieces, traffic);
   } else {
     ranks.ExchangeRows("gradients", parts_, receives, pieces, sends, traffic);
   }
@@ -130,7 +134,8 @@ void BucketExchange::Gather(int b, Tensor weight, const Context& ctx) {
     readings.push_back({r, begin, begin, count});
   }
   if (Reads(ranks, ctx)) {
-    Read("weights", ranks, 2 * bucket.flat, weight, readings, traffic);
+    const Tensor sent = weight.Slice(0, own.begin, own.end - own.begin);
+    Read("weights", ranks, 2 * bucket.flat, weight, readings, sent, traffic);
   } else {
     ranks.ExchangeRows("weights", weight, receives, weight, sends, traffic);
   }

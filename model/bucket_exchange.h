@@ -51,13 +51,13 @@ class BucketExchange {
   // Whether the set's ranks read each other's memory.
   bool Reads(const Communicator& ranks, const Context& ctx) const;
   // Elements [from, from + count) of a rank's region to elements of `out` from `to` on, for a rank
-  // of the set.
+  // of the set; `sent`: what others read here.
   struct Reading {
     int rank = 0;
     int64_t from = 0, to = 0, count = 0;
   };
   void Read(const char* what, const Communicator& ranks, int region, Tensor out,
-            const std::vector<Reading>& readings, const Context& traffic);
+            const std::vector<Reading>& readings, const Tensor& sent, const Context& traffic);
 
   const Layout* layout_;
   const Groups* groups_;

@@ -36,6 +36,11 @@ CollectiveShape Communicator::ShapeOf(int64_t sent, int64_t received) const {
           .bytes_received = received};
 }
 
+void Communicator::Tell(const char* what, const Tensor& in, int64_t received,
+                        const Context& ctx) const {
+  if (ctx.order != nullptr && size() > 1) ctx.order->AddTraffic(what, ctx.side, in, received);
+}
+
 bool Communicator::Reads(const Tensor& t, const Context& ctx) const {
   return ctx.device == Device::kCuda && size() > 1 && links_.peers != nullptr &&
          *links_.peers != nullptr && peers().Mirrors(ranks_) && peers().Holds(t.raw());
@@ -80,6 +85,7 @@ void Communicator::AllGather(const char* what, Tensor out, Tensor in, const Cont
   KRAIT_CHECK(out.contiguous() && in.contiguous() && out.dtype() == in.dtype() &&
               out.numel() == in.numel() * size());
   if (op.planning()) return Plan(in.bytes() * (size() - 1));
+  Tell(what, in, in.bytes() * (size() - 1), ctx);
   const std::vector<Tensor> parts = EqualParts(out, size());
   const Tensor own = in.View({in.numel()});
   const auto copy_to = [&](const Tensor& part) {
@@ -143,6 +149,7 @@ void Communicator::ReduceScatterSum(const char* what, Tensor out, Tensor in, con
     parts = EqualParts(received, others);
   }
   parts.insert(parts.begin() + rank_, from[static_cast<size_t>(rank_)]);
+  if (!op.planning()) Tell(what, in, out.bytes() * others, ctx);
   if (op.planning()) {
     Plan(out.bytes() * others);
   } else if (alone()) {
@@ -227,10 +234,20 @@ void Communicator::ExchangeRows(const char* what, const std::vector<RowTensors>&
     KRAIT_CHECK(next == own.size());
   }
   if (op.planning() || alone()) return;
-  if (!reads) return Exchange(what, to, from, ctx);
   int64_t sent = 0, received = 0;
   for (const Message& message : to) sent += message.bytes;
+  for (const Message& message : from) received += message.bytes;
   for (const Reading& reading : readings) received += reading.bytes;
+  if (ctx.order != nullptr) {
+    int64_t begin = tensors.front().in.dim(0), end = 0;
+    for (const RowMessage& send : sends) {
+      if (send.rows > 0 && send.rank != rank_) begin = std::min(begin, send.row);
+      if (send.rank != rank_) end = std::max(end, send.row + send.rows);
+    }
+    Tell(what, tensors.front().in.Slice(0, begin, std::max<int64_t>(0, end - begin)), received,
+         ctx);
+  }
+  if (!reads) return Exchange(what, to, from, ctx);
   CollectiveScope scope(what, ShapeOf(sent, received));
   peers().Meet(ranks_, ctx);
   for (const Reading& reading : readings) {

@@ -88,6 +88,8 @@ class Communicator {
   void ReadParts(const char* what, int64_t bytes, const To& to, const At& at,
                  const Context& ctx) const;
   CollectiveShape ShapeOf(int64_t sent, int64_t received) const;
+  // Tells who asks for the order of work that `in` travels, and so many bytes come for it.
+  void Tell(const char* what, const Tensor& in, int64_t received, const Context& ctx) const;
   // Messages whose ranks are places in the set, none for the rank itself.
   void Exchange(const char* what, const std::vector<Message>& sends,
                 const std::vector<Message>& receives, const Context& ctx) const;

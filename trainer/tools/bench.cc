@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <optional>
 #include <thread>
@@ -184,6 +185,25 @@ StepPart PartOf(std::string name, const Profile::Op& op, double steps, const Ste
   return part;
 }
 
+// What ranks exchange in a step, from its order of work and that of the one behind it, whose
+// forward pass waits for the weights. `count`: of the first.
+std::vector<StepTraffic> TrafficOf(const EnqueueOrder& order, size_t count) {
+  const auto op = [&](int64_t number) {
+    return number > 0 ? absl::StrFormat("%s #%d", order.op(number), number) : std::string();
+  };
+  std::vector<StepTraffic> traffic;
+  for (size_t i = 0; i < count; ++i) {
+    const EnqueueOrder::Traffic& t = order.traffic()[i];
+    traffic.push_back({.name = t.name,
+                       .bytes = t.bytes,
+                       .final_op = op(t.final_op),
+                       .issued_behind = op(t.issued),
+                       .waited_behind = op(std::max<int64_t>(0, t.waited)),
+                       .ops_beside = std::max<int64_t>(0, t.waited - t.issued)});
+  }
+  return traffic;
+}
+
 // The parts of steps of `seconds` in all.
 void SetParts(const Profile& profile, double seconds, double steps, StepBench* bench) {
   double accounted = 0;
@@ -269,6 +289,15 @@ absl::StatusOr<StepBench> RunStepBench(const RunConfig& config, int64_t steps, i
     }
   }
   trainer.ctx().profile = nullptr;
+  if (bench.ranks > 1) {
+    EnqueueOrder order;
+    trainer.ctx().order = &order;
+    run();
+    const size_t count = order.traffic().size();
+    run();
+    trainer.ctx().order = nullptr;
+    bench.traffic = TrafficOf(order, count);
+  }
   // The same steps without communication, on GPUs: ranks of a CPU share its cores.
   if (on_cuda && bench.ranks > 1) {
     trainer.SetAlone(true);
@@ -310,6 +339,15 @@ std::string StepBenchJson(const StepBench& b) {
     }
     ops.push_back(op);
   }
+  nlohmann::ordered_json traffic = nlohmann::ordered_json::array();
+  for (const StepTraffic& t : b.traffic) {
+    traffic.push_back({{"name", t.name},
+                       {"bytes", t.bytes},
+                       {"final_op", t.final_op},
+                       {"issued_behind", t.issued_behind},
+                       {"waited_behind", t.waited_behind},
+                       {"ops_beside", t.ops_beside}});
+  }
   const nlohmann::ordered_json json = {{"config", b.config},
                                        {"device", b.device},
                                        {"threads", MaxThreads()},
@@ -333,7 +371,8 @@ std::string StepBenchJson(const StepBench& b) {
                                        {"routing", "natural"},
                                        {"breakdown_ms", breakdown},
                                        {"ops", ops},
-                                       {"exposed_comm_ms", b.exposed_comm_ms}};
+                                       {"exposed_comm_ms", b.exposed_comm_ms},
+                                       {"traffic", traffic}};
   return json.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
 }
 
@@ -357,6 +396,26 @@ std::string StepBenchText(const StepBench& b) {
   if (b.ranks > 1) {
     text += absl::StrFormat("  communication %.1f ms of the step, not hidden by computing\n",
                             b.exposed_comm_ms);
+    struct Sum {
+      int64_t calls = 0, bytes = 0, beside = 0;
+    };
+    std::map<std::string, Sum> sums;
+    for (const StepTraffic& t : b.traffic) {
+      for (Sum* sum : {&sums[t.name], &sums["in all"]}) {
+        ++sum->calls;
+        sum->bytes += t.bytes;
+        sum->beside += t.ops_beside > 0 ? t.bytes : 0;
+      }
+    }
+    const Sum all = sums["in all"];
+    sums.erase("in all");
+    const auto add = [&](const char* indent, const std::string& name, const Sum& sum) {
+      text +=
+          absl::StrFormat("%s%s: %s in %d, %s of it with ops enqueued before it is waited for\n",
+                          indent, name, PrintBytes(sum.bytes), sum.calls, PrintBytes(sum.beside));
+    };
+    add("  ", "a rank receives in a step", all);
+    for (const auto& [name, sum] : sums) add("    ", name, sum);
   }
   text += absl::StrFormat(
       "  limits        %.4g TFLOP/s for products and attention, else %.4g GB/s, the rate of a "

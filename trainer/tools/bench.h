@@ -50,6 +50,15 @@ struct StepPart {
   double tflops = 0, gbytes_per_s = 0;
   double of_limit = 0;  // 0: unknown
 };
+// An exchange between ranks, in the order of work of one rank (kernels/enqueue_order.h).
+struct StepTraffic {
+  std::string name;
+  int64_t bytes = 0;  // that it receives
+  // Ops by name and number in the step, "" where there is none: the last one that had what is sent
+  // as an operand; those behind which the exchange is issued and the pass waits for it.
+  std::string final_op, issued_behind, waited_behind;
+  int64_t ops_beside = 0;  // between the two
+};
 struct StepBench {
   std::string config;
   std::string device;  // "cpu", or the GPU's name
@@ -65,6 +74,7 @@ struct StepBench {
   // their own (Groups::SetAlone): measured on GPUs. On the CPU nothing is computed while ranks
   // exchange something, so all of it, the waiting for slower ranks included, is exposed.
   double exposed_comm_ms = 0;
+  std::vector<StepTraffic> traffic;  // of the first rank
 };
 // Synthetic tokens in documents of `document` tokens (0: of a whole sequence); steps to warm up, on
 // CUDA for 3 seconds, so that the card is as hot as in a run; then `steps` (at least 1), of which

@@ -139,6 +139,7 @@ class Rank {
   const ParamTable& table() const { return table_; }
   HybridModel& model() { return *model_; }
   int64_t overflow_rounds() const { return overflow_rounds_; }
+  Context* ctx() { return ctx_.get(); }
 
  private:
   Tensor sums() { return sums_.tensor().Slice(0, 0, model_->SumsSize()); }
@@ -358,6 +359,60 @@ TEST(Layouts, NoCollectiveIsIdle) {
       found += on_rank;
     }
     EXPECT_GT(found, 0) << "nothing depends on: " << name;
+  }
+}
+
+// On GPUs gradients travel under the rest of the backward pass, weights under the updates and the
+// forward pass before their own, as far as this is the order in which they are enqueued.
+TEST(Layouts, TrafficIsIssuedEarlyAndWaitedForLate) {
+  World* const world = TestWorld();
+  if (world->size() != 4) return;
+  Variant variant = Variants().front();
+  variant.spec.moe.experts = 4;
+  for (const int expert : {1, 4}) {
+    SCOPED_TRACE("expert " + std::to_string(expert));
+    const Mesh mesh{.data = 4, .expert = expert, .rank = world->rank()};
+    ASSERT_TRUE(CheckMesh(variant.spec, mesh).ok());
+    Rank rank(variant, mesh, world);
+    RandomiseWeights(rank.weights(), /*seed=*/3, /*router_scale=*/2);
+    const TestBatch batch(kPasses * 4, kSeqLen, variant.spec.vocab_size, /*seed=*/5,
+                          Reference::Documents(4));
+    EnqueueOrder order;
+    rank.ctx()->order = &order;
+    rank.Gradients(batch, 1, /*targets=*/100);
+    rank.Update();
+    const size_t count = order.traffic().size();
+    rank.Gradients(batch, 1, /*targets=*/100);  // its forward pass waits for weights
+    rank.ctx()->order = nullptr;
+    struct Sum {
+      int64_t bytes = 0, beside = 0, latest = 0;
+    };
+    std::map<std::string, Sum> sums;
+    for (size_t i = 0; i < count; ++i) {
+      const EnqueueOrder::Traffic& traffic = order.traffic()[i];
+      EXPECT_GE(traffic.waited, traffic.issued) << traffic.name;
+      Sum& sum = sums[traffic.name];
+      sum.bytes += traffic.bytes;
+      sum.beside += traffic.beside() ? traffic.bytes : 0;
+      sum.latest = std::max(sum.latest, traffic.issued - traffic.final_op);
+    }
+    // The last sublayer's gradients and the first one's weights have nothing to hide behind.
+    for (const char* name : {"gradients", "weights"}) {
+      EXPECT_GT(sums[name].bytes, 0) << name;
+      EXPECT_GT(static_cast<double>(sums[name].beside), 0.8 * static_cast<double>(sums[name].bytes))
+          << name;
+    }
+    // Within the sublayer that made the gradients, and behind the update of the weights.
+    EXPECT_LT(sums["gradients"].latest, 20);
+    EXPECT_LE(sums["weights"].latest, 1);
+    EXPECT_EQ(sums["moe: rows to their experts"].beside, 0) << "the README says that rows wait";
+    if (world->first()) {
+      for (const auto& [name, sum] : sums) {
+        std::printf("%s: %lld bytes, %lld beside work, issued at most %lld ops late\n",
+                    name.c_str(), static_cast<long long>(sum.bytes),
+                    static_cast<long long>(sum.beside), static_cast<long long>(sum.latest));
+      }
+    }
   }
 }
 
