@@ -47,7 +47,7 @@ OpScope::OpScope(const Context& ctx, OpFamily family, const char* name,
   }
   if (ctx.planning) return;
   if (ctx.order != nullptr && ctx.side == 0 && family != OpFamily::kCommunication) {
-    ctx.order->AddOp(name, operands.begin(), operands.size());
+    ctx.order->AddOp(name, family == OpFamily::kOther, operands.begin(), operands.size());
   }
   const bool cuda = ctx.device == Device::kCuda;
   if (cuda) cuda::PushRange(name);

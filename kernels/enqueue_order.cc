@@ -12,8 +12,8 @@ EnqueueOrder::Range EnqueueOrder::RangeOf(const Tensor& t) {
   return {begin, begin + (last + 1) * SizeOf(t.dtype())};
 }
 
-void EnqueueOrder::AddOp(const char* name, const Operand* operands, size_t count) {
-  Op op{.name = name, .operands = {}};
+void EnqueueOrder::AddOp(const char* name, bool small, const Operand* operands, size_t count) {
+  Op op{.name = name, .small = small, .operands = {}};
   for (size_t i = 0; i < count; ++i) op.operands.push_back(RangeOf(operands[i].tensor));
   ops_.push_back(std::move(op));
 }
@@ -32,7 +32,12 @@ void EnqueueOrder::AddTraffic(const char* name, int side, const Tensor& sent, in
 
 void EnqueueOrder::WaitFor(int side, int64_t mark) {
   for (size_t i = 0; i < static_cast<size_t>(mark); ++i) {
-    if (side_[i] == side && traffic_[i].waited < 0) traffic_[i].waited = ops();
+    Traffic& traffic = traffic_[i];
+    if (side_[i] != side || traffic.waited >= 0) continue;
+    traffic.waited = ops();
+    for (int64_t k = traffic.issued; k < traffic.waited; ++k) {
+      traffic.work_beside += ops_[static_cast<size_t>(k)].small ? 0 : 1;
+    }
   }
 }
 

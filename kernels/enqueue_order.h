@@ -25,15 +25,15 @@ class EnqueueOrder {
     // Ops before the first one that waits for it; as `issued` where the pass itself carries it. -1:
     // nothing has waited yet.
     int64_t waited = -1;
-    bool beside() const { return waited > issued; }  // ops may run while it is under way
+    int64_t work_beside = 0;  // ops between the two, without small ones (fills, copies)
   };
 
   const std::vector<Traffic>& traffic() const { return traffic_; }
   int64_t ops() const { return static_cast<int64_t>(ops_.size()); }
   const std::string& op(int64_t number) const { return ops_[static_cast<size_t>(number - 1)].name; }
 
-  // An op of the pass.
-  void AddOp(const char* name, const Operand* operands, size_t count);
+  // An op of the pass; `small`: not worth hiding anything behind.
+  void AddOp(const char* name, bool small, const Operand* operands, size_t count);
   // A collective on the pass's stream (side 0) or a side stream; `sent`: what others get.
   void AddTraffic(const char* name, int side, const Tensor& sent, int64_t bytes);
   // A mark behind all traffic of a side stream so far, and a wait of the pass for it.
@@ -48,6 +48,7 @@ class EnqueueOrder {
   static Range RangeOf(const Tensor& t);
   struct Op {
     std::string name;
+    bool small;
     std::vector<Range> operands;
   };
   std::vector<Op> ops_;

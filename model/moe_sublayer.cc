@@ -178,6 +178,15 @@ void MoeSublayer::OwnExpertsBackward(Tensor d_rows, Tensor d_weight, Tensor dy, 
   weights.Release(gate_up_);
 }
 
+namespace {
+
+// The rows of a round's buffer that are in use: ops then count, and look at, no others.
+int64_t RowsInUse(const ExpertRoutes::Round& round, int64_t capacity, const Context& ctx) {
+  return ctx.planning ? capacity : std::max(ExpertRowAlignment(ctx.device), round.offsets.back());
+}
+
+}  // namespace
+
 void MoeSublayer::SharedExpertsForward(Tensor y, Tensor x, const Weights& weights, MoeSaved* s,
                                        const PassContext& pass) const {
   const Context& ctx = *pass.ctx;
@@ -205,12 +214,15 @@ void MoeSublayer::SharedExpertsForward(Tensor y, Tensor x, const Weights& weight
     UploadNumbers(s->expert_offsets, round.offsets, ctx);
     group.ExchangeRows("moe: rows to their experts", s->inputs, round.receives, rows, round.sends,
                        ctx);
+    const int64_t used = RowsInUse(round, capacity, ctx);
+    const auto in_use = [used](Tensor t) { return t.Slice(0, 0, used); };
     const Tensor product =
-        y.defined() ? ctx.scratch->Alloc(x.dtype(), {capacity, width / 2}) : Tensor();
-    GroupedLinearSwiGluForward(product, s->gate_up, s->inputs, w_gate_up, s->expert_offsets, ctx);
+        y.defined() ? in_use(ctx.scratch->Alloc(x.dtype(), {capacity, width / 2})) : Tensor();
+    GroupedLinearSwiGluForward(product, in_use(s->gate_up), in_use(s->inputs), w_gate_up,
+                               s->expert_offsets, ctx);
     if (!y.defined()) continue;
     const Tensor outputs = ctx.scratch->Alloc(x.dtype(), {capacity, x.dim(1)});
-    GroupedLinearForward(outputs, product, w_down, s->expert_offsets, ctx);
+    GroupedLinearForward(in_use(outputs), product, w_down, s->expert_offsets, ctx);
     // Each row back to where it came from.
     group.ExchangeRows("moe: rows from their experts", rows, round.sends, outputs, round.receives,
                        ctx);
@@ -241,12 +253,14 @@ void MoeSublayer::SharedExpertsBackward(Tensor d_rows, Tensor d_weight, Tensor d
   for (int64_t k = 0; k < s.routes->rounds(); ++k) {
     const ArenaScope scope(ctx.scratch);
     const ExpertRoutes::Round round = s.routes->round(k);
-    const Tensor inputs = s.inputs, gate_up = s.gate_up, own_offsets = s.expert_offsets;
+    const int64_t used = RowsInUse(round, capacity, ctx);
+    const auto in_use = [used](Tensor t) { return t.Slice(0, 0, used); };
+    const Tensor inputs = s.inputs, gate_up = in_use(s.gate_up), own_offsets = s.expert_offsets;
     if (k > 0) {  // in the memory of the first round, which is done
       UploadNumbers(own_offsets, round.offsets, ctx);
       group.ExchangeRows("moe: rows to their experts again", inputs, round.receives, x_rows,
                          round.sends, ctx);
-      GroupedLinearSwiGluForward(Tensor(), gate_up, inputs, w_gate_up, own_offsets, ctx);
+      GroupedLinearSwiGluForward(Tensor(), gate_up, in_use(inputs), w_gate_up, own_offsets, ctx);
     }
     const Tensor d_outputs = ctx.scratch->Alloc(x.dtype(), {capacity, d});
     const Tensor weight = ctx.scratch->Alloc(wide, {capacity, 1});
@@ -257,14 +271,14 @@ void MoeSublayer::SharedExpertsBackward(Tensor d_rows, Tensor d_weight, Tensor d
     // Each row in use is as a token of its own.
     const Tensor numbers = ctx.scratch->Alloc(DType::kI32, {capacity});
     MoeRowNumbers(numbers, round.offsets.back(), ctx);
-    const Tensor product = ctx.scratch->Alloc(x.dtype(), {capacity, gate_up.dim(1) / 2});
+    const Tensor product = in_use(ctx.scratch->Alloc(x.dtype(), {capacity, gate_up.dim(1) / 2}));
     const Tensor d_gate_up = gate_up;  // in place
-    GroupedSwiGluLinearBackward(d_gate_up, product, {weight, d_own_weight, numbers}, d_outputs,
-                                w_down, gate_up, own_offsets, ctx);
-    GroupedWgrad(weights, down_, d_outputs, product, own_offsets, ctx);
-    GroupedWgrad(weights, gate_up_, d_gate_up, inputs, own_offsets, ctx);
+    GroupedSwiGluLinearBackward(d_gate_up, product, {weight, d_own_weight, in_use(numbers)},
+                                in_use(d_outputs), w_down, gate_up, own_offsets, ctx);
+    GroupedWgrad(weights, down_, in_use(d_outputs), product, own_offsets, ctx);
+    GroupedWgrad(weights, gate_up_, d_gate_up, in_use(inputs), own_offsets, ctx);
     const Tensor d_inputs = d_outputs;  // in place: dy of the rows has served
-    GroupedLinearBackwardInput(d_inputs, d_gate_up, w_gate_up, own_offsets, ctx);
+    GroupedLinearBackwardInput(in_use(d_inputs), d_gate_up, w_gate_up, own_offsets, ctx);
     group.ExchangeRows("moe: gradients from the experts",
                        {{d_rows, d_inputs}, {d_row_weights, d_own_weight}}, round.sends,
                        round.receives, ctx);

@@ -270,7 +270,7 @@ class KeyReader : public ConfigVisitor {
 // What the user set and what changes nothing on this device or with so many ranks.
 void NoteIdleSettings(const RunConfig& config, int64_t ranks, ConfigReader* reader) {
   const RunConfig defaults;
-  const auto note = [reader](const std::string& key, std::string_view why) {
+  const auto note = [reader](const std::string& key, const char* why) {
     reader->Note(key, absl::StrCat(key, " has no effect ", why));
   };
   if (config.train.hang_timeout != defaults.train.hang_timeout && ranks == 1) {

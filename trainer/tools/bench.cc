@@ -199,7 +199,7 @@ std::vector<StepTraffic> TrafficOf(const EnqueueOrder& order, size_t count) {
                        .final_op = op(t.final_op),
                        .issued_behind = op(t.issued),
                        .waited_behind = op(std::max<int64_t>(0, t.waited)),
-                       .ops_beside = std::max<int64_t>(0, t.waited - t.issued)});
+                       .ops_beside = t.work_beside});
   }
   return traffic;
 }

@@ -57,7 +57,7 @@ struct StepTraffic {
   // Ops by name and number in the step, "" where there is none: the last one that had what is sent
   // as an operand; those behind which the exchange is issued and the pass waits for it.
   std::string final_op, issued_behind, waited_behind;
-  int64_t ops_beside = 0;  // between the two
+  int64_t ops_beside = 0;  // between the two, without fills and copies
 };
 struct StepBench {
   std::string config;

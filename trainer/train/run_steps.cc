@@ -140,7 +140,7 @@ absl::Status Run::Report(StepReport report, double seconds) {
   report.total_memory = memory.total;
   if (trainer_->peak_flops() > 0) {
     report.mfu = FlopsPerToken(config_.model, config_.data.seq_len) * report.tokens_per_s /
-                 trainer_->peak_flops();
+                 (trainer_->peak_flops() * world_->size());
   }
   if (draw) {
     drawn_ = MonotonicSeconds();

@@ -1,6 +1,7 @@
 // What checkpoint_speed_test measures, with several ranks at once: the state of a model of 100M
 // parameters, and where each rank has a GPU a save of one of 1B from there. By hand:
 //   mpirun -n 4 trainer_checkpoint_checkpoint_speed_ranks_test
+#include <fcntl.h>
 #include <gtest/gtest.h>
 #include <unistd.h>
 
@@ -61,6 +62,15 @@ double Median(std::vector<double> values) {
   return values[values.size() / 2];
 }
 
+// Has the system read a file from the disk again.
+void DropFromCache(const std::string& path) {
+  const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  ASSERT_GE(fd, 0) << path;
+  EXPECT_EQ(fdatasync(fd), 0);
+  EXPECT_EQ(posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED), 0);
+  close(fd);
+}
+
 class CheckpointSpeedRanksTest : public ::testing::Test {
  protected:
   // Of the slowest rank, from a common start.
@@ -99,7 +109,8 @@ TEST_F(CheckpointSpeedRanksTest, AgainstPlainWriteReadAndCopy) {
   const std::string dir = root + "/checkpoints";
   const CheckpointMeta meta = testing_checkpoint::SmallMeta(1);
 
-  std::vector<double> plain_write, save, plain_read, open, load, load_other, copy, stall;
+  std::vector<double> plain_write, save, plain_read, plain_cold, open, load, load_cold, load_other,
+      copy, stall;
   int64_t touched = 0;  // bytes that this rank reads under the other layout
   for (int round = 0; round < 5; ++round) {
     plain_write.push_back(Seconds([&] {
@@ -111,14 +122,17 @@ TEST_F(CheckpointSpeedRanksTest, AgainstPlainWriteReadAndCopy) {
       }
       ASSERT_TRUE(file->Sync().ok());
     }));
-    plain_read.push_back(Seconds([&] {
+    const auto read_plain = [&] {
       auto file = File::OpenRead(plain, ExitCode::kData);
       int64_t at = 0;
       for (auto& memory : state.memory) {
         ASSERT_TRUE(file->ReadAt(memory.data(), memory.size(), at).ok());
         at += static_cast<int64_t>(memory.size());
       }
-    }));
+    };
+    plain_read.push_back(Seconds(read_plain));
+    DropFromCache(plain);
+    plain_cold.push_back(Seconds(read_plain));
     std::filesystem::remove(plain);
     save.push_back(Seconds([&] {
       const absl::Status status =
@@ -137,6 +151,13 @@ TEST_F(CheckpointSpeedRanksTest, AgainstPlainWriteReadAndCopy) {
     open.push_back(
         Seconds([&] { ASSERT_TRUE(OpenCheckpoint(dir + "/" + StepFolderName(1), world_).ok()); }));
     load.push_back(Seconds([&] { read(&state); }));
+    world_->Barrier();
+    if (world_->first()) {
+      for (const auto& entry : std::filesystem::recursive_directory_iterator(dir)) {
+        if (entry.is_regular_file()) DropFromCache(entry.path());
+      }
+    }
+    load_cold.push_back(Seconds([&] { read(&state); }));
     load_other.push_back(Seconds([&] { read(&elsewhere); }));
     copy.push_back(Seconds([&] {
       char* to = staging.data();
@@ -164,12 +185,14 @@ TEST_F(CheckpointSpeedRanksTest, AgainstPlainWriteReadAndCopy) {
       "  load %.2f GB/s, under another layout (which reads %.2f times the "
       "bytes) %.2f GB/s, plain read %.2f GB/s (page cache), ratios "
       "%.2f, %.2f; opening takes %.1f ms of it\n"
+      "  load from the disk %.2f GB/s, plain read %.2f GB/s, ratio %.2f\n"
       "  stall of a save in the background %.1f ms, plain copy %.1f ms, ratio %.2f\n",
       world_->size(), gb, static_cast<double>(table.total()) * 1e-6, gb / Median(save),
       gb / Median(plain_write), Median(plain_write) / Median(save), gb / Median(load),
       static_cast<double>(all_touched) / static_cast<double>(total), gb / Median(load_other),
       gb / Median(plain_read), Median(plain_read) / Median(load),
-      Median(plain_read) / Median(load_other), 1e3 * Median(open), 1e3 * Median(stall),
+      Median(plain_read) / Median(load_other), 1e3 * Median(open), gb / Median(load_cold),
+      gb / Median(plain_cold), Median(plain_cold) / Median(load_cold), 1e3 * Median(stall),
       1e3 * Median(copy), Median(stall) / Median(copy));
 }
 

@@ -368,13 +368,19 @@ TEST(Layouts, TrafficIsIssuedEarlyAndWaitedForLate) {
   World* const world = TestWorld();
   if (world->size() != 4) return;
   Variant variant = Variants().front();
-  variant.spec.moe.experts = 4;
+  variant.spec = MeshModels()[2];
+  variant.spec.tie_embeddings = false;
+  variant.spec.moe.aux_loss = 0.3;
   for (const int expert : {1, 4}) {
-    SCOPED_TRACE("expert " + std::to_string(expert));
+    SCOPED_TRACE("experts over " + std::to_string(expert));
     const Mesh mesh{.data = 4, .expert = expert, .rank = world->rank()};
     ASSERT_TRUE(CheckMesh(variant.spec, mesh).ok());
     Rank rank(variant, mesh, world);
-    RandomiseWeights(rank.weights(), /*seed=*/3, /*router_scale=*/2);
+    const size_t flats = rank.weights().layout().flats().size();
+    for (size_t f = 0; f < flats; ++f) {
+      const Tensor flat = rank.weights().FlatWeight(static_cast<int>(f));
+      for (int64_t i = 0; i < flat.numel(); ++i) Set(flat, i, 0.01 * static_cast<double>(i % 7));
+    }
     const TestBatch batch(kPasses * 4, kSeqLen, variant.spec.vocab_size, /*seed=*/5,
                           Reference::Documents(4));
     EnqueueOrder order;
@@ -385,7 +391,7 @@ TEST(Layouts, TrafficIsIssuedEarlyAndWaitedForLate) {
     rank.Gradients(batch, 1, /*targets=*/100);  // its forward pass waits for weights
     rank.ctx()->order = nullptr;
     struct Sum {
-      int64_t bytes = 0, beside = 0, latest = 0;
+      int64_t bytes = 0, beside = 0, late = 0;
     };
     std::map<std::string, Sum> sums;
     for (size_t i = 0; i < count; ++i) {
@@ -393,25 +399,28 @@ TEST(Layouts, TrafficIsIssuedEarlyAndWaitedForLate) {
       EXPECT_GE(traffic.waited, traffic.issued) << traffic.name;
       Sum& sum = sums[traffic.name];
       sum.bytes += traffic.bytes;
-      sum.beside += traffic.beside() ? traffic.bytes : 0;
-      sum.latest = std::max(sum.latest, traffic.issued - traffic.final_op);
+      sum.beside += traffic.work_beside > 0 ? traffic.bytes : 0;
+      // A bucket may hold nothing but rows of padding.
+      if (traffic.final_op > 0) sum.late = std::max(sum.late, traffic.issued - traffic.final_op);
     }
-    // The last sublayer's gradients and the first one's weights have nothing to hide behind.
+    // The last sublayer's gradients and the first one's weights have little to hide behind.
     for (const char* name : {"gradients", "weights"}) {
       EXPECT_GT(sums[name].bytes, 0) << name;
       EXPECT_GT(static_cast<double>(sums[name].beside), 0.8 * static_cast<double>(sums[name].bytes))
           << name;
     }
-    // Within the sublayer that made the gradients, and behind the update of the weights.
-    EXPECT_LT(sums["gradients"].latest, 20);
-    EXPECT_LE(sums["weights"].latest, 1);
-    EXPECT_EQ(sums["moe: rows to their experts"].beside, 0) << "the README says that rows wait";
-    if (world->first()) {
-      for (const auto& [name, sum] : sums) {
-        std::printf("%s: %lld bytes, %lld beside work, issued at most %lld ops late\n",
-                    name.c_str(), static_cast<long long>(sum.bytes),
-                    static_cast<long long>(sum.beside), static_cast<long long>(sum.latest));
-      }
+    // At the end of the sublayer that has made the last of a bucket, and behind its update.
+    EXPECT_LT(sums["gradients"].late, 10);
+    EXPECT_EQ(sums["weights"].late, 0);
+    // The pass itself waits for the rows of experts.
+    EXPECT_EQ(sums["moe: rows to their experts"].beside, 0);
+    EXPECT_EQ(sums["moe: rows to their experts"].bytes > 0, expert > 1);
+    for (const auto& [name, sum] : sums) {
+      if (!world->first()) break;
+      std::printf(
+          "experts over %d: %s: %lld bytes, %lld beside work, issued at most %lld ops late\n",
+          expert, name.c_str(), static_cast<long long>(sum.bytes),
+          static_cast<long long>(sum.beside), static_cast<long long>(sum.late));
     }
   }
 }
