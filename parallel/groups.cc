@@ -21,7 +21,11 @@ Groups::Groups(World* world, const Mesh& mesh, double expert_slack, Device devic
                &alone_, &peers_},
               mesh.ExpertGroup(), mesh.rank),
       stage_(Of(mesh.TensorReplicas(mesh.tensor))) {
-  KRAIT_CHECK(world == nullptr || (world->size() == mesh.world() && world->rank() == mesh.rank));
+  machines_.assign(static_cast<size_t>(mesh.world()), 0);
+  if (world == nullptr) return;
+  KRAIT_CHECK(world->size() == mesh.world() && world->rank() == mesh.rank);
+  const std::vector<int64_t> machines = world->AllGather(int64_t{world->machine()});
+  std::copy(machines.begin(), machines.end(), machines_.begin());
 }
 
 std::shared_ptr<NcclRanks> Groups::Nccl(const std::vector<int>& ranks) const {

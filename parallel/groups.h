@@ -28,6 +28,8 @@ class Groups {
   const Mesh& mesh() const { return mesh_; }
   World* world() const { return world_; }
   double expert_slack() const { return expert_slack_; }
+  // Of each rank of the world the first rank of its machine; one machine while planning.
+  const std::vector<int>& machines() const { return machines_; }
   const Communicator& tensor() const { return tensor_; }  // the ranks that share a pass
   const Communicator& expert() const { return expert_; }  // the expert group
   const Communicator& stage() const { return stage_; }    // all ranks of the pipeline stage
@@ -65,6 +67,7 @@ class Groups {
   World* world_;
   Mesh mesh_;
   double expert_slack_;
+  std::vector<int> machines_;
   bool alone_ = false;
   PeerMemory* peers_ = nullptr;
   mutable Traffic planned_;

@@ -44,8 +44,9 @@ void AbortAll(ExitCode code) {
 
 class MpiWorld : public World {
  public:
-  MpiWorld(int rank, int size, int local_rank, int local_size, std::unique_ptr<Watchdog> watchdog)
-      : World(rank, size, local_rank, local_size), watchdog_(std::move(watchdog)) {}
+  MpiWorld(int rank, int size, int local_rank, int local_size, int machine,
+           std::unique_ptr<Watchdog> watchdog)
+      : World(rank, size, local_rank, local_size, machine), watchdog_(std::move(watchdog)) {}
   ~MpiWorld() override {
     // Other ranks may still be at work on their own. They are waited for by messages, which say who
     // is missing, and not in MPI_Finalize: mpirun can crash when ranks fail while others are there.
@@ -137,11 +138,13 @@ std::unique_ptr<World> StartMpiWorld(int* argc, char*** argv) {
         "MPI_Comm_split_type");
   Check(MPI_Comm_rank(machine, &local_rank), "MPI_Comm_rank");
   Check(MPI_Comm_size(machine, &local_size), "MPI_Comm_size");
+  int first = rank;
+  Check(MPI_Bcast(&first, 1, MPI_INT, /*root=*/0, machine), "MPI_Bcast");
   Check(MPI_Comm_free(&machine), "MPI_Comm_free");
   g_rank = rank;
   SetFatalHook(AbortAll);
   start.reset();
-  return std::make_unique<MpiWorld>(rank, size, local_rank, local_size, std::move(watchdog));
+  return std::make_unique<MpiWorld>(rank, size, local_rank, local_size, first, std::move(watchdog));
 }
 
 }  // namespace krait

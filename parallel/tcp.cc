@@ -128,9 +128,9 @@ void AbortAll(ExitCode code) {
 
 class TcpWorld : public World {
  public:
-  TcpWorld(const TcpJob& job, int local_rank, int local_size, bool speaks, TcpMeeting meeting,
-           std::unique_ptr<Watchdog> watchdog)
-      : World(job.rank, job.ranks, local_rank, local_size),
+  TcpWorld(const TcpJob& job, int local_rank, int local_size, int machine, bool speaks,
+           TcpMeeting meeting, std::unique_ptr<Watchdog> watchdog)
+      : World(job.rank, job.ranks, local_rank, local_size, machine),
         watchdog_(std::move(watchdog)),
         peers_(std::move(meeting.peers)),
         watch_(job.rank, speaks, &peers_) {
@@ -396,11 +396,12 @@ absl::StatusOr<std::unique_ptr<World>> StartTcpWorld(const TcpJob& job) {
       "meeting of the ranks", CollectiveShape{.last_rank = job.ranks - 1, .ranks = job.ranks});
   KRAIT_ASSIGN_OR_RETURN(TcpMeeting meeting, Meet(job));
   scope.reset();
-  int local_rank = 0, local_size = 0, speaker = -1;
+  int local_rank = 0, local_size = 0, machine = -1, speaker = -1;
   const auto self = static_cast<size_t>(job.rank);
   for (size_t r = 0; r < meeting.hosts.size(); ++r) {
     if (meeting.hosts[r] != meeting.hosts[self]) continue;
     ++local_size;
+    if (machine < 0) machine = static_cast<int>(r);
     if (r < self) ++local_rank;
     // Of rank 0's death one of each machine speaks, of all others' rank 0.
     if (r > 0 && speaker < 0) speaker = static_cast<int>(r);
@@ -408,8 +409,8 @@ absl::StatusOr<std::unique_ptr<World>> StartTcpWorld(const TcpJob& job) {
   if (job.local_rank >= 0) local_rank = job.local_rank;
   if (job.local_size > 0) local_size = job.local_size;
   const bool speaks = job.rank == 0 || job.rank == speaker;
-  return std::make_unique<TcpWorld>(job, local_rank, local_size, speaks, std::move(meeting),
-                                    std::move(watchdog));
+  return std::make_unique<TcpWorld>(job, local_rank, local_size, machine, speaks,
+                                    std::move(meeting), std::move(watchdog));
 }
 
 }  // namespace krait

@@ -17,7 +17,7 @@ namespace {
 
 class SingleWorld : public World {
  public:
-  SingleWorld() : World(0, 1, 0, 1) {}
+  SingleWorld() : World(0, 1, 0, 1, 0) {}
 
  private:
   void Transfer(const std::vector<Message>&, const std::vector<Message>&,

@@ -36,6 +36,7 @@ class World {
   // Among the ranks of this machine.
   int local_rank() const { return local_rank_; }
   int local_size() const { return local_size_; }
+  int machine() const { return machine_; }  // the first rank of this one's machine
   bool first() const { return rank_ == 0; }
 
   // All messages travel at once; complete on return. The n-th message of a to b is received by b's
@@ -65,15 +66,19 @@ class World {
   void Barrier() { AllGather(int64_t{0}); }
 
  protected:
-  World(int rank, int size, int local_rank, int local_size)
-      : rank_(rank), size_(size), local_rank_(local_rank), local_size_(local_size) {}
+  World(int rank, int size, int local_rank, int local_size, int machine)
+      : rank_(rank),
+        size_(size),
+        local_rank_(local_rank),
+        local_size_(local_size),
+        machine_(machine) {}
 
  private:
   // Exchange of at least one message. `waits_for` is called with ranks that are waited for.
   virtual void Transfer(const std::vector<Message>& sends, const std::vector<Message>& receives,
                         const std::function<void(int)>& waits_for) = 0;
 
-  int rank_, size_, local_rank_, local_size_;
+  int rank_, size_, local_rank_, local_size_, machine_;
 };
 
 // A single process.

@@ -5,12 +5,30 @@
 #include <gtest/gtest.h>
 
 #include <cstdio>
+#include <functional>
+#include <vector>
 
 #include "parallel/world.h"
 
 namespace krait::testing {
 
 World* TestWorld();
+
+// The ranks of another world, as if each `per_machine` of them in a row had a machine of their own.
+class SplitWorld : public World {
+ public:
+  SplitWorld(World* world, int per_machine)
+      : World(world->rank(), world->size(), world->rank() % per_machine, per_machine,
+              world->rank() / per_machine * per_machine),
+        world_(world) {}
+
+ private:
+  void Transfer(const std::vector<Message>& sends, const std::vector<Message>& receives,
+                const std::function<void(int)>& /*waits_for*/) override {
+    world_->Exchange(sends, receives, "test");
+  }
+  World* world_;
+};
 
 // Prints nothing but failures, with the rank.
 class FailurePrinter : public ::testing::EmptyTestEventListener {

@@ -39,7 +39,7 @@ using testing_checkpoint::State;
 // The first ranks of the job as a world of their own.
 class PartOfWorld : public World {
  public:
-  PartOfWorld(World* world, int size) : World(world->rank(), size, 0, 1), world_(world) {}
+  PartOfWorld(World* world, int size) : World(world->rank(), size, 0, 1, 0), world_(world) {}
 
  private:
   void Transfer(const std::vector<Message>& sends, const std::vector<Message>& receives,

@@ -48,6 +48,7 @@ class GpuProbeRanksTest : public ::testing::Test {
     KRAIT_CHECK(reader.ok());
     return *reader;
   }
+  void CheckFp32(World* world) const;
   template <typename Test>
   static void ForLayouts(const Test& test) {
     const int world = TestWorld()->size();
@@ -67,11 +68,12 @@ class GpuProbeRanksTest : public ::testing::Test {
   std::string folder_;  // the first rank's
 };
 
-TEST_F(GpuProbeRanksTest, Fp32AgreesWithTheGoldenValuesInEveryLayout) {
+// Every layout on the ranks of `world` against golden values and one rank.
+void GpuProbeRanksTest::CheckFp32(World* world) const {
   SafetensorsReader alone;
-  if (TestWorld()->first()) alone = Probe(nullptr, "alone", "fp32", {});
+  if (world->first()) alone = Probe(nullptr, "alone", "fp32", {});
   ForLayouts([&](const std::string& name, const std::vector<std::string>& layout) {
-    const SafetensorsReader out = Probe(TestWorld(), name, "fp32", layout);
+    const SafetensorsReader out = Probe(world, name, "fp32", layout);
     if (!TestWorld()->first()) return;
     double worst[4] = {};
     for (const auto& [entry_name, entry] : alone.entries()) {
@@ -102,6 +104,15 @@ TEST_F(GpuProbeRanksTest, Fp32AgreesWithTheGoldenValuesInEveryLayout) {
         "gradients %.1e\n",
         name.c_str(), worst[0], worst[1], worst[2], worst[3]);
   });
+}
+
+TEST_F(GpuProbeRanksTest, Fp32AgreesWithTheGoldenValuesInEveryLayout) { CheckFp32(TestWorld()); }
+
+// Gradients and weights travel within machines and then between them.
+TEST_F(GpuProbeRanksTest, Fp32OfMachinesOfTwoAgreesToo) {
+  if (TestWorld()->size() < 4) return;
+  SplitWorld machines(TestWorld(), 2);
+  CheckFp32(&machines);
 }
 
 TEST_F(GpuProbeRanksTest, Bf16FollowsOneRankAndRepeatsItsBits) {
