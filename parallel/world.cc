@@ -126,6 +126,8 @@ Launch LaunchOfThisProcess() {
   return {};
 }
 
+bool StartedByMpirun() { return std::getenv("OMPI_COMM_WORLD_SIZE") != nullptr; }
+
 absl::StatusOr<std::unique_ptr<World>> StartWorld(int* argc, char*** argv) {
   const Launch launch = LaunchOfThisProcess();
   if (launch.ranks == 1) return OneRankWorld();

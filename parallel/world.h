@@ -94,6 +94,9 @@ struct Launch {
   bool mpi = false;  // the ranks meet by MPI; else by TCP
 };
 Launch LaunchOfThisProcess();
+// Whether Open MPI's mpirun started this process, as one of several or alone: its standard output
+// is then a terminal of mpirun's own making, whatever mpirun's is.
+bool StartedByMpirun();
 
 // The MPI that this build uses: "Open MPI v4.1.4". Any time, any thread.
 std::string MpiLibrary();

@@ -98,8 +98,9 @@ absl::Status Run::OpenFolder() {
   KRAIT_RETURN_IF_ERROR(MakeDirectories(config_.run_dir, ExitCode::kCannotSave));
   KRAIT_ASSIGN_OR_RETURN(lock_, RunLock::Acquire(config_.run_dir));
   if (IsDirectory(config_.checkpoint.dir)) KRAIT_RETURN_IF_ERROR(LockCheckpoints());
-  KRAIT_ASSIGN_OR_RETURN(
-      console_, Console::Open(config_.run_dir + "/train.log", /*live=*/world_->size() == 1));
+  KRAIT_ASSIGN_OR_RETURN(console_,
+                         Console::Open(config_.run_dir + "/train.log",
+                                       /*live=*/world_->size() == 1 && !StartedByMpirun()));
   return lock_.warning().empty() ? absl::OkStatus() : Say("warning: " + lock_.warning());
 }
 

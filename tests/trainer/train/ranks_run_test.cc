@@ -100,6 +100,17 @@ class RanksRun : public ::testing::Test {
 
 constexpr double kBound = 2e-6;
 
+// mpirun gives a single rank a terminal too; what it prints goes to a pipe here.
+TEST_F(RanksRun, ASingleRankDrawsNoStatusLine) {
+  std::vector<std::string> argv = {KRAIT_MPIRUN, "-n", "1", KRAIT_BINARY};
+  for (const std::string& word : tiny_.TrainWords("single", {"train.steps=10"})) {
+    argv.push_back(word);
+  }
+  const ProcessResult result = RunProcess(argv, MpiVariables());
+  ASSERT_EQ(result.code, 0) << result.err;
+  EXPECT_THAT(result.out, AllOf(HasSubstr("10/10 | loss"), Not(HasSubstr("\033["))));
+}
+
 TEST_F(RanksRun, EveryLayoutTrainsAlike) {
   ASSERT_EQ(Train("one", {}, {"train.steps=20"}).code, 0);
   int n = 0;
