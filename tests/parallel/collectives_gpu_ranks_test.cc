@@ -100,16 +100,7 @@ TEST_F(GpuCollectivesTest, GathersAndRows) {
               ranks.AllGather("gather", out, in, ctx);
             });
   }
-  // Rank a sends b a + b rows, none where that is even.
-  const auto rows = [](int a, int b) { return (a + b) % 2 == 0 && a != b ? 0 : int64_t{a + b}; };
-  std::vector<RowMessage> sends, receives;
-  int64_t sent = 0, received = 0;
-  for (int r = 0; r < size(); ++r) {
-    sends.push_back({r, sent, rows(rank(), r)});
-    sent += rows(rank(), r);
-    receives.push_back({r, received, rows(r, rank())});
-    received += rows(r, rank());
-  }
+  const auto [sends, receives, sent, received] = UnevenRows();
   Compare(DType::kBF16, {received + 1, 9}, {sent + 1, 9},
           [&](const Communicator& ranks, Tensor out, Tensor in, const Context& ctx) {
             ranks.ExchangeRows("rows", out, receives, in, sends, ctx);

@@ -91,16 +91,7 @@ TEST_F(CollectivesTest, TheMaximumKeepsNaN) {
 }
 
 TEST_F(CollectivesTest, RowsGoWhereTheyAreSent) {
-  // Rank a sends b a + b rows, none where that is even.
-  const auto rows = [](int a, int b) { return (a + b) % 2 == 0 && a != b ? 0 : int64_t{a + b}; };
-  std::vector<RowMessage> sends, receives;
-  int64_t sent = 0, received = 0;
-  for (int r = 0; r < size(); ++r) {
-    sends.push_back({r, sent, rows(rank(), r)});
-    sent += rows(rank(), r);
-    receives.push_back({r, received, rows(r, rank())});
-    received += rows(r, rank());
-  }
+  const auto [sends, receives, sent, received] = UnevenRows();
   Buf in(DType::kF32, {sent + 1, 2}), out(DType::kF32, {received + 1, 2});
   for (const RowMessage& send : sends) {
     for (int64_t i = 0; i < send.rows * 2; ++i) {

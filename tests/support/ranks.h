@@ -8,6 +8,7 @@
 #include <functional>
 #include <vector>
 
+#include "parallel/collectives.h"
 #include "parallel/world.h"
 
 namespace krait::testing {
@@ -28,6 +29,22 @@ class SplitWorld : public World {
     world_->Exchange(sends, receives, "test");
   }
   World* world_;
+};
+
+// Messages between all ranks: a sends b a + b rows, none where that is even; itself as many.
+struct UnevenRows {
+  UnevenRows() {
+    const World& world = *TestWorld();
+    const auto rows = [](int a, int b) { return (a + b) % 2 == 0 && a != b ? 0 : int64_t{a + b}; };
+    for (int r = 0; r < world.size(); ++r) {
+      sends.push_back({r, sent, rows(world.rank(), r)});
+      sent += rows(world.rank(), r);
+      receives.push_back({r, received, rows(r, world.rank())});
+      received += rows(r, world.rank());
+    }
+  }
+  std::vector<RowMessage> sends, receives;
+  int64_t sent = 0, received = 0;
 };
 
 // Prints nothing but failures, with the rank.

@@ -280,28 +280,36 @@ Differences Compare(const Variant& variant, const Reference& reference, int64_t 
   return differences;
 }
 
-TEST(Layouts, EqualOneRank) {
+// Calls test(mesh, sequences of a pass) for every layout that the model has on these ranks.
+template <typename Test>
+void ForLayouts(const Variant& variant, const Test& test) {
   const int world = TestWorld()->size();
+  for (int tensor = 1; tensor <= world; ++tensor) {
+    for (int expert = 1; expert <= world; ++expert) {
+      if (world % tensor != 0 || world % expert != 0) continue;
+      const Mesh mesh{.data = world / tensor, .tensor = tensor, .expert = expert};
+      // Tokens are cut anywhere in a sequence.
+      const int64_t pass = 4 % mesh.data == 0 ? 4 : mesh.data;
+      if (pass * kSeqLen / mesh.data % tensor != 0) continue;
+      if (!CheckMesh(variant.spec, mesh).ok()) continue;
+      SCOPED_TRACE(variant.name + ", " + MeshName(mesh));
+      test(mesh, pass);
+    }
+  }
+}
+
+TEST(Layouts, EqualOneRank) {
   int count = 0;
   for (const Variant& variant : Variants()) {
     std::map<int64_t, std::unique_ptr<Reference>> references;
-    for (int tensor = 1; tensor <= world; ++tensor) {
-      for (int expert = 1; expert <= world; ++expert) {
-        if (world % tensor != 0 || world % expert != 0) continue;
-        const Mesh mesh{.data = world / tensor, .tensor = tensor, .expert = expert};
-        // The sequences of a pass; its tokens are cut anywhere in a sequence.
-        const int64_t pass = 4 % mesh.data == 0 ? 4 : mesh.data;
-        if (pass * kSeqLen / mesh.data % tensor != 0) continue;
-        if (!CheckMesh(variant.spec, mesh).ok()) continue;
-        auto& reference = references[pass];
-        if (reference == nullptr) reference = std::make_unique<Reference>(variant, pass);
-        SCOPED_TRACE(variant.name + ", " + MeshName(mesh));
-        const Differences differences = Compare(variant, *reference, pass, mesh, TestWorld());
-        EXPECT_THAT(differences.all, ::testing::IsEmpty());
-        if (HasFailure()) return;
-        ++count;
-      }
-    }
+    ForLayouts(variant, [&](const Mesh& mesh, int64_t pass) {
+      if (::testing::Test::HasFailure()) return;
+      auto& reference = references[pass];
+      if (reference == nullptr) reference = std::make_unique<Reference>(variant, pass);
+      const Differences differences = Compare(variant, *reference, pass, mesh, TestWorld());
+      EXPECT_THAT(differences.all, ::testing::IsEmpty());
+      ++count;
+    });
   }
   EXPECT_GT(count, 5);
   if (TestWorld()->first()) std::printf("%d layouts\n", count);
@@ -309,31 +317,23 @@ TEST(Layouts, EqualOneRank) {
 
 // Gradients and weights that travel within machines and then between them.
 TEST(Layouts, SeveralMachinesEqualOneRank) {
-  const int world = TestWorld()->size();
   const Variant variant = Variants().front();
-  for (int machine = 2; machine < world; ++machine) {
-    if (world % machine != 0) continue;
+  for (int machine = 2; machine < TestWorld()->size(); ++machine) {
+    if (TestWorld()->size() % machine != 0) continue;
+    SCOPED_TRACE("machines of " + std::to_string(machine));
     SplitWorld split(TestWorld(), machine);
-    for (int tensor = 1; tensor <= world; ++tensor) {
-      for (int expert = 1; expert <= world; ++expert) {
-        if (world % tensor != 0 || world % expert != 0) continue;
-        const Mesh mesh{.data = world / tensor, .tensor = tensor, .expert = expert};
-        const int64_t pass = 4 % mesh.data == 0 ? 4 : mesh.data;
-        if (pass * kSeqLen / mesh.data % tensor != 0) continue;
-        if (!CheckMesh(variant.spec, mesh).ok()) continue;
-        SCOPED_TRACE(MeshName(mesh) + ", machines of " + std::to_string(machine));
-        const Reference reference(variant, pass);
-        EXPECT_THAT(Compare(variant, reference, pass, mesh, &split, /*steps=*/2).all,
-                    ::testing::IsEmpty());
-        if (tensor > 1) continue;
-        for (World* const machines : {TestWorld(), static_cast<World*>(&split)}) {
-          const Differences rounded =
-              Compare(variant, reference, pass, mesh, machines, /*steps=*/1, DType::kBF16);
-          EXPECT_THAT(rounded.all, ::testing::IsEmpty()) << "gradients in bf16";
-          EXPECT_GT(rounded.largest, 1e-5);
-        }
+    ForLayouts(variant, [&](const Mesh& mesh, int64_t pass) {
+      const Reference reference(variant, pass);
+      EXPECT_THAT(Compare(variant, reference, pass, mesh, &split, /*steps=*/2).all,
+                  ::testing::IsEmpty());
+      if (mesh.tensor > 1) return;
+      for (World* const machines : {TestWorld(), static_cast<World*>(&split)}) {
+        const Differences rounded =
+            Compare(variant, reference, pass, mesh, machines, /*steps=*/1, DType::kBF16);
+        EXPECT_THAT(rounded.all, ::testing::IsEmpty()) << "gradients in bf16";
+        EXPECT_GT(rounded.largest, 1e-5);
       }
-    }
+    });
   }
 }
 
