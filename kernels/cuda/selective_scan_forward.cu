@@ -8,9 +8,17 @@
 // and twice the warps, polynomials for some decays, six stages) are void. B dt x as TF32 products:
 // 16 in place of 64 multiplications and 20 loads. ptxas gives a warp a special function each 8
 // cycles; decays four tokens ahead spread them over the loop (of one warp alone: 1080 cycles a
-// chunk, 0.156 ms at B1). With four warps a scheduler (B4, 0.473 ms) the unit is busy for 2300 of
-// 3300 cycles and issue slots are 60 % taken; less than 0.45 ms takes fewer special functions.
-// Softplus and gates by the helpers: 0.42, four warps cannot keep up.
+// chunk, 0.156 ms at B1). With four warps a scheduler (B4) the unit is busy for 2300 of 3300
+// cycles and issue slots are 60 % taken. Softplus and gates by the helpers: 0.42, four warps cannot
+// keep up.
+//
+// On an H100, versions in turns in one run (B4 I4096, B4 I8192, B1, B2; ms): 0.467, 0.906, 0.156,
+// 0.240; chunks in pairs and 104 registers in place of 96 where two blocks share a multiprocessor:
+// 0.446, 0.866, 0.153, 0.233. No single unit binds: without the decays' special functions (wrong
+// results) 0.394 at B4 I4096 of 0.462 in that run, without the sums over states 0.432, without
+// these and the inputs' products 0.365. Polynomials (10 instructions) for 2 of 16 decays gained 2 %
+// with 96 registers and lost 3 % with 104; a warp of its own for softplus and gates of each
+// computing one gained 1 % at B1, where each scheduler has one, and lost 24 % at B2.
 #include <type_traits>
 
 #include "kernels/cuda/launch.cuh"
@@ -154,10 +162,10 @@ __global__ void __launch_bounds__(S::kThreads, kBlocks)
   // With two blocks on a multiprocessor, registers move from the helpers to the computing warps.
   constexpr bool kMove = S::kWarps == 8 && kBlocks == 2;
   if (warp >= S::kWarps) {
-    if (kMove) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    if (kMove) asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
     return Help<S>(shared, args, b, c0, warp - S::kWarps, lane);
   }
-  if (kMove) asm volatile("setmaxnreg.inc.sync.aligned.u32 96;");
+  if (kMove) asm volatile("setmaxnreg.inc.sync.aligned.u32 104;");
   const int g = lane / 4, columns = warp * kWarpChannels, channel = c0 + columns + g;
   int s = lane % 4;
   Keep(s);
@@ -246,7 +254,9 @@ __global__ void __launch_bounds__(S::kThreads, kBlocks)
   if constexpr (kAhead) Decays(decay[0], dts + dt_row, a2[0]);
 
   bool next_is_full = false;
-#pragma unroll 1
+  // In two, what goes on to the next chunk stays in its registers.
+  constexpr int kTurns = kAhead && kPlain ? 2 : 1;
+#pragma unroll kTurns
   for (int k = 0; k <= last; ++k) {
     // Beyond the last chunk there is nothing to wait for and nothing of use.
     const int next = k + 1;
