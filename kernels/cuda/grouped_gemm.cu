@@ -3,29 +3,35 @@
 //   forward  y[rows of e, O] = x w[e]^T      backward  dx[rows of e, I] = dy w[e]
 //   weight   dw[e] (+)= dy^T x over the rows of e, f32
 //
-// A tile of the output is 128 x 192, the sum over k goes in steps of 64. Two blocks form a cluster:
-// they work on two tiles above each other, share the tile of b (each fetches one half for both),
-// and walk over all tiles with the other clusters. In a block one thread fetches operands into a
-// ring of stages with the copy engine, and two warpgroups multiply. They take the block's tiles in
-// turn: one stores while the other multiplies, which matters because an expert's sums are short (K
-// of 2048) beside a tile of f32 to write. Adding to dw is a reduction of the copy engine.
+// Two blocks form a cluster: they work on two tiles of 128 rows above each other, share the tile of
+// b (each fetches one half for both), and walk over all tiles with the other clusters. In a block
+// one thread fetches operands, 64 of k at a time, into a ring of stages with the copy engine, and
+// two warpgroups multiply. Together they have a tile of 256 columns, 64 rows each. In turns they
+// have tiles of 192 columns: one stores while the other multiplies, which matters to a weight
+// gradient of few rows, whose sums are short beside a tile of f32 to write. Adding to dw is a
+// reduction of the copy engine.
 //
 // Segments of rows begin at multiples of 128, so no tile has rows of two experts; an odd number of
 // tiles leaves the lower block of the last pair without work. The tensor maps cover the whole
 // buffers, so that the host needs no sizes. What lies beyond an operand's columns is read as zero
 // and not written.
 //
-// Rates on an H200 after a minute of load, when its power limit decides (bench_gemm_gpu_bench:
-// uneven routing, pad rows not counted), TFLOP/s forward / backward / weight / weight adding;
-// "each" is a cuBLASLt product for each expert with sizes on the host:
+// Rates on an H100 at its power limit (bench_gemm_gpu_bench grouped: uneven routing, pad rows not
+// counted; the same call gives 5 % more or less from run to run), TFLOP/s forward / backward /
+// weight / weight adding; "each" is a cuBLASLt product for each expert with sizes on the host:
 //                                    this kernel                    each
-//   8 experts 16384 x 2048 x 11264   625 / 597 / 597 / 557          633 / 612 / 617 / 562
-//   8 experts 16384 x 5632 x 2048    580 / 567 / 599 / 571          609 / 595 / 534 / 493
-//   4 experts 16384 x 4096 x 28672   650 / 626 / 619 / 619          694 / 657 / 653 / 635
-//   4 experts 16384 x 14336 x 4096   630 / 644 / 633 / 620          666 / 668 / 642 / 617
-// Tiles of 128 x 128 were 0 to 11 % slower in that state (730 / 649 / 657 / 641 in the first row on
-// a cool card, where the products for each reached 735 / 589 / 556 / 480). Both warpgroups on one
-// 128 x 256 tile lost 10 % of the weight gradients to stores without overlap.
+//   8 experts 16384 x 2048 x 11264   636 / 644 / 597 / 524          621 / 579 / 587 / 533
+//   8 experts 16384 x 5632 x 2048    615 / 572 / 580 / 547          592 / 571 / 460 / 444
+//   16 experts 32768 x 4096 x 14336  664 / 669 / 618 / 458          612 / 597 / 615 / 595
+//   8 experts 32768 x 4096 x 28672   667 / 694 / 588 / 606          675 / 648 / 602 / 613
+//   4 experts 32768 x 4096 x 28672   674 / 661 / 648 / 649          669 / 667 / 594 / 588
+// In another run, all products in turns: forward 0 to 9 % and backward 1 to 10 % less, weights of
+// 4096 rows an expert and more 1 to 23 % less, weights of 2048 rows within 5 % either way. At the
+// power limit the energy of operands counts: a tile of 256 columns takes 6 % less of shared memory
+// and 14 % less of L2 for each product, and 4096 columns are 21.3 tiles of 192. Weights of 2048
+// rows gained nothing from two slabs a warpgroup and four stages, nor together from four slabs and
+// three stages; adding, they move 8 bytes of dw for 4096 FLOPs: 16 experts of 4096 x 14336 2.5 of
+// the 6.4 ms that 600 TFLOP/s leave, at the card's copy rate.
 #include <cuda.h>
 
 #include <algorithm>
@@ -39,15 +45,24 @@
 namespace krait::cuda {
 namespace {
 
-constexpr int kTileM = 128, kTileN = 192;  // rows and columns of an output tile
-constexpr int kStep = 64;                  // of k in one stage: 128 bytes, the width of the swizzle
-constexpr int kPanel = 64 * kStep * 2;     // bytes of 64 rows or columns of an operand in a stage
-constexpr int kBytesA = kTileM / 64 * kPanel, kBytesB = kTileN / 64 * kPanel;
-constexpr int kStage = kBytesA + kBytesB, kStages = 5;  // of the ring
+constexpr int kTileM = 128;             // rows of an output tile
+constexpr int kStep = 64;               // of k in one stage: 128 bytes, the width of the swizzle
+constexpr int kPanel = 64 * kStep * 2;  // bytes of 64 rows or columns of an operand in a stage
 constexpr int kSlab = 64 * 128;  // bytes of output that are stored at a time: 64 rows of 128 bytes
 constexpr int kThreads = 384;    // two warpgroups that multiply and one that fetches
-constexpr int kShared = 1024 + kStages * kStage + 2 * kSlab + kStages * 16;
-static_assert(kShared <= 227 * 1024);
+// Rows of an expert, on average, from which weight gradients are computed together.
+constexpr int64_t kRowsTogether = 3072;
+// How the two warpgroups share the block's tiles: both work on each, or each takes one in turn.
+template <bool kTogether>
+struct Tile {
+  static constexpr int kN = kTogether ? 256 : 192;   // columns
+  static constexpr int kPanels = kTogether ? 1 : 2;  // of 64 rows that a warpgroup has
+  static constexpr int kBytesA = kTileM / 64 * kPanel, kBytesB = kN / 64 * kPanel;
+  static constexpr int kStage = kBytesA + kBytesB, kStages = kTogether ? 4 : 5;  // of the ring
+  static constexpr int kSlabs = kTogether ? 2 : 1;                               // of a warpgroup
+  static constexpr int kShared = 1024 + kStages * kStage + 2 * kSlabs * kSlab + kStages * 16;
+  static_assert(kShared <= 227 * 1024);
+};
 // Pairs of tiles, above each other, of a band: the clusters at work cover about a square of the
 // output, which keeps their operands in the L2 cache. 4 was within 2 %, 16 lost up to 20 % where K
 // is 4096 and more.
@@ -142,8 +157,8 @@ template <int kPending>
 __device__ inline void MultiplyWait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
-// c[64,192] = a[64,16] b[16,192] (+ c unless `first`) of a warpgroup. An operand is "along m" or
-// "along n" when its unit stride is, else it is along k.
+// c[64,N] = a[64,16] b[16,N] (+ c unless `first`) of a warpgroup, N 192 or 256. An operand is
+// "along m" or "along n" when its unit stride is, else it is along k.
 #define C4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
 #define C16(i) C4(i), C4(i + 4), C4(i + 8), C4(i + 12)
 template <bool kAlongM, bool kAlongN>
@@ -161,6 +176,24 @@ __device__ inline void Multiply(float (&c)[96], uint64_t a, uint64_t b, bool fir
       : C16(0), C16(16), C16(32), C16(48), C16(64), C16(80)
       : "l"(a), "l"(b), "r"(static_cast<int>(first)), "n"(kAlongM), "n"(kAlongN));
 }
+template <bool kAlongM, bool kAlongN>
+__device__ inline void Multiply(float (&c)[128], uint64_t a, uint64_t b, bool first) {
+  asm volatile(
+      "{\n.reg .pred add;\nsetp.eq.b32 add, %130, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
+      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
+      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
+      "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
+      "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, "
+      "%127}, "
+      "%128, %129, add, 1, 1, %131, %132;\n}"
+      : C16(0), C16(16), C16(32), C16(48), C16(64), C16(80), C16(96), C16(112)
+      : "l"(a), "l"(b), "r"(static_cast<int>(first)), "n"(kAlongM), "n"(kAlongN));
+}
 #undef C16
 #undef C4
 
@@ -174,7 +207,7 @@ struct Extents {
 
 // The pairs of tiles of one cluster, in order: expert by expert, in bands of kBand pairs of rows,
 // down each column of a band. Every warp of the block walks along.
-template <Grouped kKind>
+template <Grouped kKind, int kTileN>
 struct Walk {
   const int64_t* offsets;
   const Extents& extents;
@@ -222,6 +255,7 @@ struct Walk {
 };
 
 // A place in the ring, and the parity of its round.
+template <int kStages>
 struct Place {
   int stage = 0;
   uint32_t parity = 0;
@@ -273,23 +307,27 @@ __device__ inline void WriteSlab(uint32_t to, const float* c) {
   }
 }
 
-template <Grouped kKind>
+template <Grouped kKind, bool kTogether>
 __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
     GroupedKernel(const __grid_constant__ CUtensorMap map_a,
                   const __grid_constant__ CUtensorMap map_b,
                   const __grid_constant__ CUtensorMap map_c, const int64_t* offsets,
                   Extents extents, bool accumulate) {
+  using T = Tile<kTogether>;
   constexpr bool kAlongM = kKind == Grouped::kWeight, kAlongN = kKind != Grouped::kForward;
+  constexpr int kTileN = T::kN, kBytesA = T::kBytesA, kBytesB = T::kBytesB;
+  constexpr int kStage = T::kStage, kStages = T::kStages;
   extern __shared__ uint8_t dynamic[];
   const uint32_t ring = (SharedAddress(dynamic) + 1023) & ~1023u;  // the swizzle's period
-  const uint32_t slabs = ring + kStages * kStage, barriers = slabs + 2 * kSlab;
+  const uint32_t slabs = ring + kStages * kStage, barriers = slabs + 2 * T::kSlabs * kSlab;
   const auto full = [&](int stage) { return barriers + stage * 16; };
   const auto empty = [&](int stage) { return barriers + stage * 16 + 8; };
   const int block = static_cast<int>(blockIdx.x % 2);  // of the cluster
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) {
       BarrierInit(full(i), 1);
-      BarrierInit(empty(i), 2 * 4);  // the warps that multiplied in both blocks
+      // The warps that multiplied in both blocks.
+      BarrierInit(empty(i), kTogether ? 2 * 8 : 2 * 4);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
@@ -299,8 +337,8 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
   if (warpgroup == 2) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     if (threadIdx.x == 2 * 128) {
-      Place place;
-      for (Walk<kKind> walk(offsets, extents); walk.Find(); walk.Next()) {
+      Place<kStages> place;
+      for (Walk<kKind, kTileN> walk(offsets, extents); walk.Find(); walk.Next()) {
         const int row = (walk.m * 2 + block) * kTileM, column = walk.n * kTileN;
         const int steps = walk.Steps();
         const bool has_rows = walk.HasRows(block);
@@ -335,19 +373,26 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     const int lane = threadIdx.x % 32;
     const bool leader = threadIdx.x % 128 == 0;
-    const uint32_t my_slab = slabs + warpgroup * kSlab;
+    uint32_t my_slab = slabs + warpgroup * (T::kSlabs * kSlab);
+    const uint32_t my_slabs = 2 * my_slab + kSlab;  // the sum of the two
     // The warpgroups wait for their turns: it keeps the order of their products, and a warpgroup a
     // round of the ring ahead would take a stage's last phase for the one that it waits for.
-    const auto wait_turn = [&] { NamedSync(3 + warpgroup, 256); };
-    const auto pass_turn = [&] { NamedArrive(4 - warpgroup, 256); };
+    const auto wait_turn = [&] {
+      if (!kTogether) NamedSync(3 + warpgroup, 256);
+    };
+    const auto pass_turn = [&] {
+      if (!kTogether) NamedArrive(4 - warpgroup, 256);
+    };
     if (warpgroup == 1) pass_turn();
     const auto release = [&](int stage) {
       if (lane < 2) BarrierArriveAt(empty(stage), lane);
     };
-    Place place;
-    bool mine = warpgroup == 0;
-    float c[2][kTileN / 2];  // two panels of 64 rows
-    for (Walk<kKind> walk(offsets, extents); walk.Find(); walk.Next(), mine = !mine) {
+    Place<kStages> place;
+    bool mine = kTogether || warpgroup == 0;
+    const uint32_t my_a = kTogether ? ring + warpgroup * kPanel : ring;
+    float c[T::kPanels][kTileN / 2];
+    for (Walk<kKind, kTileN> walk(offsets, extents); walk.Find();
+         walk.Next(), mine = kTogether || !mine) {
       const int steps = walk.Steps();
       if (!mine) {
         place.Advance(steps);
@@ -365,15 +410,19 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
       int last = -1;  // the stage whose products may still run
       for (int i = 0; i < steps; ++i, place.Advance(1)) {
         BarrierWait(full(place.stage), place.parity);
-        const uint32_t a = ring + place.stage * kStage, b = a + kBytesA;
+        const uint32_t a = my_a + place.stage * kStage;
+        const uint32_t b = ring + place.stage * kStage + kBytesA;
         MultiplyFence();
 #pragma unroll
         for (int k = 0; k < kStep / 16; ++k) {
           const uint32_t at_a = a + k * (kAlongM ? 16 * 128 : 32);
           const uint32_t at_b = b + k * (kAlongN ? 16 * 128 : 32);
           const bool first = i == 0 && k == 0;
-          Multiply<kAlongM, kAlongN>(c[0], Descriptor(at_a), Descriptor(at_b), first);
-          Multiply<kAlongM, kAlongN>(c[1], Descriptor(at_a + kPanel), Descriptor(at_b), first);
+#pragma unroll
+          for (int panel = 0; panel < T::kPanels; ++panel) {
+            Multiply<kAlongM, kAlongN>(c[panel], Descriptor(at_a + panel * kPanel),
+                                       Descriptor(at_b), first);
+          }
         }
         MultiplyCommit();
         if (last >= 0) {
@@ -388,30 +437,37 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
       if (steps == 0) {  // an expert without rows
         if (accumulate) continue;
 #pragma unroll
-        for (int i = 0; i < kTileN / 2; ++i) c[0][i] = c[1][i] = 0.0f;
+        for (auto& panel : c) {
+#pragma unroll
+          for (float& sum : panel) sum = 0.0f;
+        }
       }
 
       using Out = OutputOf<kKind>;
       constexpr int kWidth = 128 / static_cast<int>(sizeof(Out));  // columns of a slab
 #pragma unroll
-      for (int panel = 0; panel < 2; ++panel) {
+      for (int panel = 0; panel < T::kPanels; ++panel) {
 #pragma unroll
         for (int column = 0; column < kTileN; column += kWidth) {
-          // The last store has read the slab.
-          if (leader) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+          // The last store from this slab has read it.
+          if (leader) {
+            asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(T::kSlabs - 1) : "memory");
+          }
           NamedSync(1 + warpgroup, 128);
           WriteSlab<Out>(my_slab, &c[panel][column / 2]);
           asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
           NamedSync(1 + warpgroup, 128);
+          const uint32_t slab = my_slab;
+          if (T::kSlabs == 2) my_slab = my_slabs - my_slab;
           if (!leader) continue;
           const int x = walk.n * kTileN + column;
-          const int y = (walk.m * 2 + block) * kTileM + panel * 64;
+          const int y = (walk.m * 2 + block) * kTileM + (kTogether ? warpgroup : panel) * 64;
           if constexpr (kKind != Grouped::kWeight) {
-            StoreBox(&map_c, my_slab, x, walk.begin + y, 0);
+            StoreBox(&map_c, slab, x, walk.begin + y, 0);
           } else if (accumulate) {
-            AddBox(&map_c, my_slab, x, y, walk.expert);
+            AddBox(&map_c, slab, x, y, walk.expert);
           } else {
-            StoreBox(&map_c, my_slab, x, y, walk.expert);
+            StoreBox(&map_c, slab, x, y, walk.expert);
           }
           asm volatile("cp.async.bulk.commit_group;" ::: "memory");
         }
@@ -477,25 +533,38 @@ int64_t Clusters() {
   return clusters;
 }
 
+template <Grouped kKind, bool kTogether>
+void LaunchGrouped(const char* name, Tensor out, Tensor a, Tensor b, Tensor offsets,
+                   bool accumulate, const Context& ctx) {
+  using T = Tile<kTogether>;
+  constexpr bool kWeight = kKind == Grouped::kWeight;
+  // The kernel counts tiles in 32 bits.
+  const int64_t height = kWeight ? out.dim(0) * out.dim(1) : out.dim(0) + 256 * offsets.numel();
+  KRAIT_CHECK((height / kTileM + 1) * (out.dim(-1) / T::kN + 1) <= INT32_MAX);
+  const Extents extents = {static_cast<int>(offsets.numel() - 1),
+                           kWeight ? static_cast<int>(out.dim(1)) : 0,
+                           static_cast<int>(out.dim(-1)), kWeight ? 0 : static_cast<int>(a.dim(1))};
+  Launch(name, GroupedKernel<kKind, kTogether>, 2 * Clusters(), dim3(kThreads), T::kShared, ctx,
+         MapOf(a, kWeight ? 64 : kTileM),
+         MapOf(b, kKind == Grouped::kForward ? T::kN / 2 : kStep / 2), MapOf(out, 64),
+         static_cast<const int64_t*>(offsets.device_data<int64_t>()), extents, accumulate);
+}
+
 // out, a, b as in PlainGrouped().
 template <Grouped kKind>
 void Run(const char* name, Tensor out, Tensor a, Tensor b, Tensor offsets, bool accumulate,
          const Context& ctx) {
-  const bool weight = kKind == Grouped::kWeight;
-  if (a.dtype() != DType::kBF16 || out.dtype() != (weight ? DType::kF32 : DType::kBF16) ||
+  constexpr bool kWeight = kKind == Grouped::kWeight;
+  if (a.dtype() != DType::kBF16 || out.dtype() != (kWeight ? DType::kF32 : DType::kBF16) ||
       !Mappable(a) || !Mappable(b) || !Mappable(out)) {
     return PlainGrouped(kKind, out, a, b, offsets, accumulate, ctx);
   }
-  // The kernel counts tiles in 32 bits.
-  const int64_t height = weight ? out.dim(0) * out.dim(1) : out.dim(0) + 256 * offsets.numel();
-  KRAIT_CHECK((height / kTileM + 1) * (out.dim(-1) / kTileN + 1) <= INT32_MAX);
-  const Extents extents = {static_cast<int>(offsets.numel() - 1),
-                           weight ? static_cast<int>(out.dim(1)) : 0, static_cast<int>(out.dim(-1)),
-                           weight ? 0 : static_cast<int>(a.dim(1))};
-  Launch(name, GroupedKernel<kKind>, 2 * Clusters(), dim3(kThreads), kShared, ctx,
-         MapOf(a, weight ? 64 : kTileM),
-         MapOf(b, kKind == Grouped::kForward ? kTileN / 2 : kStep / 2), MapOf(out, 64),
-         static_cast<const int64_t*>(offsets.device_data<int64_t>()), extents, accumulate);
+  if constexpr (kWeight) {
+    if (a.dim(0) < kRowsTogether * (offsets.numel() - 1)) {
+      return LaunchGrouped<kKind, false>(name, out, a, b, offsets, accumulate, ctx);
+    }
+  }
+  LaunchGrouped<kKind, true>(name, out, a, b, offsets, accumulate, ctx);
 }
 
 }  // namespace

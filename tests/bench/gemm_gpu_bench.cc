@@ -2,7 +2,7 @@
 // TFLOP/s, hot: each figure is the median of calls that follow 0.15 s of the same call, after 2 s
 // of load. bf16, random values; weight gradients in f32.
 //
-//   build/cuda/tests/bench_gemm_gpu_bench [dense|grouped]
+//   build/cuda/tests/bench_gemm_gpu_bench [dense|grouped] [NAME]     NAME: rows that begin so
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -48,8 +48,9 @@ constexpr int kSets = 2;  // operands used in turn, so that no call finds its ow
 
 class Bench {
  public:
-  Bench()
-      : memory_("operands", Device::kCuda, int64_t{40} << 30),
+  explicit Bench(const std::string& only)
+      : only_(only),
+        memory_("operands", Device::kCuda, int64_t{40} << 30),
         scratch_("scratch", Device::kCuda, int64_t{64} << 20) {
     ctx_.device = Device::kCuda;
     ctx_.scratch = &scratch_;
@@ -70,6 +71,7 @@ class Bench {
   // x [M,I], w [O,I].
   void Dense(const char* name, int64_t m, int64_t inputs, int64_t outputs, DType forward,
              DType backward) {
+    if (!std::string(name).starts_with(only_)) return;
     const ArenaScope scope(&memory_);
     Tensor x[kSets], w[kSets], dy[kSets];
     for (int s = 0; s < kSets; ++s) {
@@ -87,6 +89,7 @@ class Bench {
 
   // The experts' layer with routing as uneven as a trained router's; pad rows are not counted.
   void Experts(const char* name, int64_t experts, int64_t m, int64_t inputs, int64_t outputs) {
+    if (!std::string(name).starts_with(only_)) return;
     const ArenaScope scope(&memory_);
     std::vector<double> share(static_cast<size_t>(experts));
     double total = 0;
@@ -193,24 +196,25 @@ class Bench {
     std::fflush(stdout);
   }
 
+  const std::string only_;
   Arena memory_, scratch_;
   Context ctx_;
   std::vector<uint16_t> host_;
 };
 
-int Main(const std::string& only) {
+int Main(const std::string& kind, const std::string& only) {
   std::string reason;
   if (!cuda::Available(&reason)) {
     std::printf("no GPU: %s\n", reason.c_str());
     return 1;
   }
-  Bench bench;
+  Bench bench(only);
   std::printf(
       "%-22s %6s %6s %6s   TFLOP/s (time): forward, backward, weight gradient "
       "overwriting, adding\n",
       "", "M", "I", "O");
   constexpr DType kBF16 = DType::kBF16, kF32 = DType::kF32;
-  if (only != "grouped") {
+  if (kind != "grouped") {
     struct Layer {
       const char* name;
       int64_t m, inputs, outputs;
@@ -241,7 +245,7 @@ int Main(const std::string& only) {
       bench.Dense(l.name, l.m, l.inputs, l.outputs, l.forward, l.backward);
     }
   }
-  if (only != "dense") {
+  if (kind != "dense") {
     bench.Experts("3b experts gate_up", 8, 16384, 2048, 11264);
     bench.Experts("3b experts down", 8, 16384, 5632, 2048);
     bench.Experts("3b experts gate_up", 8, 32768, 2048, 11264);
@@ -252,6 +256,8 @@ int Main(const std::string& only) {
     bench.Experts("block experts down", 4, 32768, 14336, 4096);
     bench.Experts("8 experts gate_up", 8, 32768, 4096, 28672);
     bench.Experts("8 experts down", 8, 32768, 14336, 4096);
+    bench.Experts("16 experts 4096x14336", 16, 32768, 4096, 14336);
+    bench.Experts("16 experts 14336x4096", 16, 32768, 14336, 4096);
   }
   return 0;
 }
@@ -259,4 +265,6 @@ int Main(const std::string& only) {
 }  // namespace
 }  // namespace krait
 
-int main(int argc, char** argv) { return krait::Main(argc > 1 ? argv[1] : ""); }
+int main(int argc, char** argv) {
+  return krait::Main(argc > 1 ? argv[1] : "", argc > 2 ? argv[2] : "");
+}

@@ -293,6 +293,8 @@ TEST(GroupedLinearGpu, AgreesWithTheCpu) {
 TEST(GroupedLinearGpu, ManyTiles) {
   KRAIT_NEEDS_GPU();
   ExpectGrouped(kBF16, kBF16, 1600, 776, {{900, 0, 77, 1024, 3000}}, 0);
+  // Rows enough for weight gradients of large tiles.
+  ExpectGrouped(kBF16, kBF16, 1300, 776, {{6200, 0, 3100}}, 0);
 }
 
 // Rows that the copy engine refuses, f32, and f32 outputs of bf16.
