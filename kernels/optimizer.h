@@ -39,15 +39,28 @@ enum AdamWControl : int64_t {
 void AdamWPrepare(Tensor control, Tensor sum_of_squares, Tensor losses,
                   const AdamWSettings& settings, const Context& ctx);
 
+// Steps of parts of a vector: those of the ascending ranges [begin, end) of `ranges` [S,2] i64 are
+// multiplied by `scales` [S] f64. Undefined: none is.
+struct StepScales {
+  Tensor ranges, scales;
+};
+
 // w *= 1 - lr*wd; m = b1*m + (1-b1)*g; v = b2*v + (1-b2)*g^2;
-// w -= lr/(1-b1^s) * m / (sqrt(v)/sqrt(1-b2^s) + eps).
+// w -= scale * lr/(1-b1^s) * m / (sqrt(v)/sqrt(1-b2^s) + eps).
 //
 // master [n] is w, Wide; m and v [n] are Wide or bf16 (rounded to nearest even; the update uses
 // them before rounding); grad [n] Wide. weight [n] receives master: rounded to nearest even for
 // bf16; or it is the same memory as master. decay_ranges [R,2] i64: ascending ranges [begin, end)
-// of elements with weight decay, or undefined for none. Nothing changes in a skipped step.
+// of elements with weight decay, or undefined for none; decay is not scaled. Nothing changes in a
+// skipped step.
 void AdamW(Tensor weight, Tensor master, Tensor m, Tensor v, Tensor grad, Tensor decay_ranges,
-           Tensor control, const AdamWSettings& settings, const Context& ctx);
+           const StepScales& step_scales, Tensor control, const AdamWSettings& settings,
+           const Context& ctx);
+inline void AdamW(Tensor weight, Tensor master, Tensor m, Tensor v, Tensor grad,
+                  Tensor decay_ranges, Tensor control, const AdamWSettings& settings,
+                  const Context& ctx) {
+  AdamW(weight, master, m, v, grad, decay_ranges, StepScales(), control, settings, ctx);
+}
 
 }  // namespace krait
 

@@ -61,6 +61,7 @@ struct ModelSpec {
   MoeSpec moe;
   double init_std = 0.02;
   InitScheme init_scheme = InitScheme::kMamba;
+  int64_t mup_base_d_model = 0;     // of optimizer.mup (model/params.h); 0: off
   std::vector<Sublayer> sublayers;  // 2 * n_layers, mixer before feed-forward
 
   bool Has(SublayerKind kind) const;

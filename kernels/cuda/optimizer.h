@@ -19,7 +19,8 @@ void AddSumOfSquares(Tensor sum, Tensor x, Tensor partial, const Context& ctx);
 void AdamWPrepare(Tensor control, Tensor sum_of_squares, Tensor losses,
                   const AdamWSettings& settings, const Context& ctx);
 void AdamW(Tensor weight, Tensor master, Tensor m, Tensor v, Tensor grad, Tensor decay_ranges,
-           Tensor control, const AdamWSettings& settings, const Context& ctx);
+           const StepScales& step_scales, Tensor control, const AdamWSettings& settings,
+           const Context& ctx);
 
 }  // namespace krait::cuda
 

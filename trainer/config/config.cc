@@ -223,7 +223,7 @@ void ResolveTrain(const ConfigDraft& draft, ConfigUse use, RunConfig* config,
     }
   }
   if (train->tokens > 0) {
-    train->steps = (train->tokens + train->batch_tokens - 1) / train->batch_tokens;
+    train->steps = train->batch_tokens.Steps(0, train->tokens);
   }
   if (use == ConfigUse::kTrain && !reader->Has("train.tokens")) {
     reader->Require("train.steps", "give train.steps or train.tokens");
@@ -263,6 +263,7 @@ class KeyReader : public ConfigVisitor {
   void Sources(const ConfigKey& key, std::vector<SourceSpec>* value) override {
     reader_->Sources(key.path, value);
   }
+  void Ramp(const ConfigKey& key, BatchRamp* value) override { reader_->Ramp(key.path, value); }
 
  private:
   ConfigReader* reader_;

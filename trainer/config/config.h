@@ -13,6 +13,7 @@
 #include "model/hybrid_model.h"
 #include "model/spec.h"
 #include "parallel/mesh.h"
+#include "trainer/config/batch_ramp.h"
 
 namespace krait {
 
@@ -43,7 +44,7 @@ struct TrainConfig {
   bool deterministic = true;
   int64_t steps = 0;   // resolved from tokens where that was given
   int64_t tokens = 0;  // length of the run where it was given so; else 0
-  int64_t batch_tokens = 4 << 20;
+  BatchRamp batch_tokens = 4 << 20;
   int64_t micro_batch = 2;
   uint64_t seed = 1234;
   Recompute recompute = Recompute::kNone;
@@ -101,8 +102,12 @@ struct RunConfig {
   // in shortest round-trip form.
   std::string ToYaml() const;
 
+  // Passes of a step of `batch` tokens, or of the largest that the run has.
+  int64_t accumulation(int64_t data_ranks, int64_t batch) const {
+    return batch / (data.seq_len * train.micro_batch * data_ranks);
+  }
   int64_t accumulation(int64_t data_ranks) const {
-    return train.batch_tokens / (data.seq_len * train.micro_batch * data_ranks);
+    return accumulation(data_ranks, train.batch_tokens.largest());
   }
 };
 

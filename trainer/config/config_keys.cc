@@ -117,8 +117,12 @@ void VisitTrain(TrainConfig* train, ConfigVisitor* v) {
   v->Whole({"train.tokens", "length of the run, instead of steps", "tokens", "by train.steps",
             train->tokens > 0},
            &train->tokens, {1, kMaxTokens});
-  v->Whole({"train.batch_tokens", "input tokens of an optimizer step", "tokens"},
-           &train->batch_tokens, {1, kMaxTokens});
+  v->Ramp(
+      {"train.batch_tokens",
+       "input tokens of an optimizer step; a ramp: each size with the tokens seen from which it "
+       "holds",
+       "tokens"},
+      &train->batch_tokens);
   v->Whole({"train.micro_batch", "sequences of a forward pass", "sequences"}, &train->micro_batch,
            {1, 1 << 20});
   auto seed = static_cast<int64_t>(train->seed);
@@ -134,7 +138,7 @@ void VisitTrain(TrainConfig* train, ConfigVisitor* v) {
             &train->hang_timeout, kPositive);
 }
 
-void VisitOptimizer(OptimizerConfig* optimizer, ConfigVisitor* v) {
+void VisitOptimizer(OptimizerConfig* optimizer, ModelSpec* model, ConfigVisitor* v) {
   int only = 0;
   v->Enum({"optimizer.name", "the update rule"}, &only, {"adamw"});
   v->Number({"optimizer.lr", "peak learning rate"}, &optimizer->lr, kPositive);
@@ -147,6 +151,10 @@ void VisitOptimizer(OptimizerConfig* optimizer, ConfigVisitor* v) {
   v->Number({"optimizer.clip", "largest norm of the gradient; 0: off"}, &optimizer->clip,
             kNotNegative);
   v->Enum({"optimizer.moments", "dtype of both moments"}, &optimizer->moments, {"fp32", "bf16"});
+  v->Whole({"optimizer.mup.base_d_model",
+            "muP: d_model of the model that lr and init.std were chosen for", "", nullptr,
+            model->mup_base_d_model > 0},
+           &model->mup_base_d_model, {1, kMaxWidth, "none", 0});
 }
 
 void VisitSchedule(ScheduleConfig* schedule, ConfigDraft* draft, ConfigVisitor* v) {
@@ -203,7 +211,7 @@ void VisitKeys(RunConfig* config, ConfigDraft* draft, ConfigVisitor* v) {
           &data->reset_at_documents);
 
   VisitTrain(&config->train, v);
-  VisitOptimizer(&config->optimizer, v);
+  VisitOptimizer(&config->optimizer, &config->model, v);
   VisitSchedule(&config->schedule, draft, v);
 
   CheckpointConfig* checkpoint = &config->checkpoint;

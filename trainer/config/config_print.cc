@@ -79,6 +79,11 @@ class KeyPrinter : public ConfigVisitor {
         absl::StrCat("[", text, "]"));
   }
 
+  void Ramp(const ConfigKey& key, BatchRamp* value) override {
+    Add(key, "integer | \"SIZE:FROM SIZE:FROM ...\"",
+        value->constant() ? value->Text() : Quoted(value->Text()));
+  }
+
  private:
   static std::string Or(const char* word) {
     return word == nullptr ? "" : absl::StrCat(" | ", word);

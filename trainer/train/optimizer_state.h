@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "kernels/context.h"
+#include "kernels/optimizer.h"
 #include "model/bucket_exchange.h"
 #include "model/weights.h"
 #include "trainer/checkpoint/checkpoint.h"
@@ -25,10 +26,11 @@ class OptimizerState {
     Tensor master;               // Wide: the weight itself where that is Wide
     Tensor exp_avg, exp_avg_sq;  // undefined, as `grad`, where not trainable
     Tensor decay;  // [R,2] i64: the ranges of these elements with weight decay; R 0: undefined
+    StepScales step_scales;  // of muP (model/params.h)
   };
 
   // Memory from `arena`, which comes zeroed; it may be a measuring one. `weights` and `exchange`
-  // outlive the state; exchange null: a single rank. `ctx` uploads the decay ranges.
+  // outlive the state; exchange null: a single rank. `ctx` uploads the ranges.
   OptimizerState(const Weights* weights, const OptimizerConfig& config, Arena* arena,
                  const Context& ctx, BucketExchange* exchange = nullptr);
 

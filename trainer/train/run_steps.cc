@@ -77,21 +77,45 @@ absl::Status Run::Steps() {
   const int64_t steps = trainer_->last_step();
   // This rank's rows of each pass.
   const int64_t rows = config_.train.micro_batch, pass_rows = rows * mesh_.data;
-  ReadAhead reader(train_data_.get(), {config_.accumulation(mesh_.data), pass_rows, rows},
+  const BatchRamp& ramp = config_.train.batch_tokens;
+  std::optional<ReadAhead> reader;
+  int64_t stage_end = -1;  // tokens at which the batch that `reader` reads ends
+  const auto read_stage = [&] {
+    const int64_t seen = state().tokens, batch = ramp.At(seen);
+    stage_end = ramp.EndOf(seen);
+    const int64_t left = steps - state().step;
+    const bool last = seen >= ramp.stages().back().from;
+    reader.reset();  // its memory first
+    reader.emplace(train_data_.get(),
+                   StepRows{config_.accumulation(mesh_.data, batch), pass_rows, rows},
                    state().sequences + mesh_.data_index() * rows,
-                   std::max<int64_t>(0, steps - state().step));
+                   last ? left : std::min(left, ramp.Steps(seen, stage_end)));
+  };
   Boundary boundary;
   KRAIT_ASSIGN_OR_RETURN(boundary, Exchange(absl::OkStatus(), 0));
   bool stop = boundary.stop, save = false;
   while (state().step < steps && !(stop && !save)) {
     const double begin = MonotonicSeconds();
-    const absl::StatusOr<const TokenBatch*> batch = reader.Next();
+    const int64_t seen = state().tokens;
+    if (seen >= stage_end) {
+      const bool changes = stage_end >= 0;
+      read_stage();
+      if (changes) {
+        KRAIT_RETURN_IF_ERROR(OnFirst([&] {
+          return Say(absl::StrFormat("batch: %s tokens from step %d on",
+                                     PrintShort(static_cast<double>(ramp.At(seen))),
+                                     state().step + 1));
+        }));
+      }
+    }
+    const absl::StatusOr<const TokenBatch*> batch = reader->Next();
     KRAIT_ASSIGN_OR_RETURN(boundary,
                            Exchange(batch.status(), batch.ok() ? (*batch)->target_count : 0));
     const StepReport report = trainer_->Step(**batch, boundary.targets);
     sound_ = !report.was_skipped;
     const absl::Status reported =
-        first() ? Report(report, MonotonicSeconds() - begin) : absl::OkStatus();
+        first() ? Report(report, state().tokens - seen, MonotonicSeconds() - begin)
+                : absl::OkStatus();
     if (report.skipped_in_row >= kMaxSkippedInRow) {
       return Diverged(
           absl::StrFormat("%d steps in a row without a finite loss and gradient (the "
@@ -123,13 +147,14 @@ absl::Status Run::Steps() {
   return absl::OkStatus();
 }
 
-absl::Status Run::Report(StepReport report, double seconds) {
+absl::Status Run::Report(StepReport report, int64_t tokens, double seconds) {
   window_seconds_ += seconds;
+  window_tokens_ += tokens;
   ++window_steps_;
-  const double step_seconds = window_seconds_ / static_cast<double>(window_steps_);
-  report.tokens_per_s = static_cast<double>(config_.train.batch_tokens) / step_seconds;
-  report.step_ms = step_seconds * 1000;
-  report.eta_seconds = step_seconds * static_cast<double>(report.steps - report.step);
+  report.tokens_per_s = static_cast<double>(window_tokens_) / window_seconds_;
+  report.step_ms = window_seconds_ / static_cast<double>(window_steps_) * 1000;
+  const int64_t end = config_.train.batch_tokens.After(report.tokens, report.steps - report.step);
+  report.eta_seconds = static_cast<double>(end - report.tokens) / report.tokens_per_s;
   const bool log = report.step == 1 || report.step == report.steps || report.was_skipped ||
                    Due(config_.log.every, report.step);
   const bool draw = MonotonicSeconds() - drawn_ >= kRedrawSeconds;
@@ -149,7 +174,7 @@ absl::Status Run::Report(StepReport report, double seconds) {
   if (!log) return absl::OkStatus();
   KRAIT_RETURN_IF_ERROR(CheckFolder());
   window_seconds_ = 0;
-  window_steps_ = 0;
+  window_steps_ = window_tokens_ = 0;
   KRAIT_RETURN_IF_ERROR(Say(FormatLogLine(report)));
   return metrics_->Write(report.step, StepMetrics(report));
 }

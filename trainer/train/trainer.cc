@@ -74,17 +74,16 @@ Trainer::Trainer(const RunConfig& config, World* world)
 int64_t Trainer::last_step() const {
   const TrainConfig& train = config_.train;
   if (train.tokens == 0) return train.steps;
-  const int64_t left = std::max<int64_t>(train.tokens - state_.tokens, 0);
-  return state_.step + (left + train.batch_tokens - 1) / train.batch_tokens;
+  return state_.step + train.batch_tokens.Steps(state_.tokens, train.tokens);
 }
 
 double Trainer::learning_rate() const {
   const TrainConfig& train = config_.train;
-  const bool same_batch = state_.tokens == state_.step * train.batch_tokens;
+  const BatchRamp& batch = train.batch_tokens;
+  const bool same_batch = state_.tokens == batch.After(0, state_.step);
   if (train.tokens > 0 && !same_batch) {
     return LearningRateByTokens(config_.schedule, config_.optimizer.lr,
-                                state_.tokens + train.batch_tokens, train.tokens,
-                                train.batch_tokens);
+                                state_.tokens + batch.At(state_.tokens), train.tokens, batch);
   }
   return LearningRate(config_.schedule, config_.optimizer.lr, state_.step + 1, train.steps);
 }

@@ -219,6 +219,19 @@ void AddOptimizer(std::vector<OpCase>* cases) {
                            }));
     }
   }
+  cases->push_back(OpCase("AdamW", "5001 with scaled steps")
+                       .InOut("w", kWide, {5001}, Normal(1), Sum(4))
+                       .InOut("m", kWide, {5001}, Normal(2, 0.1), Sum(4))
+                       .InOut("v", kWide, {5001}, Normal(3, 0.1, 1), Sum(4))
+                       .In("grad", kWide, {5001}, Normal(4))
+                       .In("decay_ranges", kI64, {1, 2}, List({7, 2500}))
+                       .In("step_ranges", kI64, {2, 2}, List({3, 9, 9, 5000}))
+                       .In("step_scales", kF64, {2}, List({0.5, 0.0625}))
+                       .In("control", kF64, {kAdamWControlSize}, List({3, 4, 1, 1, 0.0369, 2.648}))
+                       .Call([](const Operands& t, const Context& ctx) {
+                         AdamW(t["w"], t["w"], t["m"], t["v"], t["grad"], t["decay_ranges"],
+                               {t["step_ranges"], t["step_scales"]}, t["control"], kSettings, ctx);
+                       }));
   cases->push_back(OpCase("AdamW", "1001 in place without decay")
                        .InOut("w", kWide, {1001}, Normal(1), Sum(4))
                        .InOut("m", kWide, {1001}, Normal(2, 0.1), Sum(4))
