@@ -119,9 +119,11 @@ void AddSumOfSquares(Tensor sum, Tensor x, const Context& ctx) {
     KRAIT_CUDA(AddSumOfSquares(sum, x, partial, ctx));
     return;
   }
+  cpu::Widened wide(ctx);
+  const Tensor widened = wide.In(x);
   if (op.planning()) return;
-  cpu::DispatchFloat(x, op.name(), [&](auto zero) {
-    const auto* data = cpu::DenseData<decltype(zero)>(x);
+  cpu::DispatchFloat(widened, op.name(), [&](auto zero) {
+    const auto* data = cpu::DenseData<decltype(zero)>(widened);
     sum.data<double>()[0] += SumOverPieces(x.numel(), [data](int64_t begin, int64_t end) {
       return cpu::SumOfSquaresPiece(end - begin, data + begin);
     });
@@ -158,13 +160,14 @@ void AdamWPrepare(Tensor control, Tensor sum_of_squares, Tensor losses,
   KRAIT_CHECK(control.numel() == kAdamWControlSize && sum_of_squares.numel() == 1);
   double* c = cpu::DenseData<double>(control);
   const double norm = std::sqrt(sum_of_squares.data<double>()[0]);
-  bool finite = std::isfinite(norm);
+  bool applied = std::isfinite(norm) && norm <= settings.max_norm;
   for (int64_t i = 0; i < losses.numel(); ++i) {
-    finite = finite && std::isfinite(cpu::DenseData<double>(losses)[i]);
+    const double loss = cpu::DenseData<double>(losses)[i];
+    applied = applied && std::isfinite(loss) && (i > 0 || loss <= settings.max_loss);
   }
   c[kAdamWNorm] = norm;
-  c[kAdamWApplied] = finite ? 1 : 0;
-  if (!finite) return;
+  c[kAdamWApplied] = applied ? 1 : 0;
+  if (!applied) return;
   c[kAdamWSteps] += 1;
   c[kAdamWGradScale] = settings.clip > 0 ? std::min(1.0, settings.clip / (norm + 1e-6)) : 1.0;
   c[kAdamWStepSize] = settings.lr / (1 - std::pow(settings.beta1, c[kAdamWSteps]));

@@ -4,6 +4,7 @@
 #ifndef KRAIT_KERNELS_OPTIMIZER_H_
 #define KRAIT_KERNELS_OPTIMIZER_H_
 
+#include <cmath>
 #include <cstdint>
 
 #include "kernels/context.h"
@@ -12,15 +13,17 @@
 namespace krait {
 
 // sum [1] f64 += the sum of squares of x [n], in double, in a fixed order independent of the number
-// of threads. NaN or infinity in x gives a non-finite sum.
+// of threads. NaN or infinity in x gives a non-finite sum. x is f32, f64 or bf16.
 void AddSumOfSquares(Tensor sum, Tensor x, const Context& ctx);
-// sum [1] f64 += the sum of x [n], likewise.
+// sum [1] f64 += the sum of x [n], likewise, without bf16.
 void AddSum(Tensor sum, Tensor x, const Context& ctx);
 
 struct AdamWSettings {
   double lr = 0, beta1 = 0.9, beta2 = 0.95, eps = 1e-8;
   double weight_decay = 0;
   double clip = 0;  // largest norm of the gradient; 0: any
+  // A step whose norm, or whose losses[0], is above is skipped.
+  double max_norm = HUGE_VAL, max_loss = HUGE_VAL;
 };
 
 // What the updates of one step share, [kAdamWControl] f64 on the device.
@@ -34,8 +37,8 @@ enum AdamWControl : int64_t {
   kAdamWControlSize,  // number of entries
 };
 // Fills `control` from the squared norm of the whole gradient, sum_of_squares [1] f64. A norm that
-// is not finite, or a value of `losses` [n] f64 that is not, skips the step: nothing is updated and
-// kAdamWSteps stays.
+// is not finite or above its limit, or a value of `losses` [n] f64 that is not finite, or the first
+// above its limit, skips the step: nothing is updated and kAdamWSteps stays.
 void AdamWPrepare(Tensor control, Tensor sum_of_squares, Tensor losses,
                   const AdamWSettings& settings, const Context& ctx);
 

@@ -58,6 +58,8 @@ struct ModelSpec {
   AttentionSpec attention;
   MambaSpec mamba;
   int64_t mlp_d_ff = 0;
+  // Coefficient of the activation loss (HybridModel::Forward); 0: none.
+  double activation_loss = 0;
   MoeSpec moe;
   double init_std = 0.02;
   InitScheme init_scheme = InitScheme::kMamba;

@@ -27,18 +27,18 @@ __device__ double BlockSum(double value) {
 constexpr int kSumPacks = 4;
 
 // partial[b] = the sum of the elements, or of their squares, of block b's turns.
-template <bool kSquares, int kVec>
-__global__ void __launch_bounds__(kThreads) SumKernel(double* partial, const float* x, int64_t n) {
+template <bool kSquares, int kVec, typename T>
+__global__ void __launch_bounds__(kThreads) SumKernel(double* partial, const T* x, int64_t n) {
   StartDependent();
   double sum = 0;
-  const auto add = [&sum](float value) {
-    const auto wide = static_cast<double>(value);
+  const auto add = [&sum](T value) {
+    const auto wide = static_cast<double>(ToFloat(value));
     sum = kSquares ? fma(wide, wide, sum) : sum + wide;
   };
   const int64_t packs = n / kVec, step = static_cast<int64_t>(gridDim.x) * kThreads;
   int64_t pack = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   for (; pack + (kSumPacks - 1) * step < packs; pack += kSumPacks * step) {
-    Pack<float, kVec> loaded[kSumPacks];
+    Pack<T, kVec> loaded[kSumPacks];
 #pragma unroll
     for (int p = 0; p < kSumPacks; ++p) loaded[p] = Load<kVec>(x + (pack + p * step) * kVec);
 #pragma unroll
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads) SumKernel(double* partial, const flo
     }
   }
   for (; pack < packs; pack += step) {
-    const Pack<float, kVec> loaded = Load<kVec>(x + pack * kVec);
+    const Pack<T, kVec> loaded = Load<kVec>(x + pack * kVec);
 #pragma unroll
     for (int j = 0; j < kVec; ++j) add(loaded.v[j]);
   }
@@ -65,7 +65,7 @@ __global__ void FinishSumKernel(double* sum, const double* partial, int partials
   if (threadIdx.x == 0) *sum += total;
 }
 
-template <bool kSquares>
+template <bool kSquares, typename T>
 void Sum(const char* name, Tensor sum, Tensor x, Tensor partial, const Context& ctx) {
   if (x.numel() == 0) return;
   KRAIT_CHECK(x.contiguous() && sum.numel() == 1 && partial.numel() >= kSumBlocks);
@@ -73,9 +73,9 @@ void Sum(const char* name, Tensor sum, Tensor x, Tensor partial, const Context& 
   const bool vectorizable = reinterpret_cast<uintptr_t>(x.raw()) % 16 == 0;
   const int64_t per_block = kThreads * kSumPacks * (vectorizable ? 4 : 1);
   const int64_t blocks = std::min(kSumBlocks, (n + per_block - 1) / per_block);
-  Launch(name, vectorizable ? SumKernel<kSquares, 4> : SumKernel<kSquares, 1>, Dependent(blocks),
-         dim3(kThreads), 0, ctx, partial.device_data<double>(),
-         static_cast<const float*>(x.device_data<float>()), n);
+  Launch(name, vectorizable ? SumKernel<kSquares, 4, T> : SumKernel<kSquares, 1, T>,
+         Dependent(blocks), dim3(kThreads), 0, ctx, partial.device_data<double>(),
+         static_cast<const T*>(x.device_data<T>()), n);
   Launch(name, FinishSumKernel, Dependent(1), dim3(kThreads), 0, ctx, sum.device_data<double>(),
          static_cast<const double*>(partial.device_data<double>()), static_cast<int>(blocks));
 }
@@ -84,8 +84,10 @@ __global__ void PrepareKernel(double* control, const double* sum_of_squares, con
                               int64_t num_losses, AdamWSettings s) {
   StartDependent();
   const double norm = sqrt(*sum_of_squares);
-  bool applied = isfinite(norm);
-  for (int64_t i = 0; i < num_losses; ++i) applied = applied && isfinite(losses[i]);
+  bool applied = isfinite(norm) && norm <= s.max_norm;
+  for (int64_t i = 0; i < num_losses; ++i) {
+    applied = applied && isfinite(losses[i]) && (i > 0 || losses[i] <= s.max_loss);
+  }
   control[kAdamWNorm] = norm;
   control[kAdamWApplied] = applied ? 1 : 0;
   if (!applied) return;
@@ -210,11 +212,12 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 void AddSum(Tensor sum, Tensor x, Tensor partial, const Context& ctx) {
-  Sum<false>("AddSum", sum, x, partial, ctx);
+  Sum<false, float>("AddSum", sum, x, partial, ctx);
 }
 
 void AddSumOfSquares(Tensor sum, Tensor x, Tensor partial, const Context& ctx) {
-  Sum<true>("AddSumOfSquares", sum, x, partial, ctx);
+  x.dtype() == DType::kBF16 ? Sum<true, BF16>("AddSumOfSquares", sum, x, partial, ctx)
+                            : Sum<true, float>("AddSumOfSquares", sum, x, partial, ctx);
 }
 
 void AdamWPrepare(Tensor control, Tensor sum_of_squares, Tensor losses,

@@ -12,7 +12,7 @@ namespace krait::cuda {
 // the 132 multiprocessors of an H100 or H200. Fixed, so that sums do not depend on the device.
 inline constexpr int64_t kSumBlocks = 1056;
 
-// x is f32.
+// x is f32, for squares also bf16.
 void AddSum(Tensor sum, Tensor x, Tensor partial, const Context& ctx);
 void AddSumOfSquares(Tensor sum, Tensor x, Tensor partial, const Context& ctx);
 

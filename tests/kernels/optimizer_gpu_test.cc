@@ -99,6 +99,11 @@ TEST_P(OptimizerGpu, Prepare) {
   EXPECT_EQ(run(kNaN, {1}, kSettings), 0);
   EXPECT_EQ(run(HUGE_VAL, {1}, kSettings), 0);
   EXPECT_EQ(run(25, {1, kNaN, 1}, kSettings), 0);
+  AdamWSettings limited = kSettings;
+  limited.max_norm = 5, limited.max_loss = 2;
+  EXPECT_EQ(run(25, {2, 3}, limited), 1);
+  EXPECT_EQ(run(25.01, {2, 3}, limited), 0);
+  EXPECT_EQ(run(25, {2.01, 3}, limited), 0);
 }
 
 struct Case {

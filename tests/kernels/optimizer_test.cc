@@ -331,6 +331,26 @@ TEST(AdamWDeathTest, RangesOutOfOrderOrOutsideAreFatal) {
   }
 }
 
+TEST(AdamW, StepsAboveTheirLimitsAreSkipped) {
+  const TestContext ctx;
+  AdamWSettings settings = StepNumber(1);
+  settings.max_norm = 4, settings.max_loss = 7;
+  Control control;
+  const auto applied = [&](double norm, const std::vector<double>& losses) {
+    control.SetLosses(losses);
+    const double steps = control[kAdamWSteps];
+    control.Prepare(norm, settings, ctx);
+    EXPECT_EQ(control[kAdamWNorm], norm);
+    EXPECT_EQ(control[kAdamWSteps], steps + control[kAdamWApplied]);
+    return control[kAdamWApplied];
+  };
+  EXPECT_EQ(applied(4, {7, 8}), 1);  // the second loss has no limit
+  EXPECT_EQ(applied(4.001, {7, 8}), 0);
+  EXPECT_EQ(applied(4, {7.001, 8}), 0);
+  settings.max_norm = settings.max_loss = HUGE_VAL;
+  EXPECT_EQ(applied(1e30, {1e30, 1}), 1);
+}
+
 TEST(AdamWDeathTest, AScaleForEachRange) {
   const TestContext ctx;
   Buf w(kF32, {10}), scales(kF64, {2});

@@ -229,6 +229,15 @@ void ResolveTrain(const ConfigDraft& draft, ConfigUse use, RunConfig* config,
     reader->Require("train.steps", "give train.steps or train.tokens");
   }
 
+  if (train->spike_guard.window == 0) {
+    if (reader->Has("train.spike_guard.z") && reader->Good({"train.spike_guard.window"})) {
+      reader->Fail(
+          "train.spike_guard.z",
+          "train.spike_guard.z has no effect without train.spike_guard.window: give it too "
+          "(128: compare with the last 128 steps)");
+    }
+    train->spike_guard = {};
+  }
   ResolveSchedule(draft, train->steps, &config->schedule, reader);
   if (config->data.validation.empty()) {
     const std::string key = reader->FirstGiven("evaluation");

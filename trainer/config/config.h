@@ -38,6 +38,11 @@ struct DataConfig {
   bool reset_at_documents = true;
 };
 
+struct SpikeGuardConfig {
+  int64_t window = 0;  // steps; 0: off
+  double z = 6;        // standard deviations
+};
+
 struct TrainConfig {
   DevicePreference device = DevicePreference::kAuto;
   Precision precision = Precision::kAuto;
@@ -49,6 +54,7 @@ struct TrainConfig {
   uint64_t seed = 1234;
   Recompute recompute = Recompute::kNone;
   double hang_timeout = 600;  // seconds
+  SpikeGuardConfig spike_guard;
 };
 
 enum class MomentDType : uint8_t { kFp32, kBf16 };
@@ -76,6 +82,7 @@ struct CheckpointConfig {
 struct LogConfig {
   int64_t every = 10;
   bool tensorboard = true;
+  bool layer_statistics = false;
 };
 struct EvaluationConfig {
   int64_t every = 1000;

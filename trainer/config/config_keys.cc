@@ -101,6 +101,10 @@ void VisitModel(ModelSpec* model, ConfigDraft* draft, ConfigVisitor* v) {
             "sequences over which they are pooled; pass: all of a forward pass", "sequences",
             nullptr, routes},
            &moe->aux_sequences, {1, 1 << 20, "pass", 0});
+  v->Number({"model.activation_loss",
+             "coefficient of the mean square of the sublayers' outputs, added over sublayers", "",
+             nullptr, model->activation_loss > 0},
+            &model->activation_loss, kNotNegative);
   v->Number({"model.init.std", "of the normal initial weights"}, &model->init_std, kPositive);
   v->Enum({"model.init.scheme", "mamba: scaled by depth, dt by range; hf: as transformers"},
           &model->init_scheme, {"mamba", "hf"});
@@ -136,6 +140,15 @@ void VisitTrain(TrainConfig* train, ConfigVisitor* v) {
              "loads, saves or evaluates)",
              "seconds"},
             &train->hang_timeout, kPositive);
+  SpikeGuardConfig* guard = &train->spike_guard;
+  v->Whole(
+      {"train.spike_guard.window",
+       "a step whose loss or gradient norm is far above those of so many steps before is skipped",
+       "steps", nullptr, guard->window > 0},
+      &guard->window, {8, 4096, "none", 0});
+  v->Number({"train.spike_guard.z", "how far: standard deviations above their mean", "", nullptr,
+             guard->window > 0},
+            &guard->z, kPositive);
 }
 
 void VisitOptimizer(OptimizerConfig* optimizer, ModelSpec* model, ConfigVisitor* v) {
@@ -227,6 +240,10 @@ void VisitKeys(RunConfig* config, ConfigDraft* draft, ConfigVisitor* v) {
             &checkpoint->dir);
   v->Whole({"log.every", "between two log lines", "steps"}, &config->log.every, kFromOne);
   v->Bool({"log.tensorboard", "write TensorBoard files too"}, &config->log.tensorboard);
+  v->Bool({"log.layer_statistics",
+           "with a log line: activations, dt, A and routers by layer (a forward pass more)", "",
+           nullptr, config->log.layer_statistics},
+          &config->log.layer_statistics);
   const bool evaluates = !data->validation.empty();
   v->Whole({"evaluation.every", "between two evaluations", "steps", nullptr, evaluates},
            &config->evaluation.every, kFromOne);

@@ -107,7 +107,9 @@ bool StartsWith(const std::string& text, const char* prefix) { return text.rfind
 
 // The kind of a difference, or false when the key is free to change.
 bool Classify(const std::string& key, ConfigDifference::Kind* kind) {
-  if (StartsWith(key, "model.")) {
+  if (key == "model.activation_loss") {  // added late in a run, too (arXiv:2408.12570)
+    *kind = ConfigDifference::Kind::kApplies;
+  } else if (StartsWith(key, "model.")) {
     *kind = ConfigDifference::Kind::kRefused;
   } else if (StartsWith(key, "data.") || key == "train.batch_tokens" || key == "train.seed") {
     *kind = ConfigDifference::Kind::kNeedsAllow;

@@ -144,13 +144,15 @@ void OptimizerState::SumOfSquares(Tensor sum, const Context& ctx) const {
 }
 
 void OptimizerState::Update(double lr, Tensor losses, Tensor sum_of_squares, Tensor control,
-                            const Context& ctx) {
+                            const Context& ctx, double max_norm, double max_loss) {
   const AdamWSettings settings = {.lr = lr,
                                   .beta1 = config_.beta1,
                                   .beta2 = config_.beta2,
                                   .eps = config_.eps,
                                   .weight_decay = config_.weight_decay,
-                                  .clip = config_.clip};
+                                  .clip = config_.clip,
+                                  .max_norm = max_norm,
+                                  .max_loss = max_loss};
   AdamWPrepare(control, sum_of_squares, losses, settings, ctx);
   for (size_t b = buckets_.size(); b-- > 0;) {
     const Owned& owned = buckets_[b];

@@ -49,8 +49,10 @@ class OptimizerState {
   // `sum_of_squares` [1] f64 is that of all gradients as one vector, so of all owners; `control`
   // [kAdamWControlSize] f64 holds the updates applied so far and receives what the step's updates
   // share. Each bucket's weights then go to the ranks that hold them. An entry of `losses` f64, or
-  // a gradient, that is not finite skips the update.
-  void Update(double lr, Tensor losses, Tensor sum_of_squares, Tensor control, const Context& ctx);
+  // a gradient, that is not finite skips the update, and so does a norm above max_norm or a first
+  // loss above max_loss.
+  void Update(double lr, Tensor losses, Tensor sum_of_squares, Tensor control, const Context& ctx,
+              double max_norm = HUGE_VAL, double max_loss = HUGE_VAL);
 
   const std::vector<Owned>& buckets() const { return buckets_; }  // as Layout::buckets()
   // The master of a published parameter, flattened. Fatal where this rank does not own all of it;

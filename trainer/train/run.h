@@ -72,7 +72,9 @@ class Run {
     bool saver_ready = false;  // on all ranks
   };
   absl::StatusOr<Boundary> Exchange(const absl::Status& mine, int64_t targets);
-  absl::Status Report(StepReport report, int64_t tokens, double seconds);
+  bool LogDue(const StepReport& report) const;
+  absl::Status Report(StepReport report, int64_t tokens, double seconds,
+                      const std::vector<Metric>& layers);
   bool EvaluationDue() const;
   absl::Status Evaluate();
   absl::Status Save(bool wait);

@@ -10,6 +10,7 @@
 #include "trainer/report/environment.h"
 #include "trainer/report/run_summary.h"
 #include "trainer/train/evaluate.h"
+#include "trainer/train/layer_statistics.h"
 #include "trainer/train/run.h"
 
 namespace krait {
@@ -112,15 +113,26 @@ absl::Status Run::Steps() {
     KRAIT_ASSIGN_OR_RETURN(boundary,
                            Exchange(batch.status(), batch.ok() ? (*batch)->target_count : 0));
     const StepReport report = trainer_->Step(**batch, boundary.targets);
+    const double seconds = MonotonicSeconds() - begin;
     sound_ = !report.was_skipped;
+    std::vector<Metric> layers;
+    if (config_.log.layer_statistics && LogDue(report)) {
+      layers = LayerStatistics(trainer_.get(), **batch);
+    }
+    if (report.was_skipped && !report.was_spike && report.skipped_in_row == 1) {
+      const std::string where = FirstNonFinite(trainer_.get(), **batch);
+      KRAIT_RETURN_IF_ERROR(OnFirst([&] {
+        return Say(absl::StrFormat("step %d: not finite first: %s", report.step, where));
+      }));
+    }
     const absl::Status reported =
-        first() ? Report(report, state().tokens - seen, MonotonicSeconds() - begin)
-                : absl::OkStatus();
+        first() ? Report(report, state().tokens - seen, seconds, layers) : absl::OkStatus();
     if (report.skipped_in_row >= kMaxSkippedInRow) {
-      return Diverged(
-          absl::StrFormat("%d steps in a row without a finite loss and gradient (the "
-                          "last is %d)",
-                          report.skipped_in_row, report.step));
+      return Diverged(absl::StrFormat(
+          "%d steps in a row %s (the last is %d)", report.skipped_in_row,
+          report.was_spike ? "without a loss and gradient that train.spike_guard lets pass"
+                           : "without a finite loss and gradient",
+          report.step));
     }
     const bool last = state().step == steps;
     if (reported.ok() && EvaluationDue()) KRAIT_RETURN_IF_ERROR(Evaluate());
@@ -147,7 +159,13 @@ absl::Status Run::Steps() {
   return absl::OkStatus();
 }
 
-absl::Status Run::Report(StepReport report, int64_t tokens, double seconds) {
+bool Run::LogDue(const StepReport& report) const {
+  return report.step == 1 || report.step == report.steps || report.was_skipped ||
+         Due(config_.log.every, report.step);
+}
+
+absl::Status Run::Report(StepReport report, int64_t tokens, double seconds,
+                         const std::vector<Metric>& layers) {
   window_seconds_ += seconds;
   window_tokens_ += tokens;
   ++window_steps_;
@@ -155,8 +173,7 @@ absl::Status Run::Report(StepReport report, int64_t tokens, double seconds) {
   report.step_ms = window_seconds_ / static_cast<double>(window_steps_) * 1000;
   const int64_t end = config_.train.batch_tokens.After(report.tokens, report.steps - report.step);
   report.eta_seconds = static_cast<double>(end - report.tokens) / report.tokens_per_s;
-  const bool log = report.step == 1 || report.step == report.steps || report.was_skipped ||
-                   Due(config_.log.every, report.step);
+  const bool log = LogDue(report);
   const bool draw = MonotonicSeconds() - drawn_ >= kRedrawSeconds;
   if (!log && !draw) return absl::OkStatus();
   // Asked for lines only: it reads files, or asks the driver.
@@ -176,7 +193,9 @@ absl::Status Run::Report(StepReport report, int64_t tokens, double seconds) {
   window_seconds_ = 0;
   window_steps_ = window_tokens_ = 0;
   KRAIT_RETURN_IF_ERROR(Say(FormatLogLine(report)));
-  return metrics_->Write(report.step, StepMetrics(report));
+  std::vector<Metric> metrics = StepMetrics(report);
+  metrics.insert(metrics.end(), layers.begin(), layers.end());
+  return metrics_->Write(report.step, metrics);
 }
 
 bool Run::EvaluationDue() const {

@@ -34,6 +34,16 @@ void AddAddFillCopy(std::vector<OpCase>* cases) {
             .Pad(s.pad)
             .In("x", kCompute, shape, Normal(2))
             .Call([](const Operands& t, const Context& ctx) { AddInPlace(t["y"], t["x"], ctx); }));
+    for (const OperandType y : {kCompute, kWide}) {
+      cases->push_back(OpCase("AddScaled", what + (y == kWide ? " wide" : ""))
+                           .InOut("y", y, shape, Normal(1), Sum(1))
+                           .Pad(s.pad)
+                           .In("x", kCompute, shape, Normal(2))
+                           .Pad(2 * s.pad)
+                           .Call([](const Operands& t, const Context& ctx) {
+                             AddScaled(t["y"], t["x"], -0.375, ctx);
+                           }));
+    }
     cases->push_back(
         OpCase("Fill", what)
             .Out("y", kCompute, shape, Exact())
@@ -190,12 +200,14 @@ void AddOptimizer(std::vector<OpCase>* cases) {
     const std::string what = Sizes({n});
     const double count = static_cast<double>(n);
     // In double: the f32 tolerance of one rounding leaves room for any order.
-    cases->push_back(OpCase("AddSumOfSquares", what)
-                         .InOut("sum", kF64, {1}, Constant(3), Sum(1))
-                         .In("x", kWide, {n}, Normal(1))
-                         .Call([](const Operands& t, const Context& ctx) {
-                           AddSumOfSquares(t["sum"], t["x"], ctx);
-                         }));
+    for (const OperandType x : {kWide, kCompute}) {
+      cases->push_back(OpCase("AddSumOfSquares", what + (x == kCompute ? " compute" : ""))
+                           .InOut("sum", kF64, {1}, Constant(3), Sum(1))
+                           .In("x", x, {n}, Normal(1))
+                           .Call([](const Operands& t, const Context& ctx) {
+                             AddSumOfSquares(t["sum"], t["x"], ctx);
+                           }));
+    }
     cases->push_back(
         OpCase("AddSum", what)
             .InOut("sum", kF64, {1}, Constant(3), Sum(1))

@@ -112,7 +112,7 @@ TEST_F(SweepPlanTest, WidthsAtOneRateWarnWithoutMup) {
     return plan.ok() ? plan->notes : std::vector<std::string>();
   };
   EXPECT_THAT(notes(grid),
-              ElementsAre(HasSubstr("cells of model.d_model 32 and 64 share optimizer.lr 3e-04")));
+              ElementsAre(HasSubstr("cells of model.d_model 32 and 64 share optimizer.lr 3e-4")));
   EXPECT_THAT(
       notes("cases: {a: {model.d_model: 32}, b: {model.d_model: 64, optimizer.lr: 1e-4}}\n"),
       ElementsAre());
