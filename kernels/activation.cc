@@ -73,6 +73,28 @@ void AddInPlace(Tensor y, Tensor x, const Context& ctx) {
   });
 }
 
+void AddScaled(Tensor y, Tensor x, double scale, const Context& ctx) {
+  OpScope op(ctx, OpFamily::kActivation, "AddScaled", {{"y", y}, {"x", x}});
+  op.CountBytes(y.bytes());
+  if (ctx.device == Device::kCuda) {
+    if (op.planning()) return;
+    KRAIT_CUDA(AddScaled(y, x, scale, ctx));
+    return;
+  }
+  cpu::Widened wide(ctx);
+  const Tensor sum = wide.InOut(y), added = wide.In(x);
+  if (op.planning()) return;
+  cpu::DispatchFloat(sum, op.name(), [&](auto zero) {
+    using T = decltype(zero);
+    const T factor = static_cast<T>(scale);
+    ForEachSpan(sum, added, [factor](char* to, char* from, int64_t n) {
+      T* const y_span = reinterpret_cast<T*>(to);
+      const T* const x_span = reinterpret_cast<const T*>(from);
+      for (int64_t i = 0; i < n; ++i) y_span[i] += factor * x_span[i];
+    });
+  });
+}
+
 void Fill(Tensor y, double value, const Context& ctx) {
   OpScope op(ctx, OpFamily::kOther, "Fill", {{"y", y}});
   if (op.planning()) return;

@@ -23,6 +23,7 @@ class ActivationSet {
     Tensor h;     // [M,D] the residual stream that the norm reads
     Tensor x;     // [M,D] the norm's output, the sublayer's input
     Tensor rstd;  // [M]
+    Tensor y;     // [M,D] the sublayer's output; with the activation loss only
     std::unique_ptr<Saved> saved;
   };
 

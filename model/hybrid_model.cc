@@ -21,6 +21,7 @@ PassSums PassSumsOf(const std::vector<double>& sums) {
   return {.cross_entropy = sums.at(kSumCrossEntropy),
           .aux_loss = sums.at(kSumAuxLoss),
           .z_loss = sums.at(kSumZLoss),
+          .squares = sums.at(kSumSquares),
           .imbalance = {sums.begin() + kSumImbalance, sums.end()}};
 }
 
@@ -149,11 +150,13 @@ void HybridModel::RunSublayers(Tensor final_x, const Batch& batch, ActivationSet
   const Tensor passing_h = ctx.scratch->Alloc(dtype, {m, d});
   const Tensor passing_x = ctx.scratch->Alloc(dtype, {m, d});
   const Tensor passing_rstd = ctx.scratch->Alloc(Wide(dtype), {m});
-  const Tensor delta = ctx.scratch->Alloc(dtype, {m, d});
+  const bool keeps_outputs = set != nullptr && spec_.activation_loss != 0;
+  Tensor delta = keeps_outputs ? Tensor() : ctx.scratch->Alloc(dtype, {m, d});
 
   PassContext pass = forward_pass;
-  Tensor router_logits;
+  Tensor router_logits, dt_raw;
   if (probe != nullptr) pass.router_logits = &router_logits;
+  if (probe != nullptr && probe->sublayers) pass.dt_raw = &dt_raw;
   int64_t moe_index = 0;
 
   Tensor residual;  // the stream before `delta`
@@ -180,8 +183,10 @@ void HybridModel::RunSublayers(Tensor final_x, const Batch& batch, ActivationSet
                            spec_.norm_eps, ctx);
     weights_->Release(norms_[s]);
     residual = h;
+    if (keeps_outputs) delta = set->arena_->Alloc(dtype, {m, d});
     if (set != nullptr) {
       auto& kept = set->sublayers_[s];
+      kept.y = keeps_outputs ? delta : Tensor();
       kept.h = keep.h ? h : Tensor();
       kept.x = keep.x ? x : Tensor();
       kept.rstd = keep.x ? rstd : Tensor();
@@ -204,6 +209,10 @@ void HybridModel::RunSublayers(Tensor final_x, const Batch& batch, ActivationSet
       probe->on_tensor("router_logits." + std::to_string(moe_index++), router_logits);
       router_logits = Tensor();
     }
+    if (probe == nullptr || !probe->sublayers) continue;
+    if (dt_raw.defined()) probe->on_tensor("dt_raw." + std::to_string(s), dt_raw);
+    dt_raw = Tensor();
+    probe->on_tensor("output." + std::to_string(s), delta);
   }
   if (!last()) {
     Copy(batch.h_out, residual, ctx);
@@ -322,6 +331,9 @@ void HybridModel::Forward(const Batch& batch, Tensor loss_scale, Tensor sums,
       last() ? set.arena_->Alloc(weights_->dtype(), {batch.shape.own_tokens(), spec_.d_model})
              : Tensor();
   RunSublayers(set.d_final_, batch, &set, sequence, pass, probe);
+  for (size_t s = range_.begin; spec_.activation_loss != 0 && s < range_.end; ++s) {
+    AddSumOfSquares(sums.Slice(0, kSumSquares, 1), set.sublayers_[s].y, ctx);
+  }
   if (last())
     RunHead(set.d_final_, batch.targets, loss_scale, sums, /*with_grad=*/true, pass, probe);
   bool whole = true;
@@ -334,7 +346,8 @@ void HybridModel::Forward(const Batch& batch, Tensor loss_scale, Tensor sums,
   weights_->EndForward();
 }
 
-void HybridModel::Evaluate(const Batch& batch, Tensor sums, const Context& ctx, int64_t* correct) {
+void HybridModel::Evaluate(const Batch& batch, Tensor sums, const Context& ctx, int64_t* correct,
+                           const ProbeSink* probe) {
   const ArenaScope scope(ctx.scratch);
   RouterStats router = NewRouterStats(batch.shape.batch, ctx.scratch);
   ResetRouterStats(router, ctx);
@@ -342,7 +355,7 @@ void HybridModel::Evaluate(const Batch& batch, Tensor sums, const Context& ctx, 
   pass.router = &router;
   const Tensor final_x =
       ctx.scratch->Alloc(weights_->dtype(), {batch.shape.own_tokens(), spec_.d_model});
-  RunSublayers(final_x, batch, nullptr, nullptr, pass, nullptr);
+  RunSublayers(final_x, batch, nullptr, nullptr, pass, probe);
   RunHead(final_x, batch.targets, Tensor(), sums, /*with_grad=*/false, pass, nullptr, correct);
   AddRouterLosses(router, batch.shape.tokens(), sums, ctx);
   weights_->EndForward();
@@ -382,7 +395,8 @@ void HybridModel::Refill(size_t begin, size_t end, ActivationSet* set, SequenceS
 }
 
 void HybridModel::Backward(const Batch& batch, double aux_scale, ActivationSet* activations,
-                           const Context& ctx, SequenceState* sequence) {
+                           const Context& ctx, SequenceState* sequence, const ProbeSink* probe) {
+  const bool probes = probe != nullptr && probe->sublayers;
   const ArenaScope scope(ctx.scratch);
   ActivationSet& set = *activations;
   const int64_t m = batch.shape.own_tokens();
@@ -404,6 +418,15 @@ void HybridModel::Backward(const Batch& batch, double aux_scale, ActivationSet* 
   // sublayer's dy is not overwritten while the sublayer may still read it: two buffers take turns.
   Tensor dh = ctx.scratch->Alloc(dtype, {m, spec_.d_model});
   Tensor dh_next = ctx.scratch->Alloc(dtype, {m, spec_.d_model});
+  // With the activation loss the gradient of a sublayer's output is dh and that of the loss.
+  Tensor dy[2];
+  double dy_scale = 0;
+  if (spec_.activation_loss != 0) {
+    for (Tensor& t : dy) t = ctx.scratch->Alloc(dtype, {m, spec_.d_model});
+    const int64_t data = groups_ != nullptr ? groups_->mesh().stage() / groups_->mesh().tensor : 1;
+    dy_scale =
+        2 * aux_scale * spec_.activation_loss / static_cast<double>(tokens * data * spec_.d_model);
+  }
   if (last()) {
     if (head_ != embedding_ || !first()) weights_->GradReady(head_);
     RmsNormBackward(dh, weights_->Grad(final_norm_), set.d_final_, set.final_h_, set.final_rstd_,
@@ -413,6 +436,7 @@ void HybridModel::Backward(const Batch& batch, double aux_scale, ActivationSet* 
   } else {
     Copy(dh, batch.d_h_out, ctx);
   }
+  if (probes) probe->on_tensor("gradient.head", dh);
   for (size_t end = range_.end; end > range_.begin;) {
     // Sublayers that are recomputed together: a layer, or one by one.
     size_t begin = end - 1;
@@ -423,8 +447,15 @@ void HybridModel::Backward(const Batch& batch, double aux_scale, ActivationSet* 
       const ArenaScope sublayer_scope(ctx.scratch);
       const auto& kept = set.sublayers_[s];
       const Tensor dx = ctx.scratch->Alloc(dtype, {m, spec_.d_model});
-      sublayers_[s]->Backward(dx, dh, kept.x, *weights_, kept.saved.get(),
+      Tensor dy_of = dh;
+      if (kept.y.defined()) {
+        dy_of = dy[s % 2];
+        Copy(dy_of, dh, ctx);
+        AddScaled(dy_of, kept.y, dy_scale, ctx);
+      }
+      sublayers_[s]->Backward(dx, dy_of, kept.x, *weights_, kept.saved.get(),
                               sequence != nullptr ? sequence->sublayers_[s].get() : nullptr, pass);
+      if (probes) probe->on_tensor("gradient." + std::to_string(s), dx);
       ResidualRmsNormBackward(dh_next, weights_->Grad(norms_[s]), dx, dh, kept.h, kept.rstd,
                               weights_->Get(norms_[s]), ctx);
       weights_->Release(norms_[s]);

@@ -59,16 +59,18 @@ struct Batch {
 };
 
 // What the passes of a step add up, f64 on the device: SumsSize() entries. On several ranks the
-// token losses are those of a rank's own rows, to be summed over the ranks; the others are the same
+// token losses and squares are those of a rank's own rows, to be summed over the ranks; the others
+// are the same
 // on all ranks, or with moe.aux_sequences a data rank's own, to be averaged.
 enum PassSum : int64_t {
   kSumCrossEntropy,  // sum of token losses
   kSumAuxLoss,       // unscaled, of each pass (already a mean)
   kSumZLoss,         // unscaled mean over MoE sublayers, of each pass
+  kSumSquares,       // of the outputs of sublayers, with the activation loss; else 0
   kSumImbalance,     // one entry per MoE sublayer: max_e count_e / mean count
 };
 struct PassSums {
-  double cross_entropy = 0, aux_loss = 0, z_loss = 0;
+  double cross_entropy = 0, aux_loss = 0, z_loss = 0, squares = 0;
   std::vector<double> imbalance;
 };
 // From the downloaded entries; what stands behind them is passed over with the imbalance's.
@@ -79,8 +81,11 @@ PassSums PassSumsOf(const std::vector<double>& sums);
 // norm; "router_logits.j" [M,E] of MoE sublayer j; "logits" [rows,V], consecutive chunks of rows.
 // Of several tensor ranks each has its own rows of the first two, and of the logits all rows of the
 // ids that it holds.
+// With `sublayers` also, of sublayer s of the spec, "output.s" [M,D], "dt_raw.s" [M,I] of a Mamba
+// sublayer and, backwards, "gradient.head" [M,D] and "gradient.s" [M,D] of its input.
 struct ProbeSink {
   std::function<void(const std::string& name, Tensor value)> on_tensor;
+  bool sublayers = false;
 };
 
 class HybridModel {
@@ -98,11 +103,19 @@ class HybridModel {
   int64_t SumsSize() const { return kSumImbalance + moe_count_; }
 
   // One training pass differentiates
-  //   loss_scale * sum of token losses + aux_scale * (aux_coef * aux + z_coef * z)
+  //   loss_scale * sum of token losses
+  //     + aux_scale * (aux_coef * aux + z_coef * z + activation_coef * activation)
   // with loss_scale [1] f64 = 1 / targets of the whole step and aux_scale = 1 / passes. The LM head
   // runs forward and backward together, in chunks of rows, so that the logits of a pass never exist
   // at once: Forward already adds the head's weight gradient and keeps the gradient of the final
   // norm's output. `sums` [SumsSize()] is added to.
+  //
+  // activation is the mean over a pass's tokens and d_model channels of the square of a sublayer's
+  // output (what it adds to the residual stream), added over the sublayers: the activation loss of
+  // Jamba-1.5 (arXiv:2408.12570), which keeps the outputs of the last Mamba layers and of single
+  // experts from growing to millions. The paper gives the coefficient, 1e-5, but not over what the
+  // mean is taken; this is the stream that the outliers were seen in. The outputs stay in memory
+  // until the backward pass, whatever is recomputed.
   //
   // Weights::BeginPass goes before. With `sequence` the batch is the next piece of the pass's
   // sequences, each piece with an activation set of its own; the auxiliary losses are those of all
@@ -113,13 +126,15 @@ class HybridModel {
   // Adds to the weights' gradients; the batch and activations of the Forward before it, pieces from
   // last to first.
   void Backward(const Batch& batch, double aux_scale, ActivationSet* activations,
-                const Context& ctx, SequenceState* sequence = nullptr);
+                const Context& ctx, SequenceState* sequence = nullptr,
+                const ProbeSink* probe = nullptr);
 
   // Forward without keeping anything, in scratch memory: adds the losses to `sums` (evaluation).
   // Works without gradients. `correct`, where it is given, grows by the targets of this rank's own
   // rows that have the largest logit (one of several that are equal counts): the device is waited
   // for.
-  void Evaluate(const Batch& batch, Tensor sums, const Context& ctx, int64_t* correct = nullptr);
+  void Evaluate(const Batch& batch, Tensor sums, const Context& ctx, int64_t* correct = nullptr,
+                const ProbeSink* probe = nullptr);
 
   // The state of `batch` sequences of up to `max_tokens` tokens, at their start. `with_grad`: for
   // training on pieces of sequences of exactly max_tokens.

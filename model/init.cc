@@ -30,7 +30,9 @@ void InitRows(Tensor rows, const ModelSpec& spec, const Param& param, int64_t fi
               int64_t row_step, uint64_t seed, const Context& ctx) {
   const RandomStream stream(seed, RandomPurpose::kInit, HashName(param.name));
   const bool mamba = spec.init_scheme == InitScheme::kMamba;
-  const auto normal = [&](double std) { FillNormal(rows, stream, first, row_step, std, ctx); };
+  const auto normal = [&](double std) {
+    FillNormal(rows, stream, first, row_step, std * param.init_scale, ctx);
+  };
   // A small tensor whose values the host computes.
   const auto from_host = [&](const auto& value) {
     const ArenaScope scope(ctx.scratch);

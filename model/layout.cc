@@ -122,6 +122,7 @@ void Layout::Place(int storage) {
     const Param& param = table_->params()[p];
     KRAIT_CHECK(param.dtype_class == first.dtype_class && param.trainable == first.trainable &&
                 param.decay == first.decay && param.group == first.group &&
+                param.init_scale == first.init_scale && param.lr_scale == first.lr_scale &&
                 param.grad_write == first.grad_write && param.shard.axis == first.shard.axis &&
                 Replicas(param, mesh_) == replicas);
     for (const ElementRange& part : Parts(param, global, mesh_)) {
@@ -239,6 +240,15 @@ void Layout::CutRun(int f, ElementRange run, int64_t bucket_elements) {
         storage.buckets.push_back(static_cast<int>(buckets_.size()));
       }
       if (Attributes(s).decay) Append(&bucket.decay, begin, end);
+      const double lr_scale = Attributes(s).lr_scale;
+      if (lr_scale == 1) continue;
+      if (bucket.scaled.empty() || bucket.scaled.back().end != begin ||
+          bucket.lr_scales.back() != lr_scale) {
+        bucket.scaled.push_back({begin, end});
+        bucket.lr_scales.push_back(lr_scale);
+      } else {
+        bucket.scaled.back().end = end;
+      }
     }
     buckets_.push_back(std::move(bucket));
   }

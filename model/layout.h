@@ -79,6 +79,9 @@ struct Bucket {
   // none) and the padding behind them.
   std::vector<int64_t> cuts;
   std::vector<ElementRange> decay;  // elements of the flat with weight decay, sorted and apart
+  // Elements whose Param::lr_scale is not 1, likewise, and that scale of each range.
+  std::vector<ElementRange> scaled;
+  std::vector<double> lr_scales;
 };
 
 // A box of a published tensor that this rank owns.

@@ -233,6 +233,7 @@ void MambaSublayer::Forward(Tensor y, Tensor x, const Weights& weights, Arena* k
   const Tensor normed = s.normed.defined() ? s.normed : NormMemory(s, compute, ctx.scratch, shape);
   NormForward(normed, s, weights, pass);
   LinearForward(s.dt_raw, normed.Slice(1, 0, dt_rank_), weights.Get(dt_proj_), Tensor(), ctx);
+  if (pass.dt_raw != nullptr) *pass.dt_raw = s.dt_raw;
   weights.Release(dt_proj_);
 
   const Tensor scanned = ctx.scratch->Alloc(compute, {m, d_inner_});

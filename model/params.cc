@@ -1,5 +1,6 @@
 #include "model/params.h"
 
+#include <cmath>
 #include <utility>
 
 #include "kernels/base/check.h"
@@ -62,6 +63,17 @@ Param Zeroed(Param param) {
   return param;
 }
 
+// The rows of muP's table (model/params.h); width: d_model over that of the base.
+Param Hidden(double width, Param param) {
+  param.init_scale = 1 / std::sqrt(width);
+  param.lr_scale = 1 / width;
+  return param;
+}
+Param Output(double width, Param param) {
+  param.init_scale = param.lr_scale = 1 / width;
+  return param;
+}
+
 Param Norm(std::string name, int64_t width) {
   return Fp32(Zeroed(NoDecay(Weight(std::move(name), {width}, ParamInit::kOne))));
 }
@@ -71,6 +83,11 @@ Param Bias(std::string name, int64_t width) {
 }
 
 }  // namespace
+
+double MupWidth(const ModelSpec& spec) {
+  if (spec.mup_base_d_model == 0) return 1;
+  return static_cast<double>(spec.d_model) / static_cast<double>(spec.mup_base_d_model);
+}
 
 int64_t Param::numel() const { return Product(shape); }
 int64_t Storage::numel() const { return Product(shape); }
@@ -101,7 +118,8 @@ ParamTable::ParamTable(const ModelSpec& spec, int64_t tensor) {
   }
   AddOne(Norm(kFinalNormName, spec.d_model), -1);
   if (!spec.tie_embeddings) {
-    AddOne(ByVocabulary(Weight(kHeadName, {spec.vocab_size, spec.d_model})), -1);
+    AddOne(Output(MupWidth(spec), ByVocabulary(Weight(kHeadName, {spec.vocab_size, spec.d_model}))),
+           -1);
   }
   for (const Storage& storage : storages_) {
     int64_t end = 0;
@@ -116,7 +134,8 @@ void ParamTable::AddAttention(const ModelSpec& spec, int64_t tensor, const std::
   const int64_t q = spec.attention.heads * head;
   const int64_t kv = spec.attention.kv_heads * head;
   const int64_t d = spec.d_model;
-  Param q_proj = ByOutput(Weight(prefix + "q_proj.weight", {q, d}), head);
+  const double width = MupWidth(spec);
+  Param q_proj = Hidden(width, ByOutput(Weight(prefix + "q_proj.weight", {q, d}), head));
   if (tensor <= spec.attention.kv_heads) {
     AddStorage(prefix + "qkv", {q + 2 * kv, d}, sublayer);
     AddParam(std::move(q_proj));
@@ -124,9 +143,10 @@ void ParamTable::AddAttention(const ModelSpec& spec, int64_t tensor, const std::
     AddOne(std::move(q_proj), sublayer);
     AddStorage(prefix + "kv", {2 * kv, d}, sublayer);
   }
-  AddParam(ByOutput(Weight(prefix + "k_proj.weight", {kv, d}), head));
-  AddParam(ByOutput(Weight(prefix + "v_proj.weight", {kv, d}), head));
-  AddOne(ByInput(Weight(prefix + "o_proj.weight", {d, q}, ParamInit::kNormalResidual), head),
+  AddParam(Hidden(width, ByOutput(Weight(prefix + "k_proj.weight", {kv, d}), head)));
+  AddParam(Hidden(width, ByOutput(Weight(prefix + "v_proj.weight", {kv, d}), head)));
+  AddOne(Hidden(width, ByInput(Weight(prefix + "o_proj.weight", {d, q}, ParamInit::kNormalResidual),
+                               head)),
          sublayer);
 }
 
@@ -134,36 +154,52 @@ void ParamTable::AddMamba(const ModelSpec& spec, const std::string& prefix, int 
   const MambaSpec& m = spec.mamba;
   const int64_t d = spec.d_model;
   const int64_t i = m.d_inner;
-  AddOne(ByOutput(Weight(prefix + "in_proj.weight", {2 * i, d}), 1, {i, i}), sublayer);
+  const double width = MupWidth(spec);
+  AddOne(Hidden(width, ByOutput(Weight(prefix + "in_proj.weight", {2 * i, d}), 1, {i, i})),
+         sublayer);
   if (m.proj_bias) AddOne(ByOutput(Bias(prefix + "in_proj.bias", 2 * i), 1, {i, i}), sublayer);
   AddStorage(prefix + "conv1d.weight", {i, m.d_conv}, sublayer);
   AddParam(Zeroed(ByOutput(Weight(prefix + "conv1d.weight", {i, 1, m.d_conv}))));
   if (m.conv_bias) AddOne(ByOutput(Bias(prefix + "conv1d.bias", i)), sublayer);
-  AddOne(ByInput(Weight(prefix + "x_proj.weight", {m.dt_rank + 2 * m.d_state, i})), sublayer);
+  AddOne(Hidden(width, ByInput(Weight(prefix + "x_proj.weight", {m.dt_rank + 2 * m.d_state, i}))),
+         sublayer);
   if (m.inner_norms) {
     AddOne(Norm(prefix + "dt_layernorm.weight", m.dt_rank), sublayer);
     AddOne(Norm(prefix + "b_layernorm.weight", m.d_state), sublayer);
     AddOne(Norm(prefix + "c_layernorm.weight", m.d_state), sublayer);
   }
-  AddOne(ByOutput(Weight(prefix + "dt_proj.weight", {i, m.dt_rank}, ParamInit::kDtWeight)),
-         sublayer);
+  const auto auto_rank = [](int64_t d_model) { return (d_model + 15) / 16; };
+  double rank_width = 1;
+  if (spec.mup_base_d_model > 0 && m.dt_rank == auto_rank(d)) {
+    rank_width =
+        static_cast<double>(m.dt_rank) / static_cast<double>(auto_rank(spec.mup_base_d_model));
+  }
+  Param dt_proj =
+      Hidden(rank_width,
+             ByOutput(Weight(prefix + "dt_proj.weight", {i, m.dt_rank}, ParamInit::kDtWeight)));
+  if (spec.init_scheme == InitScheme::kMamba) dt_proj.init_scale = 1;
+  AddOne(std::move(dt_proj), sublayer);
   AddOne(Fp32(Zeroed(NoDecay(ByOutput(Weight(prefix + "dt_proj.bias", {i}, ParamInit::kDtBias))))),
          sublayer);
   AddOne(
       Fp32(Zeroed(NoDecay(ByOutput(Weight(prefix + "A_log", {i, m.d_state}, ParamInit::kALog))))),
       sublayer);
   AddOne(Fp32(Zeroed(NoDecay(ByOutput(Weight(prefix + "D", {i}, ParamInit::kOne))))), sublayer);
-  AddOne(ByInput(Weight(prefix + "out_proj.weight", {d, i}, ParamInit::kNormalResidual)), sublayer);
+  AddOne(Hidden(width,
+                ByInput(Weight(prefix + "out_proj.weight", {d, i}, ParamInit::kNormalResidual))),
+         sublayer);
   if (m.proj_bias) AddOne(Bias(prefix + "out_proj.bias", d), sublayer);
 }
 
 void ParamTable::AddMlp(const ModelSpec& spec, const std::string& prefix, int sublayer) {
   const int64_t d = spec.d_model;
   const int64_t f = spec.mlp_d_ff;
+  const double width = MupWidth(spec);
   AddStorage(prefix + "gate_up", {2 * f, d}, sublayer);
-  AddParam(ByOutput(Weight(prefix + "gate_proj.weight", {f, d})));
-  AddParam(ByOutput(Weight(prefix + "up_proj.weight", {f, d})));
-  AddOne(ByInput(Weight(prefix + "down_proj.weight", {d, f}, ParamInit::kNormalResidual)),
+  AddParam(Hidden(width, ByOutput(Weight(prefix + "gate_proj.weight", {f, d}))));
+  AddParam(Hidden(width, ByOutput(Weight(prefix + "up_proj.weight", {f, d}))));
+  AddOne(Hidden(width,
+                ByInput(Weight(prefix + "down_proj.weight", {d, f}, ParamInit::kNormalResidual))),
          sublayer);
 }
 
@@ -171,18 +207,20 @@ void ParamTable::AddMoe(const ModelSpec& spec, const std::string& prefix, int su
   const int64_t d = spec.d_model;
   const int64_t f = spec.moe.d_ff;
   const int64_t experts = spec.moe.experts;
-  AddOne(Fp32(Weight(prefix + "router.weight", {experts, d})), sublayer);
+  const double width = MupWidth(spec);
+  AddOne(Output(width, Fp32(Weight(prefix + "router.weight", {experts, d}))), sublayer);
   const auto name = [&](int64_t e, const char* matrix) {
     return prefix + "experts." + std::to_string(e) + "." + matrix + ".weight";
   };
   AddStorage(prefix + "experts.gate_up", {experts, 2 * f, d}, sublayer);
   for (int64_t e = 0; e < experts; ++e) {
-    AddParam(Expert(Weight(name(e, "gate_proj"), {f, d})));
-    AddParam(Expert(Weight(name(e, "up_proj"), {f, d})));
+    AddParam(Hidden(width, Expert(Weight(name(e, "gate_proj"), {f, d}))));
+    AddParam(Hidden(width, Expert(Weight(name(e, "up_proj"), {f, d}))));
   }
   AddStorage(prefix + "experts.down", {experts, d, f}, sublayer);
   for (int64_t e = 0; e < experts; ++e) {
-    AddParam(Expert(Weight(name(e, "down_proj"), {d, f}, ParamInit::kNormalResidual)));
+    AddParam(
+        Hidden(width, Expert(Weight(name(e, "down_proj"), {d, f}, ParamInit::kNormalResidual))));
   }
 }
 

@@ -16,6 +16,36 @@
 
 namespace krait {
 
+// muP (maximal update parametrization), on where ModelSpec::mup_base_d_model is set: with
+// w = d_model / base, the initial values and AdamW's steps of a parameter are those of a model of
+// the base width times
+//
+//   parameter                                         initial values   steps
+//   embedding                                         1                1
+//   matrices of attention, MLP, experts; in_proj,
+//     x_proj, out_proj                                w^-1/2           1/w
+//   dt_proj.weight                                    (by its scheme)  base R / R
+//   router, head                                      1/w              1/w
+//   conv1d, A_log, D, dt_proj.bias, norms, biases     1                1
+//
+// Source: Yang et al., Tensor Programs V (arXiv:2203.03466), table 3, for Adam: hidden matrices,
+// whose fan-in and fan-out grow, have variance and rate 1 / fan-in; outputs variance 1 / fan-in^2,
+// rate 1 / fan-in; what has no growing fan-in (the embedding, vectors, the taps of a channel) is as
+// it was. That form has no multipliers in the forward pass, so weights, export and decoding are
+// those of any model. Mamba's matrices as hidden ones, A_log, D and biases unchanged: mamba.py
+// (github.com/alxndrTL/mamba.py, pull request 50), which checked its transfer for Mamba-1.
+// Vankadara et al., On Feature Learning in Structured State Space Models (NeurIPS 2024), show that
+// this fails where N grows with the width; here it is fixed (B and C are then as many rows of
+// x_proj whatever the width, and with inner norms their scale is that of the norms). dt_proj's
+// uniform values scale with R by themselves; R counts as growing where it is ceil(d_model / 16),
+// else as fixed. The router as an output: Malasnicki et al., mu-Parametrization for Mixture of
+// Experts (arXiv:2508.09752).
+//
+// What is expected of a family of models: d_ff, expand * d_model and the number of heads grow with
+// d_model; head_dim stays, so that attention's scale head_dim^-1/2 is one constant (the rule 1/d is
+// for a head_dim that grows). Tied embeddings, which would be input and output at once, are
+// refused. Weight decay keeps the common rate, so that its pull per step does not vanish with the
+// width (mamba.py; Kosson et al., arXiv:2510.19093).
 enum class DTypeClass : uint8_t {
   kCompute,  // the run's precision, with an fp32 master where that is not fp32
   kFp32,     // always fp32: A_log, D, dt_proj.bias, router, norm weights
@@ -66,7 +96,8 @@ struct Param {
   bool trainable = true;
   ParamInit init = ParamInit::kNormal;
   bool decay = true;
-  int group = 0;  // optimizer group
+  int group = 0;                        // optimizer group
+  double init_scale = 1, lr_scale = 1;  // of muP, above
   ShardRule shard;
   GradWrite grad_write = GradWrite::kOverwrite;
   int storage = 0;     // index into ParamTable::storages
@@ -75,7 +106,8 @@ struct Param {
   int64_t numel() const;
 };
 
-// Attributes that all pieces share (dtype class, decay, group, trainable, gradient write, holders)
+// Attributes that all pieces share (dtype class, decay, group, scales, trainable, gradient write,
+// holders)
 // live in the pieces; Layout checks that they agree.
 struct Storage {
   std::string name;            // e.g. "model.layers.3.feed_forward.gate_up"
@@ -84,6 +116,9 @@ struct Storage {
   std::vector<int> params;     // its pieces, ascending offset, tiling it
   int64_t numel() const;
 };
+
+// w of muP's table; 1 without muP.
+double MupWidth(const ModelSpec& spec);
 
 class ParamTable {
  public:

@@ -58,9 +58,12 @@ struct ModelSpec {
   AttentionSpec attention;
   MambaSpec mamba;
   int64_t mlp_d_ff = 0;
+  // Coefficient of the activation loss (HybridModel::Forward); 0: none.
+  double activation_loss = 0;
   MoeSpec moe;
   double init_std = 0.02;
   InitScheme init_scheme = InitScheme::kMamba;
+  int64_t mup_base_d_model = 0;     // of optimizer.mup (model/params.h); 0: off
   std::vector<Sublayer> sublayers;  // 2 * n_layers, mixer before feed-forward
 
   bool Has(SublayerKind kind) const;

@@ -67,6 +67,9 @@ struct PassContext {
   Arena* keep_attention = nullptr;
   // When not null (probe): an MoE sublayer sets it to its logits [M,E], alive as long as `keep`.
   Tensor* router_logits = nullptr;
+  // Likewise a Mamba sublayer sets it to dt_proj's output without bias, [M,I] of this rank's
+  // channels.
+  Tensor* dt_raw = nullptr;
   const Groups* groups = nullptr;
   const Context* ctx = nullptr;
 };

@@ -107,6 +107,19 @@ struct AddOp {
   }
 };
 template <typename To, typename From>
+struct AddScaledOp {
+  static constexpr bool kReadsY = true, kReadsX = true;
+  float scale;
+  template <int kVec>
+  __device__ Pack<To, kVec> operator()(const Pack<To, kVec>& y, const Pack<From, kVec>& x) const {
+    Pack<float, kVec> sum = Widen(y);
+    const Pack<float, kVec> added = Widen(x);
+#pragma unroll
+    for (int j = 0; j < kVec; ++j) sum.v[j] += scale * added.v[j];
+    return Round<To>(sum);
+  }
+};
+template <typename To, typename From>
 struct ConvertOp {
   static constexpr bool kReadsY = false, kReadsX = true;
   template <int kVec>
@@ -196,6 +209,14 @@ void AddInPlace(Tensor y, Tensor x, const Context& ctx) {
     using To = decltype(to);
     using From = decltype(from);
     Elementwise<To, From>("AddInPlace", y, x, AddOp<To, From>(), ctx);
+  });
+}
+
+void AddScaled(Tensor y, Tensor x, double scale, const Context& ctx) {
+  WithFloats("AddScaled", y, x, [&](auto to, auto from) {
+    using To = decltype(to);
+    using From = decltype(from);
+    Elementwise<To, From>("AddScaled", y, x, AddScaledOp<To, From>{static_cast<float>(scale)}, ctx);
   });
 }
 

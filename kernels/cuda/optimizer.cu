@@ -27,18 +27,18 @@ __device__ double BlockSum(double value) {
 constexpr int kSumPacks = 4;
 
 // partial[b] = the sum of the elements, or of their squares, of block b's turns.
-template <bool kSquares, int kVec>
-__global__ void __launch_bounds__(kThreads) SumKernel(double* partial, const float* x, int64_t n) {
+template <bool kSquares, int kVec, typename T>
+__global__ void __launch_bounds__(kThreads) SumKernel(double* partial, const T* x, int64_t n) {
   StartDependent();
   double sum = 0;
-  const auto add = [&sum](float value) {
-    const auto wide = static_cast<double>(value);
+  const auto add = [&sum](T value) {
+    const auto wide = static_cast<double>(ToFloat(value));
     sum = kSquares ? fma(wide, wide, sum) : sum + wide;
   };
   const int64_t packs = n / kVec, step = static_cast<int64_t>(gridDim.x) * kThreads;
   int64_t pack = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   for (; pack + (kSumPacks - 1) * step < packs; pack += kSumPacks * step) {
-    Pack<float, kVec> loaded[kSumPacks];
+    Pack<T, kVec> loaded[kSumPacks];
 #pragma unroll
     for (int p = 0; p < kSumPacks; ++p) loaded[p] = Load<kVec>(x + (pack + p * step) * kVec);
 #pragma unroll
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads) SumKernel(double* partial, const flo
     }
   }
   for (; pack < packs; pack += step) {
-    const Pack<float, kVec> loaded = Load<kVec>(x + pack * kVec);
+    const Pack<T, kVec> loaded = Load<kVec>(x + pack * kVec);
 #pragma unroll
     for (int j = 0; j < kVec; ++j) add(loaded.v[j]);
   }
@@ -65,7 +65,7 @@ __global__ void FinishSumKernel(double* sum, const double* partial, int partials
   if (threadIdx.x == 0) *sum += total;
 }
 
-template <bool kSquares>
+template <bool kSquares, typename T>
 void Sum(const char* name, Tensor sum, Tensor x, Tensor partial, const Context& ctx) {
   if (x.numel() == 0) return;
   KRAIT_CHECK(x.contiguous() && sum.numel() == 1 && partial.numel() >= kSumBlocks);
@@ -73,9 +73,9 @@ void Sum(const char* name, Tensor sum, Tensor x, Tensor partial, const Context& 
   const bool vectorizable = reinterpret_cast<uintptr_t>(x.raw()) % 16 == 0;
   const int64_t per_block = kThreads * kSumPacks * (vectorizable ? 4 : 1);
   const int64_t blocks = std::min(kSumBlocks, (n + per_block - 1) / per_block);
-  Launch(name, vectorizable ? SumKernel<kSquares, 4> : SumKernel<kSquares, 1>, Dependent(blocks),
-         dim3(kThreads), 0, ctx, partial.device_data<double>(),
-         static_cast<const float*>(x.device_data<float>()), n);
+  Launch(name, vectorizable ? SumKernel<kSquares, 4, T> : SumKernel<kSquares, 1, T>,
+         Dependent(blocks), dim3(kThreads), 0, ctx, partial.device_data<double>(),
+         static_cast<const T*>(x.device_data<T>()), n);
   Launch(name, FinishSumKernel, Dependent(1), dim3(kThreads), 0, ctx, sum.device_data<double>(),
          static_cast<const double*>(partial.device_data<double>()), static_cast<int>(blocks));
 }
@@ -84,8 +84,10 @@ __global__ void PrepareKernel(double* control, const double* sum_of_squares, con
                               int64_t num_losses, AdamWSettings s) {
   StartDependent();
   const double norm = sqrt(*sum_of_squares);
-  bool applied = isfinite(norm);
-  for (int64_t i = 0; i < num_losses; ++i) applied = applied && isfinite(losses[i]);
+  bool applied = isfinite(norm) && norm <= s.max_norm;
+  for (int64_t i = 0; i < num_losses; ++i) {
+    applied = applied && isfinite(losses[i]) && (i > 0 || losses[i] <= s.max_loss);
+  }
   control[kAdamWNorm] = norm;
   control[kAdamWApplied] = applied ? 1 : 0;
   if (!applied) return;
@@ -96,8 +98,8 @@ __global__ void PrepareKernel(double* control, const double* sum_of_squares, con
   control[kAdamWRootScale] = 1 / sqrt(1 - pow(s.beta2, steps));
 }
 
-// Which elements decay.
-struct DecayRanges {
+// Elements that decay, or whose steps are scaled.
+struct Ranges {
   const int64_t* ranges;  // [count, 2], ascending
   int64_t count;
 
@@ -114,11 +116,22 @@ struct DecayRanges {
     }
     return low;
   }
-  // Whether `element` decays, where no range before `range` reaches it.
-  __device__ bool Contains(int64_t element, int64_t range) const {
+  // The range that holds `element`, or -1, where no range before `range` reaches it.
+  __device__ int64_t Find(int64_t element, int64_t range) const {
     while (range < count && ranges[2 * range + 1] <= element) ++range;
-    return range < count && ranges[2 * range] <= element;
+    return range < count && ranges[2 * range] <= element ? range : -1;
   }
+};
+
+// Where a block's elements [begin, end) lie.
+struct RangesOfBlock {
+  int64_t first;   // the first range that ends behind `begin`
+  bool all, none;  // of them lie in it; in no range
+
+  __device__ RangesOfBlock(const Ranges& r, int64_t begin, int64_t end)
+      : first(r.After(begin)),
+        all(first < r.count && r.ranges[2 * first] <= begin && r.ranges[2 * first + 1] >= end),
+        none(first == r.count || r.ranges[2 * first] >= end) {}
 };
 
 // The constants of an update in float, folded in double.
@@ -132,8 +145,8 @@ constexpr int kUpdatePacks = 2;
 // Block b updates elements [b, b + 1) * kThreads * kUpdatePacks * kVec.
 template <typename W, typename M, int kVec>
 __global__ void __launch_bounds__(kThreads)
-    AdamWKernel(W* weight, float* master, M* m, M* v, const float* grad, DecayRanges decay,
-                const double* control, Factors f, int64_t n) {
+    AdamWKernel(W* weight, float* master, M* m, M* v, const float* grad, Ranges decay,
+                Ranges scaled, const double* scales, const double* control, Factors f, int64_t n) {
   StartDependent();
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * (kThreads * kUpdatePacks * kVec);
   const int64_t end = min(n, begin + kThreads * kUpdatePacks * kVec);
@@ -150,20 +163,23 @@ __global__ void __launch_bounds__(kThreads)
   }
   if (control[kAdamWApplied] == 0) return;
   const auto grad_scale = static_cast<float>(control[kAdamWGradScale]);
-  const auto step_size = static_cast<float>(control[kAdamWStepSize]);
+  const auto step_of = [&](int64_t range) {
+    const double step = control[kAdamWStepSize];
+    return static_cast<float>(range < 0 ? step : step * scales[range]);
+  };
   const auto inverse_root2 = static_cast<float>(control[kAdamWRootScale]);
-  const int64_t range = decay.After(begin);
-  const bool all =
-      range < decay.count && decay.ranges[2 * range] <= begin && decay.ranges[2 * range + 1] >= end;
-  const bool none = range == decay.count || decay.ranges[2 * range] >= end;
+  const RangesOfBlock decaying(decay, begin, end), scaling(scaled, begin, end);
+  const bool one_step = scaling.all || scaling.none;
+  const float block_step = step_of(scaling.all ? scaling.first : -1);
   // The update uses the moments before they are rounded to M.
   const auto update = [&](int64_t at, float gradient, float& value, M& first, M& second) {
-    const float scaled = gradient * grad_scale;
-    const float mean_now = f.beta1 * ToFloat(first) + f.one_beta1 * scaled;
-    const float square_now = f.beta2 * ToFloat(second) + f.one_beta2 * (scaled * scaled);
+    const float clipped = gradient * grad_scale;
+    const float mean_now = f.beta1 * ToFloat(first) + f.one_beta1 * clipped;
+    const float square_now = f.beta2 * ToFloat(second) + f.one_beta2 * (clipped * clipped);
     first = FromFloat<M>(mean_now);
     second = FromFloat<M>(square_now);
-    const bool decays = all || (!none && decay.Contains(at, range));
+    const bool decays = decaying.all || (!decaying.none && decay.Find(at, decaying.first) >= 0);
+    const float step_size = one_step ? block_step : step_of(scaled.Find(at, scaling.first));
     value = value * (decays ? f.keep : 1.0f) -
             step_size * (mean_now / (sqrtf(square_now) * inverse_root2 + f.eps));
   };
@@ -196,11 +212,12 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 void AddSum(Tensor sum, Tensor x, Tensor partial, const Context& ctx) {
-  Sum<false>("AddSum", sum, x, partial, ctx);
+  Sum<false, float>("AddSum", sum, x, partial, ctx);
 }
 
 void AddSumOfSquares(Tensor sum, Tensor x, Tensor partial, const Context& ctx) {
-  Sum<true>("AddSumOfSquares", sum, x, partial, ctx);
+  x.dtype() == DType::kBF16 ? Sum<true, BF16>("AddSumOfSquares", sum, x, partial, ctx)
+                            : Sum<true, float>("AddSumOfSquares", sum, x, partial, ctx);
 }
 
 void AdamWPrepare(Tensor control, Tensor sum_of_squares, Tensor losses,
@@ -215,17 +232,24 @@ void AdamWPrepare(Tensor control, Tensor sum_of_squares, Tensor losses,
 }
 
 void AdamW(Tensor weight, Tensor master, Tensor m, Tensor v, Tensor grad, Tensor decay_ranges,
-           Tensor control, const AdamWSettings& settings, const Context& ctx) {
+           const StepScales& step_scales, Tensor control, const AdamWSettings& settings,
+           const Context& ctx) {
   const int64_t n = master.numel();
   if (n == 0) return;
   for (const Tensor& t : {weight, master, m, v, grad}) {
     KRAIT_CHECK(t.numel() == n && t.contiguous());
   }
   KRAIT_CHECK(m.dtype() == v.dtype() && control.numel() == kAdamWControlSize);
-  DecayRanges decay{nullptr, 0};
-  if (decay_ranges.defined() && decay_ranges.numel() > 0) {
-    KRAIT_CHECK(decay_ranges.contiguous() && decay_ranges.dim(-1) == 2);
-    decay = {decay_ranges.device_data<int64_t>(), decay_ranges.numel() / 2};
+  const auto ranges_of = [](const Tensor& t) {
+    if (!t.defined() || t.numel() == 0) return Ranges{nullptr, 0};
+    KRAIT_CHECK(t.contiguous() && t.dim(-1) == 2);
+    return Ranges{t.device_data<int64_t>(), t.numel() / 2};
+  };
+  const Ranges decay = ranges_of(decay_ranges), scaled = ranges_of(step_scales.ranges);
+  const double* scales = nullptr;
+  if (scaled.count > 0) {
+    KRAIT_CHECK(step_scales.scales.contiguous() && step_scales.scales.numel() == scaled.count);
+    scales = step_scales.scales.device_data<double>();
   }
   const auto cast = [](double x) { return static_cast<float>(x); };
   const Factors factors{cast(1 - settings.lr * settings.weight_decay),
@@ -246,8 +270,8 @@ void AdamW(Tensor weight, Tensor master, Tensor m, Tensor v, Tensor grad, Tensor
     Launch("AdamW", vectorizable ? AdamWKernel<W, M, 4> : AdamWKernel<W, M, 1>,
            Dependent((n + per_block - 1) / per_block), dim3(kThreads), 0, ctx,
            weight.device_data<W>(), master.device_data<float>(), m.device_data<M>(),
-           v.device_data<M>(), static_cast<const float*>(grad.device_data<float>()), decay,
-           static_cast<const double*>(control.device_data<double>()), factors, n);
+           v.device_data<M>(), static_cast<const float*>(grad.device_data<float>()), decay, scaled,
+           scales, static_cast<const double*>(control.device_data<double>()), factors, n);
   };
   const auto with_weight = [&](auto w_zero) {
     m.dtype() == DType::kBF16 ? run(w_zero, BF16()) : run(w_zero, 0.0f);

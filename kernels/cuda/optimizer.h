@@ -12,14 +12,15 @@ namespace krait::cuda {
 // the 132 multiprocessors of an H100 or H200. Fixed, so that sums do not depend on the device.
 inline constexpr int64_t kSumBlocks = 1056;
 
-// x is f32.
+// x is f32, for squares also bf16.
 void AddSum(Tensor sum, Tensor x, Tensor partial, const Context& ctx);
 void AddSumOfSquares(Tensor sum, Tensor x, Tensor partial, const Context& ctx);
 
 void AdamWPrepare(Tensor control, Tensor sum_of_squares, Tensor losses,
                   const AdamWSettings& settings, const Context& ctx);
 void AdamW(Tensor weight, Tensor master, Tensor m, Tensor v, Tensor grad, Tensor decay_ranges,
-           Tensor control, const AdamWSettings& settings, const Context& ctx);
+           const StepScales& step_scales, Tensor control, const AdamWSettings& settings,
+           const Context& ctx);
 
 }  // namespace krait::cuda
 

@@ -99,6 +99,11 @@ TEST_P(OptimizerGpu, Prepare) {
   EXPECT_EQ(run(kNaN, {1}, kSettings), 0);
   EXPECT_EQ(run(HUGE_VAL, {1}, kSettings), 0);
   EXPECT_EQ(run(25, {1, kNaN, 1}, kSettings), 0);
+  AdamWSettings limited = kSettings;
+  limited.max_norm = 5, limited.max_loss = 2;
+  EXPECT_EQ(run(25, {2, 3}, limited), 1);
+  EXPECT_EQ(run(25.01, {2, 3}, limited), 0);
+  EXPECT_EQ(run(25, {2.01, 3}, limited), 0);
 }
 
 struct Case {
@@ -130,12 +135,20 @@ TEST_P(OptimizerGpu, AdamW) {
     const DType moments = c.moments == DType::kF32 ? DType::kF64 : DType::kBF16;
     Buf rmaster(wide, {c.n}), rgrad(wide, {c.n}), rm(moments, {c.n}), rv(moments, {c.n});
     CopyValues(rmaster, master), CopyValues(rgrad, grad), CopyValues(rm, m), CopyValues(rv, v);
-    krait::AdamW(rmaster, rmaster, rm, rv, rgrad, ranges, control, kSettings, *cpu_);
+    Buf step_ranges(DType::kI64, {3, 2}), scales(DType::kF64, {3});
+    cut.clear();
+    for (const double b : {2.0, 5.0, 1000.0, 1003.0, 1500.0, 70001.0}) {
+      cut.push_back(std::min(b, static_cast<double>(c.n)));
+    }
+    step_ranges.Assign(cut), scales.Assign({0.25, 3, 0.125});
+    krait::AdamW(rmaster, rmaster, rm, rv, rgrad, ranges, {step_ranges, scales}, control, kSettings,
+                 *cpu_);
 
     const bool copies = !f32();
     const std::vector<double> before[] = {Values(master), Values(m), Values(v)};
     OnGpu gmaster(master, c.shift), ggrad(grad, c.shift), gweight(weight, c.shift);
-    OnGpu gm(m, c.shift), gv(v, c.shift), granges(ranges);
+    OnGpu gm(m, c.shift), gv(v, c.shift), granges(ranges), gsteps(step_ranges), gscales(scales);
+    const StepScales step_scales{gsteps, gscales};
     Set(control, kAdamWApplied, 0);
     OnGpu skip(control);
     Set(control, kAdamWApplied, 1);
@@ -144,12 +157,27 @@ TEST_P(OptimizerGpu, AdamW) {
     const auto download = [&] {
       for (OnGpu* t : {&gmaster, &gm, &gv, &gweight}) t->Download();
     };
-    krait::AdamW(out, gmaster, gm, gv, ggrad, granges, skip, kSettings, *gpu_);
+    krait::AdamW(out, gmaster, gm, gv, ggrad, granges, step_scales, skip, kSettings, *gpu_);
     download();
     EXPECT_EQ(Values(master), before[0]) << "a skipped step changes nothing";
     EXPECT_EQ(Values(m), before[1]);
     EXPECT_EQ(Values(v), before[2]);
-    krait::AdamW(out, gmaster, gm, gv, ggrad, granges, gcontrol, kSettings, *gpu_);
+    // Scales of 1 give the bits of none.
+    Buf ones(DType::kF64, {3}), w(DType::kF32, {c.n});
+    ones.Fill(1);
+    const OnGpu gones(ones);
+    std::vector<double> unscaled[2];
+    for (const int with : {0, 1}) {
+      w.Assign(before[0]);
+      OnGpu gw(w, c.shift), gmean(m, c.shift), gsquare(v, c.shift);
+      krait::AdamW(gw, gw, gmean, gsquare, ggrad, granges,
+                   with == 1 ? StepScales{gsteps, gones} : StepScales(), gcontrol, kSettings,
+                   *gpu_);
+      gw.Download();
+      unscaled[with] = Values(w);
+    }
+    EXPECT_EQ(unscaled[0], unscaled[1]);
+    krait::AdamW(out, gmaster, gm, gv, ggrad, granges, step_scales, gcontrol, kSettings, *gpu_);
     download();
 
     // m and v are sums of two products; the step adds about ten roundings of its own size.
@@ -157,7 +185,7 @@ TEST_P(OptimizerGpu, AdamW) {
     const double v_error = 8 * kUlp * (MaxAbs(rv) + 1);
     ExpectMatches("m", m, rm, m_error, 1e-3);
     ExpectMatches("v", v, rv, v_error, 1e-3);
-    const double step = 2e-2 * (MaxAbs(rm) + m_error) / (3 * std::sqrt(0.009));
+    const double step = 3 * 2e-2 * (MaxAbs(rm) + m_error) / (3 * std::sqrt(0.009));
     ExpectNear("master", master, rmaster, 4 * kUlp * MaxAbs(rmaster) + 64 * kUlp * step);
     for (int64_t i = 0; copies && i < c.n; ++i) {
       const auto rounded = testing::ToBF16(static_cast<float>(Get(master, i)));

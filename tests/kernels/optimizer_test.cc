@@ -118,6 +118,49 @@ TEST(AdamW, IsTheFormulaOverSeveralSteps) {
   }
 }
 
+// Ranges of scaled steps cross those of decay, which is not scaled; a scale of 1 changes no bit.
+TEST(AdamW, ScaledStepsOfRanges) {
+  const TestContext ctx;
+  const int64_t n = 40001;
+  const Buf decay = Ranges({0, 5000, 5000, 20000, 39990, 40001});
+  const std::vector<double> bounds = {3, 4, 4, 4, 4999, 25000, 25000, 30000};
+  const Buf ranges = Ranges(bounds);
+  Buf scales(kF64, {4}), ones(kF64, {4});
+  scales.Assign({3, 7, 0.25, 0.5}), ones.Fill(1);
+  for (const DType dtype : {kF32, kF64}) {
+    Buf w(dtype, {n}), m(dtype, {n}), v(dtype, {n}), grad(dtype, {n});
+    w.FillNormal(1), m.FillNormal(2, 0.1), v.Fill(0.2), grad.FillNormal(3);
+    const std::vector<double> before = Values(w);
+    Buf w1(dtype, {n}), m1(dtype, {n}), v1(dtype, {n}), w2(dtype, {n}), m2(dtype, {n}),
+        v2(dtype, {n});
+    for (Buf* t : {&w1, &w2}) t->Assign(before);
+    for (Buf* t : {&m1, &m2}) t->Assign(Values(m));
+    for (Buf* t : {&v1, &v2}) t->Assign(Values(v));
+    Control control;
+    control.Set(kAdamWSteps, 4);
+    control.Prepare(4, StepNumber(5), ctx);
+    AdamW(w, w, m, v, grad, decay, control, StepNumber(5), ctx);
+    AdamW(w1, w1, m1, v1, grad, decay, {ranges, ones}, control, StepNumber(5), ctx);
+    EXPECT_TRUE(SameBits(w, w1) && SameBits(m, m1) && SameBits(v, v1));
+    AdamW(w2, w2, m2, v2, grad, decay, {ranges, scales}, control, StepNumber(5), ctx);
+    EXPECT_TRUE(SameBits(m, m2) && SameBits(v, v2));
+    const std::vector<double> plain = Values(w), scaled = Values(w2);
+    const double keep = 1 - StepNumber(5).lr * StepNumber(5).weight_decay;
+    for (size_t i = 0; i < before.size(); ++i) {
+      const auto at = static_cast<double>(i);
+      const bool decays = at < 20000 || at >= 39990;
+      double scale = 1;
+      for (size_t r = 0; r < 4; ++r) {
+        if (at >= bounds[2 * r] && at < bounds[2 * r + 1])
+          scale = Get(scales, static_cast<int64_t>(r));
+      }
+      const double kept = before[i] * (decays ? keep : 1);
+      const double expected = kept + scale * (plain[i] - kept);
+      ASSERT_NEAR(scaled[i], expected, (dtype == kF32 ? 1e-6 : 1e-14) * (1 + std::fabs(kept))) << i;
+    }
+  }
+}
+
 // The first update of Adam is lr * sign(g) whatever the size of g, and decay is decoupled.
 TEST(AdamW, FirstStepAndDecay) {
   const TestContext ctx;
@@ -286,6 +329,38 @@ TEST(AdamWDeathTest, RangesOutOfOrderOrOutsideAreFatal) {
     const Buf ranges = Ranges(bounds);
     EXPECT_DEATH(AdamW(w, w, w, w, w, ranges, control, StepNumber(1), ctx), "check failed");
   }
+}
+
+TEST(AdamW, StepsAboveTheirLimitsAreSkipped) {
+  const TestContext ctx;
+  AdamWSettings settings = StepNumber(1);
+  settings.max_norm = 4, settings.max_loss = 7;
+  Control control;
+  const auto applied = [&](double norm, const std::vector<double>& losses) {
+    control.SetLosses(losses);
+    const double steps = control[kAdamWSteps];
+    control.Prepare(norm, settings, ctx);
+    EXPECT_EQ(control[kAdamWNorm], norm);
+    EXPECT_EQ(control[kAdamWSteps], steps + control[kAdamWApplied]);
+    return control[kAdamWApplied];
+  };
+  EXPECT_EQ(applied(4, {7, 8}), 1);  // the second loss has no limit
+  EXPECT_EQ(applied(4.001, {7, 8}), 0);
+  EXPECT_EQ(applied(4, {7.001, 8}), 0);
+  settings.max_norm = settings.max_loss = HUGE_VAL;
+  EXPECT_EQ(applied(1e30, {1e30, 1}), 1);
+}
+
+TEST(AdamWDeathTest, AScaleForEachRange) {
+  const TestContext ctx;
+  Buf w(kF32, {10}), scales(kF64, {2});
+  Control control;
+  control.Prepare(1, StepNumber(1), ctx);
+  const Buf ranges = Ranges({0, 5});
+  const auto update = [&] {
+    AdamW(w, w, w, w, w, Tensor(), {ranges, scales}, control, StepNumber(1), ctx);
+  };
+  EXPECT_DEATH(update(), "check failed");
 }
 
 TEST(Sums, AreExactToDoubleAndTheSameForAnyNumberOfThreads) {

@@ -88,6 +88,15 @@ TEST(HybridGradients, ZLossAloneNoInnerNormsWithBiases) {
   Check(spec, TestBatch(1, 7, spec.vocab_size, 3), Recompute::kMixers);
 }
 
+TEST(HybridGradients, ActivationLoss) {
+  for (const Recompute recompute : {Recompute::kNone, Recompute::kMixers, Recompute::kLayer}) {
+    ModelSpec spec = testing::TinySpec("m aE mE", 3);
+    spec.moe.aux_loss = 0.1;
+    spec.activation_loss = 0.3;
+    Check(spec, TestBatch(2, 6, spec.vocab_size, 6, {{2, 3}, {5}}), recompute);
+  }
+}
+
 TEST(HybridGradients, DenseAttentionOnly) {
   Check(testing::TinySpec("a", 2), TestBatch(2, 4, 11, 4), Recompute::kNorms);
 }

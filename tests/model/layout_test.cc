@@ -248,6 +248,33 @@ TEST(Layout, DecayAndZeroRangesFollowTheTable) {
   });
 }
 
+TEST(Layout, ScaledRangesFollowTheTable) {
+  ForTheGrid([](ModelSpec spec, const ParamTable& plain, const Mesh& mesh) {
+    const Layout before(&plain, mesh, kSmallBucket);
+    for (const Bucket& bucket : before.buckets()) EXPECT_TRUE(bucket.scaled.empty());
+    spec.mup_base_d_model = spec.d_model / 2;
+    const ParamTable table(spec, mesh.tensor);
+    const Layout layout(&table, mesh, kSmallBucket);
+    for (const LocalStorage& storage : layout.storages()) {
+      for (const ParamBox& box : storage.boxes) {
+        const Param& param = table.params()[box.param];
+        for (int64_t at = box.begin; at < box.begin + box.numel(); ++at) {
+          double scale = 1;
+          for (const int b : storage.buckets) {
+            const Bucket& bucket = layout.buckets()[b];
+            ASSERT_EQ(bucket.scaled.size(), bucket.lr_scales.size());
+            for (size_t r = 0; r < bucket.scaled.size(); ++r) {
+              if (Contains({bucket.scaled[r]}, at)) scale *= bucket.lr_scales[r];
+            }
+          }
+          ASSERT_EQ(scale, param.lr_scale) << param.name;
+        }
+      }
+    }
+    for (const Bucket& bucket : layout.buckets()) EXPECT_LE(bucket.scaled.size(), 4U);
+  });
+}
+
 TEST(Layout, FlatsLieInBackwardOrder) {
   for (const ModelSpec& spec : MeshModels()) {
     const ParamTable table(spec);

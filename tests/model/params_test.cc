@@ -89,6 +89,50 @@ TEST(ParamTable, GluedStorages) {
   EXPECT_EQ(table.Find("model.layers.4.mamba.D"), -1);  // layer 4 is attention
 }
 
+// The table of model/params.h; without muP, and at the base's width, all is 1.
+TEST(ParamTable, MupScales) {
+  ModelSpec spec = JambaV01();
+  const auto all_one = [](const ParamTable& table) {
+    for (const Param& param : table.params()) {
+      if (param.init_scale != 1 || param.lr_scale != 1) return false;
+    }
+    return true;
+  };
+  EXPECT_TRUE(all_one(ParamTable(spec)));
+  spec.mup_base_d_model = spec.d_model;
+  EXPECT_TRUE(all_one(ParamTable(spec)));
+
+  spec.mup_base_d_model = spec.d_model / 16;
+  const auto expect = [&spec](const std::string& name, double init, double lr) {
+    const ParamTable table(spec);
+    EXPECT_EQ(Get(table, name).init_scale, init) << name;
+    EXPECT_EQ(Get(table, name).lr_scale, lr) << name;
+  };
+  const std::string mamba = "model.layers.0.mamba.", attention = "model.layers.4.self_attn.";
+  for (const std::string& hidden :
+       {mamba + "in_proj.weight", mamba + "x_proj.weight", mamba + "out_proj.weight",
+        attention + "q_proj.weight", attention + "v_proj.weight", attention + "o_proj.weight",
+        std::string("model.layers.0.feed_forward.down_proj.weight"),
+        std::string("model.layers.1.feed_forward.experts.3.up_proj.weight")}) {
+    expect(hidden, 0.25, 1.0 / 16);
+  }
+  for (const char* output : {"lm_head.weight", "model.layers.1.feed_forward.router.weight"}) {
+    expect(output, 1.0 / 16, 1.0 / 16);
+  }
+  for (const std::string& unchanged :
+       {std::string("model.embed_tokens.weight"), std::string("model.final_layernorm.weight"),
+        mamba + "conv1d.weight", mamba + "A_log", mamba + "D", mamba + "dt_proj.bias",
+        mamba + "b_layernorm.weight"}) {
+    expect(unchanged, 1, 1);
+  }
+  // R grows where it is the one of `auto`; its uniform values scale by themselves.
+  expect(mamba + "dt_proj.weight", 1, 1.0 / 16);
+  spec.init_scheme = InitScheme::kHf;
+  expect(mamba + "dt_proj.weight", 0.25, 1.0 / 16);
+  spec.mamba.dt_rank = 7;
+  expect(mamba + "dt_proj.weight", 1, 1);
+}
+
 TEST(ParamTable, Attributes) {
   ModelSpec spec = JambaV01();
   spec.mamba.proj_bias = true;

@@ -122,6 +122,7 @@ class Planner {
         plan_.notes.push_back(note);
       }
     }
+    NoteWidths();
     ChooseMetric();
     MakeRuns();
     KRAIT_RETURN_IF_ERROR(errors_.ToStatus());
@@ -176,15 +177,15 @@ class Planner {
     const auto speed = speeds_.find(cell.speed_key);
     const double step_seconds = speed == speeds_.end() ? 0 : speed->second;
     KRAIT_RETURN_IF_ERROR(SolveSteps(step_seconds, &settings, &cell));
-    const auto batch = static_cast<double>(cell.config.train.batch_tokens);
+    const int64_t tokens = cell.config.train.batch_tokens.After(0, cell.config.train.steps);
     if (cell.solved) {
-      cell.tokens = cell.config.train.steps * cell.config.train.batch_tokens;
+      cell.tokens = tokens;
       cell.flops = static_cast<double>(cell.tokens) * cell.flops_per_token;
       cell.seconds = static_cast<double>(cell.config.train.steps) * step_seconds;
     }
     if (index == sweep_.baseline) {
       baseline_size_ = SizeOfModel(cell.config.model, sweep_.size.kind);
-      baseline_tokens_ = static_cast<double>(cell.config.train.steps) * batch;
+      baseline_tokens_ = static_cast<double>(tokens);
       baseline_flops_ = cell.flops;
     }
     PlanReport report;
@@ -225,7 +226,14 @@ class Planner {
   absl::Status SolveSteps(double step_seconds, std::vector<SweepSetting>* settings,
                           PlannedCell* cell) {
     if (sweep_.steps.kind == EqualSteps::kNone) return absl::OkStatus();
-    const auto batch = static_cast<double>(cell->config.train.batch_tokens);
+    if (!cell->config.train.batch_tokens.constant()) {
+      return Error(ExitCode::kConfig,
+                   absl::StrCat(sweep_.steps.place,
+                                ": the length of runs is held equal by their "
+                                "steps, which a ramp of train.batch_tokens makes of different "
+                                "sizes; give one size, or train.tokens without equal"));
+    }
+    const auto batch = static_cast<double>(cell->config.train.batch_tokens.largest());
     const char* what = "tokens";
     double target = 0, per_step = batch;
     if (!sweep_.steps.value.has_value() && baseline_tokens_ == 0) {
@@ -275,6 +283,25 @@ class Planner {
     config.data.train.clear();
     config.data.validation.clear();
     return absl::StrFormat("%016x", HashName(config.ToYaml()));
+  }
+
+  // Widths that are compared at one learning rate without muP.
+  void NoteWidths() {
+    for (const PlannedCell& a : plan_.cells) {
+      for (const PlannedCell& b : plan_.cells) {
+        const ModelSpec &one = a.config.model, &other = b.config.model;
+        if (one.d_model >= other.d_model || a.config.optimizer.lr != b.config.optimizer.lr ||
+            (one.mup_base_d_model > 0 && other.mup_base_d_model > 0)) {
+          continue;
+        }
+        plan_.notes.push_back(absl::StrFormat(
+            "cells of model.d_model %d and %d share optimizer.lr %s without muP: the best rate "
+            "falls with the width, so that the wider model may look worse than it is; give "
+            "optimizer: {mup: {base_d_model: %d}}, or each width its own rate",
+            one.d_model, other.d_model, PrintNumber(a.config.optimizer.lr), one.d_model));
+        return;
+      }
+    }
   }
 
   void ChooseMetric() {

@@ -46,8 +46,10 @@ struct CheckpointBox {
 struct CheckpointMeta {
   int64_t step = 0;        // schedule steps done
   int64_t adam_steps = 0;  // updates applied (skipped steps are not counted)
-  int64_t skipped = 0;     // non-finite steps so far
+  int64_t skipped = 0;     // steps so far that were not applied
   int64_t skipped_in_row = 0;
+  // Of the last steps that were applied, oldest first (trainer/train/spike_guard.h).
+  std::vector<double> recent_losses, recent_norms;
   int64_t sequences = 0;  // training positions consumed
   int64_t tokens = 0;
   std::string data_fingerprint;

@@ -1,6 +1,7 @@
 #include "trainer/checkpoint/checkpoint_manifest.h"
 
 #include <charconv>
+#include <cmath>
 #include <cstdint>
 #include <set>
 
@@ -43,6 +44,16 @@ constexpr MetaText kMetaTexts[] = {
     {"hf_config", &CheckpointMeta::hf_config, kOptional},
     {"hf_generation_config", &CheckpointMeta::hf_generation_config, kOptional},
     {"config", &CheckpointMeta::config_yaml, kRequired},
+};
+
+struct MetaList {
+  const char* key;
+  std::vector<double> CheckpointMeta::*field;
+};
+constexpr MetaList kMetaLists[] = {
+    // all optional
+    {"recent_losses", &CheckpointMeta::recent_losses},
+    {"recent_norms", &CheckpointMeta::recent_norms},
 };
 
 json SourceJson(const SourcePosition& source) {
@@ -155,6 +166,11 @@ absl::StatusOr<std::string> ManifestText(const Checkpoint& checkpoint) {
   const auto list = [&text](const char* key, const auto& items, const auto& to_json) {
     text += absl::StrFormat("\"%s\":%s,\n", key, ListText(items, to_json));
   };
+  for (const MetaList& m : kMetaLists) {
+    const std::vector<double>& values = checkpoint.meta.*m.field;
+    // The JSON library's shortest text of a double reads back to its bits.
+    if (!values.empty()) text += absl::StrFormat("\"%s\":%s,\n", m.key, json(values).dump());
+  }
   if (!checkpoint.meta.sources.empty()) list("sources", checkpoint.meta.sources, SourceJson);
   if (!checkpoint.meta.validation.empty()) {
     list("validation", checkpoint.meta.validation,
@@ -194,6 +210,17 @@ absl::StatusOr<Checkpoint> ParseManifest(std::string_view text, const std::strin
   }
   for (const MetaText& m : kMetaTexts) {
     if (m.need == kRequired || members.Has(m.key)) out.meta.*m.field = members.Text(m.key);
+  }
+  for (const MetaList& m : kMetaLists) {
+    const json* values = members.Has(m.key) ? members.List(m.key) : nullptr;
+    for (size_t i = 0; values != nullptr && i < values->size(); ++i) {
+      const json& value = (*values)[i];
+      if (!value.is_number() || !std::isfinite(value.get<double>())) {
+        members.Wrong(std::string("'") + m.key + "' is not a list of numbers");
+        break;
+      }
+      (out.meta.*m.field).push_back(value.get<double>());
+    }
   }
   const json* sources = members.Has("sources") ? members.List("sources") : nullptr;
   const json* validation = members.Has("validation") ? members.List("validation") : nullptr;

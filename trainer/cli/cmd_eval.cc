@@ -243,20 +243,31 @@ std::string Text(const std::string& checkpoint, const Figures& figures, int64_t 
 
 absl::StatusOr<ExitCode> EvaluateTask(const Arguments& arguments) {
   const std::string& task = arguments.task;
-  std::vector<ChoiceItem> items;
-  KRAIT_ASSIGN_OR_RETURN(items, ReadChoiceTask(task));
-  std::unique_ptr<InferenceModel> model;
-  KRAIT_ASSIGN_OR_RETURN(model, InferenceModel::Load(arguments.checkpoint, PrintNotice));
-  ModelTokenizer own;
-  KRAIT_ASSIGN_OR_RETURN(own, TokenizerOf(model->checkpoint(), arguments.tokenizer));
-  ProgressLine line("scoring", ProgressLine::OnStandardError());
-  const auto result =
-      ScoreChoices(items, own.tokenizer.get(), model.get(), [&](int64_t done, int64_t total) {
+  World* const world = arguments.world;
+  const LongPhase phase;
+  const auto items = ReadChoiceTask(task);
+  KRAIT_RETURN_IF_ERROR(Agree(world, items.status()));
+  // Each rank has the whole model, and takes items of its own.
+  const Notice notice = [&](const std::string& line) {
+    if (world->first()) PrintNotice(line);
+  };
+  auto loaded = InferenceModel::Load(arguments.checkpoint, notice);
+  KRAIT_RETURN_IF_ERROR(Agree(world, loaded.status()));
+  InferenceModel* const model = loaded->get();
+  const auto own = TokenizerOf(model->checkpoint(), arguments.tokenizer);
+  KRAIT_RETURN_IF_ERROR(Agree(world, own.status()));
+  ProgressLine line(
+      "scoring", world->first() ? ProgressLine::OnStandardError() : [](const std::string&) {});
+  const auto result = ScoreChoices(
+      *items, own->tokenizer.get(), model,
+      [&](int64_t done, int64_t total) {
         line.Update(done, total);
         return absl::OkStatus();
-      });
-  ProgressLine::ClearStandardError();
+      },
+      world);
+  if (world->first()) ProgressLine::ClearStandardError();
   KRAIT_RETURN_IF_ERROR(result.status());
+  if (!world->first()) return ExitCode::kOk;
   const auto count = static_cast<double>(result->items);
   const double accuracy = static_cast<double>(result->correct) / count;
   const double by_byte = static_cast<double>(result->correct_by_byte) / count;

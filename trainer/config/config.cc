@@ -222,12 +222,21 @@ void ResolveTrain(const ConfigDraft& draft, ConfigUse use, RunConfig* config,
     }
   }
   if (train->tokens > 0) {
-    train->steps = (train->tokens + train->batch_tokens - 1) / train->batch_tokens;
+    train->steps = train->batch_tokens.Steps(0, train->tokens);
   }
   if (use == ConfigUse::kTrain && !reader->Has("train.tokens")) {
     reader->Require("train.steps", "give train.steps or train.tokens");
   }
 
+  if (train->spike_guard.window == 0) {
+    if (reader->Has("train.spike_guard.z") && reader->Good({"train.spike_guard.window"})) {
+      reader->Fail(
+          "train.spike_guard.z",
+          "train.spike_guard.z has no effect without train.spike_guard.window: give it too "
+          "(128: compare with the last 128 steps)");
+    }
+    train->spike_guard = {};
+  }
   ResolveSchedule(draft, train->steps, &config->schedule, reader);
   if (config->data.validation.empty()) {
     const std::string key = reader->FirstGiven("evaluation");
@@ -262,6 +271,7 @@ class KeyReader : public ConfigVisitor {
   void Sources(const ConfigKey& key, std::vector<SourceSpec>* value) override {
     reader_->Sources(key.path, value);
   }
+  void Ramp(const ConfigKey& key, BatchRamp* value) override { reader_->Ramp(key.path, value); }
 
  private:
   ConfigReader* reader_;

@@ -13,6 +13,7 @@
 #include "model/hybrid_model.h"
 #include "model/spec.h"
 #include "parallel/mesh.h"
+#include "trainer/config/batch_ramp.h"
 
 namespace krait {
 
@@ -37,17 +38,23 @@ struct DataConfig {
   bool reset_at_documents = true;
 };
 
+struct SpikeGuardConfig {
+  int64_t window = 0;  // steps; 0: off
+  double z = 6;        // standard deviations
+};
+
 struct TrainConfig {
   DevicePreference device = DevicePreference::kAuto;
   Precision precision = Precision::kAuto;
   bool deterministic = true;
   int64_t steps = 0;   // resolved from tokens where that was given
   int64_t tokens = 0;  // length of the run where it was given so; else 0
-  int64_t batch_tokens = 4 << 20;
+  BatchRamp batch_tokens = 4 << 20;
   int64_t micro_batch = 2;
   uint64_t seed = 1234;
   Recompute recompute = Recompute::kNone;
   double hang_timeout = 600;  // seconds
+  SpikeGuardConfig spike_guard;
 };
 
 enum class MomentDType : uint8_t { kFp32, kBf16 };
@@ -75,6 +82,7 @@ struct CheckpointConfig {
 struct LogConfig {
   int64_t every = 10;
   bool tensorboard = true;
+  bool layer_statistics = false;
 };
 struct EvaluationConfig {
   int64_t every = 1000;
@@ -101,8 +109,12 @@ struct RunConfig {
   // in shortest round-trip form.
   std::string ToYaml() const;
 
+  // Passes of a step of `batch` tokens, or of the largest that the run has.
+  int64_t accumulation(int64_t data_ranks, int64_t batch) const {
+    return batch / (data.seq_len * train.micro_batch * data_ranks);
+  }
   int64_t accumulation(int64_t data_ranks) const {
-    return train.batch_tokens / (data.seq_len * train.micro_batch * data_ranks);
+    return accumulation(data_ranks, train.batch_tokens.largest());
   }
 };
 

@@ -90,7 +90,6 @@ Bounds SizeBounds(const ModelSpec& model) {
 
 void CheckBatch(const RunConfig& config, int64_t data_ranks, ConfigReader* reader) {
   if (!reader->Good({"train.batch_tokens", "train.micro_batch", "data.seq_len"})) return;
-  const int64_t batch = config.train.batch_tokens;
   const double unit_size = static_cast<double>(config.data.seq_len) *
                            static_cast<double>(config.train.micro_batch) *
                            static_cast<double>(data_ranks);
@@ -103,16 +102,19 @@ void CheckBatch(const RunConfig& config, int64_t data_ranks, ConfigReader* reade
     return;
   }
   const auto unit = static_cast<int64_t>(unit_size);
-  if (batch % unit == 0) return;
-  const int64_t below = batch / unit * unit;
-  std::string nearest = absl::StrCat(below + unit);
-  if (below > 0) nearest = absl::StrCat(below, " and ", nearest);
-  reader->Fail(
-      "train.batch_tokens",
-      absl::StrCat(reader->Show("train.batch_tokens", std::to_string(batch)),
-                   " must be a multiple of ", product, " = ", unit,
-                   below > 0 ? "; the nearest valid values are " : "; the nearest valid value is ",
-                   nearest));
+  for (const BatchStage& stage : config.train.batch_tokens.stages()) {
+    const int64_t batch = stage.tokens;
+    if (batch % unit == 0) continue;
+    const int64_t below = batch / unit * unit;
+    std::string nearest = absl::StrCat(below + unit);
+    if (below > 0) nearest = absl::StrCat(below, " and ", nearest);
+    reader->Fail("train.batch_tokens",
+                 absl::StrCat(reader->Show("train.batch_tokens", std::to_string(batch)),
+                              " must be a multiple of ", product, " = ", unit,
+                              below > 0 ? "; the nearest valid values are "
+                                        : "; the nearest valid value is ",
+                              nearest));
+  }
 }
 
 // The router's statistics of N sequences are taken within a pass.
@@ -226,6 +228,11 @@ void CheckModel(const ModelSpec& model, ConfigReader* reader) {
                  absl::StrCat("model.pad_token ", model.pad_token,
                               " is no token of model.vocab_size ", model.vocab_size));
   }
+  if (model.mup_base_d_model > 0 && model.tie_embeddings) {
+    reader->Fail("optimizer.mup.base_d_model",
+                 "optimizer.mup needs model.tie_embeddings: false: embedding and head scale "
+                 "differently with the width");
+  }
   CheckAttention(model, reader);
   CheckMoe(model, reader);
   if (SizeBounds(model).parameters > kMaxParameters) {
@@ -268,7 +275,8 @@ void CheckRun(const RunConfig& config, ConfigUse use, int64_t ranks, ConfigReade
                  absl::StrCat("data.seq_len ", config.data.seq_len, " x train.micro_batch ",
                               config.train.micro_batch, " are too many tokens of one pass"));
   }
-  if (static_cast<double>(config.train.steps) * static_cast<double>(config.train.batch_tokens) >
+  if (static_cast<double>(config.train.steps) *
+          static_cast<double>(config.train.batch_tokens.largest()) >
       kMaxRunTokens) {
     reader->Fail("train.steps", "train.steps x train.batch_tokens is too large");
   }

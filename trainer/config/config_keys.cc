@@ -101,6 +101,10 @@ void VisitModel(ModelSpec* model, ConfigDraft* draft, ConfigVisitor* v) {
             "sequences over which they are pooled; pass: all of a forward pass", "sequences",
             nullptr, routes},
            &moe->aux_sequences, {1, 1 << 20, "pass", 0});
+  v->Number({"model.activation_loss",
+             "coefficient of the mean square of the sublayers' outputs, added over sublayers", "",
+             nullptr, model->activation_loss > 0},
+            &model->activation_loss, kNotNegative);
   v->Number({"model.init.std", "of the normal initial weights"}, &model->init_std, kPositive);
   v->Enum({"model.init.scheme", "mamba: scaled by depth, dt by range; hf: as transformers"},
           &model->init_scheme, {"mamba", "hf"});
@@ -117,8 +121,12 @@ void VisitTrain(TrainConfig* train, ConfigVisitor* v) {
   v->Whole({"train.tokens", "length of the run, instead of steps", "tokens", "by train.steps",
             train->tokens > 0},
            &train->tokens, {1, kMaxTokens});
-  v->Whole({"train.batch_tokens", "input tokens of an optimizer step", "tokens"},
-           &train->batch_tokens, {1, kMaxTokens});
+  v->Ramp(
+      {"train.batch_tokens",
+       "input tokens of an optimizer step; a ramp: each size with the tokens seen from which it "
+       "holds",
+       "tokens"},
+      &train->batch_tokens);
   v->Whole({"train.micro_batch", "sequences of a forward pass", "sequences"}, &train->micro_batch,
            {1, 1 << 20});
   auto seed = static_cast<int64_t>(train->seed);
@@ -132,9 +140,18 @@ void VisitTrain(TrainConfig* train, ConfigVisitor* v) {
              "loads, saves or evaluates)",
              "seconds"},
             &train->hang_timeout, kPositive);
+  SpikeGuardConfig* guard = &train->spike_guard;
+  v->Whole(
+      {"train.spike_guard.window",
+       "a step whose loss or gradient norm is far above those of so many steps before is skipped",
+       "steps", nullptr, guard->window > 0},
+      &guard->window, {8, 4096, "none", 0});
+  v->Number({"train.spike_guard.z", "how far: standard deviations above their mean", "", nullptr,
+             guard->window > 0},
+            &guard->z, kPositive);
 }
 
-void VisitOptimizer(OptimizerConfig* optimizer, ConfigVisitor* v) {
+void VisitOptimizer(OptimizerConfig* optimizer, ModelSpec* model, ConfigVisitor* v) {
   int only = 0;
   v->Enum({"optimizer.name", "the update rule"}, &only, {"adamw"});
   v->Number({"optimizer.lr", "peak learning rate"}, &optimizer->lr, kPositive);
@@ -147,6 +164,10 @@ void VisitOptimizer(OptimizerConfig* optimizer, ConfigVisitor* v) {
   v->Number({"optimizer.clip", "largest norm of the gradient; 0: off"}, &optimizer->clip,
             kNotNegative);
   v->Enum({"optimizer.moments", "dtype of both moments"}, &optimizer->moments, {"fp32", "bf16"});
+  v->Whole({"optimizer.mup.base_d_model",
+            "muP: d_model of the model that lr and init.std were chosen for", "", nullptr,
+            model->mup_base_d_model > 0},
+           &model->mup_base_d_model, {1, kMaxWidth, "none", 0});
 }
 
 void VisitSchedule(ScheduleConfig* schedule, ConfigDraft* draft, ConfigVisitor* v) {
@@ -203,7 +224,7 @@ void VisitKeys(RunConfig* config, ConfigDraft* draft, ConfigVisitor* v) {
           &data->reset_at_documents);
 
   VisitTrain(&config->train, v);
-  VisitOptimizer(&config->optimizer, v);
+  VisitOptimizer(&config->optimizer, &config->model, v);
   VisitSchedule(&config->schedule, draft, v);
 
   CheckpointConfig* checkpoint = &config->checkpoint;
@@ -219,6 +240,10 @@ void VisitKeys(RunConfig* config, ConfigDraft* draft, ConfigVisitor* v) {
             &checkpoint->dir);
   v->Whole({"log.every", "between two log lines", "steps"}, &config->log.every, kFromOne);
   v->Bool({"log.tensorboard", "write TensorBoard files too"}, &config->log.tensorboard);
+  v->Bool({"log.layer_statistics",
+           "with a log line: activations, dt, A and routers by layer (a forward pass more)", "",
+           nullptr, config->log.layer_statistics},
+          &config->log.layer_statistics);
   const bool evaluates = !data->validation.empty();
   v->Whole({"evaluation.every", "between two evaluations", "steps", nullptr, evaluates},
            &config->evaluation.every, kFromOne);

@@ -54,6 +54,7 @@ class ConfigVisitor {
   virtual void Numbers(const ConfigKey& key, const std::vector<double*>& values,
                        const Range& range) = 0;
   virtual void Sources(const ConfigKey& key, std::vector<SourceSpec>* value) = 0;
+  virtual void Ramp(const ConfigKey& key, BatchRamp* value) = 0;
 
   // `names` in the order of the enumerators, which count from 0.
   template <typename E>

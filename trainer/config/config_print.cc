@@ -79,6 +79,11 @@ class KeyPrinter : public ConfigVisitor {
         absl::StrCat("[", text, "]"));
   }
 
+  void Ramp(const ConfigKey& key, BatchRamp* value) override {
+    Add(key, "integer | \"SIZE:FROM SIZE:FROM ...\"",
+        value->constant() ? value->Text() : Quoted(value->Text()));
+  }
+
  private:
   static std::string Or(const char* word) {
     return word == nullptr ? "" : absl::StrCat(" | ", word);
@@ -102,7 +107,9 @@ bool StartsWith(const std::string& text, const char* prefix) { return text.rfind
 
 // The kind of a difference, or false when the key is free to change.
 bool Classify(const std::string& key, ConfigDifference::Kind* kind) {
-  if (StartsWith(key, "model.")) {
+  if (key == "model.activation_loss") {  // added late in a run, too (arXiv:2408.12570)
+    *kind = ConfigDifference::Kind::kApplies;
+  } else if (StartsWith(key, "model.")) {
     *kind = ConfigDifference::Kind::kRefused;
   } else if (StartsWith(key, "data.") || key == "train.batch_tokens" || key == "train.seed") {
     *kind = ConfigDifference::Kind::kNeedsAllow;

@@ -211,6 +211,25 @@ void ConfigReader::Whole(const std::string& path, int64_t* out, const WholeRange
   Fail(path, absl::StrCat(path, ": ", Quote(*text), " ", why, "; expected ", expected));
 }
 
+void ConfigReader::Ramp(const std::string& path, BatchRamp* out) {
+  const ConfigNode* node = Find(path);
+  if (node == nullptr) return;
+  if (node->kind != ConfigNode::Kind::kScalar || node->text.find(':') == std::string::npos) {
+    int64_t tokens = 0;
+    Whole(path, &tokens, {1, kMaxTokens});
+    if (tokens > 0) *out = tokens;
+    return;
+  }
+  auto ramp = BatchRamp::Parse(node->text);
+  if (ramp.ok()) {
+    *out = *std::move(ramp);
+    return;
+  }
+  Fail(path, absl::StrCat(path, ": ", Quote(node->text), ": ", MessageOf(ramp.status()),
+                          "; expected a whole number, or SIZE:FROM words with rising FROM, the "
+                          "tokens seen from which SIZE holds, such as \"512Ki:0 2Mi:1B\""));
+}
+
 void ConfigReader::Number(const std::string& path, double* out, const Range& range) {
   const std::string expected = Expected(range);
   const std::string* text = Plain(path, expected);

@@ -32,6 +32,7 @@ class ConfigReader {
   void Choice(const std::string& path, const std::vector<const char*>& names, size_t* index);
   void Numbers(const std::string& path, const std::vector<double*>& out, const Range& range);
   void Sources(const std::string& path, std::vector<SourceSpec>* out);
+  void Ramp(const std::string& path, BatchRamp* out);
 
   // Makes a key known; null when absent or without a readable value.
   const ConfigNode* Find(const std::string& path);

@@ -62,8 +62,9 @@ std::string FormatLogLine(const StepReport& r) {
       absl::StrFormat("mem %.1f/%.1f GiB", ToGiB(r.peak_memory), ToGiB(r.total_memory)),
       absl::StrFormat("%.0f ms", r.step_ms), "ETA " + FormatDuration(r.eta_seconds)};
   if (r.was_skipped) {
-    fields.push_back(absl::StrFormat("skipped: not finite (%d in a row, %d in all)",
-                                     r.skipped_in_row, r.skipped));
+    fields.push_back(absl::StrFormat("skipped: %s (%d in a row, %d in all)",
+                                     r.was_spike ? "a spike" : "not finite", r.skipped_in_row,
+                                     r.skipped));
   }
   return absl::StrJoin(fields, " | ");
 }
@@ -159,6 +160,9 @@ std::vector<Metric> StepMetrics(const StepReport& r) {
                                  {"perf/step_ms", r.step_ms},
                                  {"mem/peak_gib", ToGiB(r.peak_memory)},
                                  {"tokens", r.tokens}};
+  if (r.activation_loss.has_value()) {
+    metrics.push_back({"train/activation_loss", *r.activation_loss});
+  }
   for (const auto& [layer, imbalance] : r.imbalance) {
     metrics.push_back({absl::StrFormat("moe/layer_%02d/imbalance", layer), imbalance});
   }

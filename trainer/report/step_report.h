@@ -13,12 +13,14 @@ namespace krait {
 // same bits whenever the same step of the same run is computed.
 struct StepReport {
   int64_t step = 0, steps = 0;
-  double loss = 0;        // cross-entropy per target; NaN without one
-  double aux_loss = 0;    // unscaled; meaningful with `has_moe`
-  double total_loss = 0;  // with the auxiliary losses and their coefficients
+  double loss = 0;                        // cross-entropy per target; NaN without one
+  double aux_loss = 0;                    // unscaled; meaningful with `has_moe`
+  std::optional<double> activation_loss;  // unscaled; where the model has it
+  double total_loss = 0;                  // with the auxiliary losses and their coefficients
   double lr = 0, grad_norm = 0;
   bool has_moe = false;
   bool was_skipped = false;
+  bool was_spike = false;  // skipped by the spike guard
   int64_t skipped = 0, skipped_in_row = 0;
   int64_t tokens = 0;                             // input tokens of the run so far
   std::vector<std::pair<int, double>> imbalance;  // published layer, max / mean rows of an expert

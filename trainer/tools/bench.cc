@@ -313,7 +313,7 @@ absl::StatusOr<StepBench> RunStepBench(const RunConfig& config, int64_t steps, i
   for (double seconds : step_seconds) {
     bench.step_ms_mean += seconds * 1000 / static_cast<double>(steps);
   }
-  bench.tokens_per_s = static_cast<double>(config.train.batch_tokens) / median;
+  bench.tokens_per_s = static_cast<double>(config.train.batch_tokens.largest()) / median;
   bench.flops_per_token = FlopsPerToken(config.model, config.data.seq_len);
   bench.tflops = bench.flops_per_token * bench.tokens_per_s / bench.ranks / 1e12;
   bench.peak_tflops = (sgemm.has_value() ? sgemm->FlopsPerSecond() : trainer.peak_flops()) / 1e12;

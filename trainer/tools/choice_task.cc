@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <cstring>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <sstream>
@@ -109,29 +110,34 @@ absl::StatusOr<std::vector<ChoiceItem>> ReadChoiceTask(const std::string& path) 
   return items;
 }
 
-absl::StatusOr<ChoiceResult> ScoreChoices(const std::vector<ChoiceItem>& items,
-                                          Tokenizer* tokenizer, InferenceModel* model,
-                                          const Progress& progress) {
+namespace {
+
+// Of every choice of one rank's items: -log p, and how many tokens it has.
+struct Score {
+  double loss = 0, tokens = 0;
+};
+
+// Those of items rank, rank + ranks, ..., one after another.
+absl::StatusOr<std::vector<Score>> ScoreItems(const std::vector<ChoiceItem>& items, size_t rank,
+                                              size_t ranks, Tokenizer* tokenizer,
+                                              InferenceModel* model, const Progress& progress) {
   // Passes of one length together: each length needs memory of its own.
-  std::map<int64_t, std::vector<Row>> rows;
+  std::map<int64_t, std::vector<std::pair<size_t, Row>>> rows;
   int64_t total = 0, done = 0;
-  for (size_t i = 0; i < items.size(); ++i) {
+  for (size_t i = rank; i < items.size(); i += ranks) {
     for (size_t c = 0; c < items[i].choices.size(); ++c) {
       Row row;
       KRAIT_ASSIGN_OR_RETURN(row, Encode(items[i], c, tokenizer));
       row.item = i;
       row.choice = c;
       const auto length = std::bit_ceil(std::max<size_t>(16, row.tokens.size()));
-      rows[static_cast<int64_t>(length)].push_back(std::move(row));
-      ++total;
+      rows[static_cast<int64_t>(length)].emplace_back(static_cast<size_t>(total++), std::move(row));
     }
   }
-  std::vector<std::vector<double>> losses;
-  std::vector<size_t> right_tokens(items.size());
-  for (const ChoiceItem& item : items) losses.emplace_back(item.choices.size());
+  std::vector<Score> scores(static_cast<size_t>(total));
   for (const auto& [length, group] : rows) {
     const Evaluator evaluator = model->ForEvaluate({.batch = 1, .seq_len = length});
-    for (const Row& row : group) {
+    for (const auto& [at, row] : group) {
       if (progress) KRAIT_RETURN_IF_ERROR(progress(done++, total));
       const double loss = Loss(row, length, evaluator);
       if (!std::isfinite(loss)) {
@@ -139,10 +145,34 @@ absl::StatusOr<ChoiceResult> ScoreChoices(const std::vector<ChoiceItem>& items,
                      absl::StrFormat("choice %d of item %d has no finite probability",
                                      row.choice + 1, row.item + 1));
       }
-      losses[row.item][row.choice] = loss;
-      if (row.choice == items[row.item].answer) {
-        right_tokens[row.item] = row.tokens.size() - row.begin;
-      }
+      scores[at] = {loss, static_cast<double>(row.tokens.size() - row.begin)};
+    }
+  }
+  return scores;
+}
+
+}  // namespace
+
+absl::StatusOr<ChoiceResult> ScoreChoices(const std::vector<ChoiceItem>& items,
+                                          Tokenizer* tokenizer, InferenceModel* model,
+                                          const Progress& progress, World* given) {
+  World* const world = OrAlone(given);
+  const auto ranks = static_cast<size_t>(world->size());
+  const auto mine =
+      ScoreItems(items, static_cast<size_t>(world->rank()), ranks, tokenizer, model, progress);
+  KRAIT_RETURN_IF_ERROR(Agree(world, mine.status()));
+  const std::vector<std::string> all = world->AllGather(
+      std::string_view(reinterpret_cast<const char*>(mine->data()), mine->size() * sizeof(Score)));
+  std::vector<std::vector<double>> losses;
+  std::vector<double> right_tokens;
+  std::vector<size_t> read(ranks);
+  for (size_t i = 0; i < items.size(); ++i) {
+    losses.emplace_back();
+    for (size_t c = 0; c < items[i].choices.size(); ++c) {
+      Score score;
+      std::memcpy(&score, all[i % ranks].data() + read[i % ranks]++ * sizeof(Score), sizeof(Score));
+      losses.back().push_back(score.loss);
+      if (c == items[i].answer) right_tokens.push_back(score.tokens);
     }
   }
   ChoiceResult result;
@@ -161,7 +191,7 @@ absl::StatusOr<ChoiceResult> ScoreChoices(const std::vector<ChoiceItem>& items,
     result.correct_by_byte += best(by_byte) == item.answer ? 1 : 0;
     result.chance += 1 / static_cast<double>(item.choices.size());
     result.loss += losses[i][item.answer];
-    tokens += static_cast<double>(right_tokens[i]);
+    tokens += right_tokens[i];
   }
   result.chance /= static_cast<double>(items.size());
   result.loss /= tokens;

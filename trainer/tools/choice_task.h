@@ -35,10 +35,12 @@ struct ChoiceResult {
 };
 
 // One pass per choice. kNumerics where a probability is not a number. Of choices that are equally
-// likely the first one is taken.
+// likely the first one is taken. The ranks of `world`, each with the whole model, take items in
+// turn; the result is all ranks' and does not depend on their number.
 absl::StatusOr<ChoiceResult> ScoreChoices(const std::vector<ChoiceItem>& items,
                                           Tokenizer* tokenizer, InferenceModel* model,
-                                          const Progress& progress = nullptr);
+                                          const Progress& progress = nullptr,
+                                          World* world = nullptr);
 
 }  // namespace krait
 

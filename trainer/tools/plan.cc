@@ -216,12 +216,16 @@ std::string PlanText(const PlanReport& report) {
 
   absl::StrAppendFormat(
       &out, "\nbatch         %s tokens = %d sequences of %s x %d data rank%s x %d pass%s\n",
-      PrintGrouped(report.batch_tokens), report.micro_batch, PrintGrouped(report.seq_len),
+      PrintGrouped(report.batch_tokens.largest()), report.micro_batch, PrintGrouped(report.seq_len),
       report.data_ranks, report.data_ranks == 1 ? "" : "s", report.accumulation,
       report.accumulation == 1 ? "" : "es");
+  for (const BatchStage& stage : report.batch_tokens.stages()) {
+    if (report.batch_tokens.constant()) break;
+    absl::StrAppendFormat(&out, "  ramp        %s tokens from %s on\n", PrintGrouped(stage.tokens),
+                          PrintShort(static_cast<double>(stage.from)));
+  }
   if (report.steps > 0) {
-    const double tokens =
-        static_cast<double>(report.steps) * static_cast<double>(report.batch_tokens);
+    const auto tokens = static_cast<double>(report.batch_tokens.After(0, report.steps));
     absl::StrAppendFormat(&out, "steps         %s = %s tokens, %s\n", PrintGrouped(report.steps),
                           PrintShort(tokens), Flops(tokens * report.flops_per_token));
   }
@@ -258,6 +262,10 @@ std::string PlanJson(const PlanReport& report) {
                       {"ssm_state_bytes", memory.ssm_state_bytes},
                       {"conv_state_bytes", memory.conv_state_bytes}});
   }
+  ordered_json ramp = ordered_json::array();
+  for (const BatchStage& stage : report.batch_tokens.stages()) {
+    ramp.push_back({{"tokens", stage.tokens}, {"from", stage.from}});
+  }
   const MemoryPlan& memory = report.memory;
   const ordered_json json = {
       {"config", report.config},
@@ -270,7 +278,8 @@ std::string PlanJson(const PlanReport& report) {
       {"parts", parts},
       {"decode", decode},
       {"batch",
-       {{"tokens", report.batch_tokens},
+       {{"tokens", report.batch_tokens.largest()},
+        {"ramp", ramp},
         {"micro_batch", report.micro_batch},
         {"data_ranks", report.data_ranks},
         {"accumulation", report.accumulation}}},

@@ -47,7 +47,8 @@ struct PlanReport {
   std::vector<DecodeMemory> decode;
 
   // Batch arithmetic; steps 0 = the config names none.
-  int64_t seq_len = 0, micro_batch = 0, data_ranks = 1, accumulation = 0, batch_tokens = 0;
+  int64_t seq_len = 0, micro_batch = 0, data_ranks = 1, accumulation = 0;
+  BatchRamp batch_tokens = 1;
   int64_t steps = 0;
 
   Placement placement;

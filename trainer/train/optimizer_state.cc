@@ -8,6 +8,27 @@
 #include "model/init.h"
 
 namespace krait {
+namespace {
+
+// Ranges of a bucket's elements, as far as they are this rank's, counted from its first.
+struct Ranges {
+  std::vector<int64_t> bounds;
+  std::vector<double> values;  // of each range, where it has one
+};
+Ranges OwnRanges(const std::vector<ElementRange>& ranges, const std::vector<double>& values,
+                 ElementRange own) {
+  Ranges mine;
+  for (size_t r = 0; r < ranges.size(); ++r) {
+    const int64_t begin = std::max(ranges[r].begin, own.begin);
+    const int64_t end = std::min(ranges[r].end, own.end);
+    if (begin >= end) continue;
+    mine.bounds.insert(mine.bounds.end(), {begin - own.begin, end - own.begin});
+    if (!values.empty()) mine.values.push_back(values[r]);
+  }
+  return mine;
+}
+
+}  // namespace
 
 OptimizerState::OptimizerState(const Weights* weights, const OptimizerConfig& config, Arena* arena,
                                const Context& ctx, BucketExchange* exchange)
@@ -50,25 +71,22 @@ OptimizerState::OptimizerState(const Weights* weights, const OptimizerConfig& co
     }
   }
 
-  // All decay ranges together: one upload.
-  std::vector<int64_t> ranges, first;
   for (size_t b = 0; b < buckets_.size(); ++b) {
+    const Bucket& bucket = layout.buckets()[b];
     const ElementRange own = layout.Own(static_cast<int>(b));
-    first.push_back(static_cast<int64_t>(ranges.size()) / 2);
-    for (const ElementRange& range : layout.buckets()[b].decay) {
-      const int64_t begin = std::max(range.begin, own.begin);
-      const int64_t end = std::min(range.end, own.end);
-      if (begin < end) ranges.insert(ranges.end(), {begin - own.begin, end - own.begin});
-    }
-  }
-  if (ranges.empty()) return;
-  first.push_back(static_cast<int64_t>(ranges.size()) / 2);
-  const Tensor decay = arena->Alloc(DType::kI64, {first.back(), 2});
-  Upload(decay, ranges.data(), ctx);
-  for (size_t b = 0; b < buckets_.size(); ++b) {
-    if (first[b + 1] > first[b]) {
-      buckets_[b].decay = decay.Slice(0, first[b], first[b + 1] - first[b]);
-    }
+    const Ranges decay = OwnRanges(bucket.decay, {}, own);
+    const Ranges scaled = OwnRanges(bucket.scaled, bucket.lr_scales, own);
+    const auto upload = [&](const std::vector<int64_t>& bounds) {
+      const Tensor t = arena->Alloc(DType::kI64, {static_cast<int64_t>(bounds.size()) / 2, 2});
+      Upload(t, bounds.data(), ctx);
+      return t;
+    };
+    if (!decay.bounds.empty()) buckets_[b].decay = upload(decay.bounds);
+    if (scaled.bounds.empty()) continue;
+    StepScales& scales = buckets_[b].step_scales;
+    scales.ranges = upload(scaled.bounds);
+    scales.scales = arena->Alloc(DType::kF64, {scales.ranges.dim(0)});
+    Upload(scales.scales, scaled.values.data(), ctx);
   }
 }
 
@@ -126,20 +144,22 @@ void OptimizerState::SumOfSquares(Tensor sum, const Context& ctx) const {
 }
 
 void OptimizerState::Update(double lr, Tensor losses, Tensor sum_of_squares, Tensor control,
-                            const Context& ctx) {
+                            const Context& ctx, double max_norm, double max_loss) {
   const AdamWSettings settings = {.lr = lr,
                                   .beta1 = config_.beta1,
                                   .beta2 = config_.beta2,
                                   .eps = config_.eps,
                                   .weight_decay = config_.weight_decay,
-                                  .clip = config_.clip};
+                                  .clip = config_.clip,
+                                  .max_norm = max_norm,
+                                  .max_loss = max_loss};
   AdamWPrepare(control, sum_of_squares, losses, settings, ctx);
   for (size_t b = buckets_.size(); b-- > 0;) {
     const Owned& owned = buckets_[b];
     if (!owned.grad.defined()) continue;
     if (owned.grad.numel() > 0) {
       AdamW(owned.weight, owned.master, owned.exp_avg, owned.exp_avg_sq, owned.grad, owned.decay,
-            control, settings, ctx);
+            owned.step_scales, control, settings, ctx);
     }
     GatherWeights(static_cast<int>(b), ctx);
   }

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "kernels/context.h"
+#include "kernels/optimizer.h"
 #include "model/bucket_exchange.h"
 #include "model/weights.h"
 #include "trainer/checkpoint/checkpoint.h"
@@ -25,10 +26,11 @@ class OptimizerState {
     Tensor master;               // Wide: the weight itself where that is Wide
     Tensor exp_avg, exp_avg_sq;  // undefined, as `grad`, where not trainable
     Tensor decay;  // [R,2] i64: the ranges of these elements with weight decay; R 0: undefined
+    StepScales step_scales;  // of muP (model/params.h)
   };
 
   // Memory from `arena`, which comes zeroed; it may be a measuring one. `weights` and `exchange`
-  // outlive the state; exchange null: a single rank. `ctx` uploads the decay ranges.
+  // outlive the state; exchange null: a single rank. `ctx` uploads the ranges.
   OptimizerState(const Weights* weights, const OptimizerConfig& config, Arena* arena,
                  const Context& ctx, BucketExchange* exchange = nullptr);
 
@@ -47,8 +49,10 @@ class OptimizerState {
   // `sum_of_squares` [1] f64 is that of all gradients as one vector, so of all owners; `control`
   // [kAdamWControlSize] f64 holds the updates applied so far and receives what the step's updates
   // share. Each bucket's weights then go to the ranks that hold them. An entry of `losses` f64, or
-  // a gradient, that is not finite skips the update.
-  void Update(double lr, Tensor losses, Tensor sum_of_squares, Tensor control, const Context& ctx);
+  // a gradient, that is not finite skips the update, and so does a norm above max_norm or a first
+  // loss above max_loss.
+  void Update(double lr, Tensor losses, Tensor sum_of_squares, Tensor control, const Context& ctx,
+              double max_norm = HUGE_VAL, double max_loss = HUGE_VAL);
 
   const std::vector<Owned>& buckets() const { return buckets_; }  // as Layout::buckets()
   // The master of a published parameter, flattened. Fatal where this rank does not own all of it;

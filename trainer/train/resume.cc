@@ -152,12 +152,12 @@ void GoOn(const RunData& data, const Checkpoint& checkpoint, Resumed resumed, Tr
   }
   trainer->state() = checkpoint.meta;
   data.train->Seek(std::move(resumed.continuation));
-  const int64_t before = resumed.saved.train.batch_tokens;
+  const BatchRamp& before = resumed.saved.train.batch_tokens;
   if (now.train.tokens > 0 && before != now.train.batch_tokens) {
     const int64_t left = trainer->last_step() - checkpoint.meta.step;
     notice(absl::StrFormat(
-        "train.tokens: %d of %d were seen, %d steps of %d are left; the next learning rate is %.3g",
-        checkpoint.meta.tokens, now.train.tokens, left, now.train.batch_tokens,
+        "train.tokens: %d of %d were seen, %d steps of %s are left; the next learning rate is %.3g",
+        checkpoint.meta.tokens, now.train.tokens, left, now.train.batch_tokens.Text(),
         trainer->learning_rate()));
   }
 }

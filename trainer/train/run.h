@@ -72,7 +72,9 @@ class Run {
     bool saver_ready = false;  // on all ranks
   };
   absl::StatusOr<Boundary> Exchange(const absl::Status& mine, int64_t targets);
-  absl::Status Report(StepReport report, double seconds);
+  bool LogDue(const StepReport& report) const;
+  absl::Status Report(StepReport report, int64_t tokens, double seconds,
+                      const std::vector<Metric>& layers);
   bool EvaluationDue() const;
   absl::Status Evaluate();
   absl::Status Save(bool wait);
@@ -116,7 +118,7 @@ class Run {
   double start_ = MonotonicSeconds();
   double drawn_ = 0;           // the live line
   double window_seconds_ = 0;  // since the last log line
-  int64_t window_steps_ = 0;
+  int64_t window_steps_ = 0, window_tokens_ = 0;
 };
 
 }  // namespace krait

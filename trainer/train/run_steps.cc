@@ -10,6 +10,7 @@
 #include "trainer/report/environment.h"
 #include "trainer/report/run_summary.h"
 #include "trainer/train/evaluate.h"
+#include "trainer/train/layer_statistics.h"
 #include "trainer/train/run.h"
 
 namespace krait {
@@ -77,26 +78,61 @@ absl::Status Run::Steps() {
   const int64_t steps = trainer_->last_step();
   // This rank's rows of each pass.
   const int64_t rows = config_.train.micro_batch, pass_rows = rows * mesh_.data;
-  ReadAhead reader(train_data_.get(), {config_.accumulation(mesh_.data), pass_rows, rows},
+  const BatchRamp& ramp = config_.train.batch_tokens;
+  std::optional<ReadAhead> reader;
+  int64_t stage_end = -1;  // tokens at which the batch that `reader` reads ends
+  const auto read_stage = [&] {
+    const int64_t seen = state().tokens, batch = ramp.At(seen);
+    stage_end = ramp.EndOf(seen);
+    const int64_t left = steps - state().step;
+    const bool last = seen >= ramp.stages().back().from;
+    reader.reset();  // its memory first
+    reader.emplace(train_data_.get(),
+                   StepRows{config_.accumulation(mesh_.data, batch), pass_rows, rows},
                    state().sequences + mesh_.data_index() * rows,
-                   std::max<int64_t>(0, steps - state().step));
+                   last ? left : std::min(left, ramp.Steps(seen, stage_end)));
+  };
   Boundary boundary;
   KRAIT_ASSIGN_OR_RETURN(boundary, Exchange(absl::OkStatus(), 0));
   bool stop = boundary.stop, save = false;
   while (state().step < steps && !(stop && !save)) {
     const double begin = MonotonicSeconds();
-    const absl::StatusOr<const TokenBatch*> batch = reader.Next();
+    const int64_t seen = state().tokens;
+    if (seen >= stage_end) {
+      const bool changes = stage_end >= 0;
+      read_stage();
+      if (changes) {
+        KRAIT_RETURN_IF_ERROR(OnFirst([&] {
+          return Say(absl::StrFormat("batch: %s tokens from step %d on",
+                                     PrintShort(static_cast<double>(ramp.At(seen))),
+                                     state().step + 1));
+        }));
+      }
+    }
+    const absl::StatusOr<const TokenBatch*> batch = reader->Next();
     KRAIT_ASSIGN_OR_RETURN(boundary,
                            Exchange(batch.status(), batch.ok() ? (*batch)->target_count : 0));
     const StepReport report = trainer_->Step(**batch, boundary.targets);
+    const double seconds = MonotonicSeconds() - begin;
     sound_ = !report.was_skipped;
+    std::vector<Metric> layers;
+    if (config_.log.layer_statistics && LogDue(report)) {
+      layers = LayerStatistics(trainer_.get(), **batch);
+    }
+    if (report.was_skipped && !report.was_spike && report.skipped_in_row == 1) {
+      const std::string where = FirstNonFinite(trainer_.get(), **batch);
+      KRAIT_RETURN_IF_ERROR(OnFirst([&] {
+        return Say(absl::StrFormat("step %d: not finite first: %s", report.step, where));
+      }));
+    }
     const absl::Status reported =
-        first() ? Report(report, MonotonicSeconds() - begin) : absl::OkStatus();
+        first() ? Report(report, state().tokens - seen, seconds, layers) : absl::OkStatus();
     if (report.skipped_in_row >= kMaxSkippedInRow) {
-      return Diverged(
-          absl::StrFormat("%d steps in a row without a finite loss and gradient (the "
-                          "last is %d)",
-                          report.skipped_in_row, report.step));
+      return Diverged(absl::StrFormat(
+          "%d steps in a row %s (the last is %d)", report.skipped_in_row,
+          report.was_spike ? "without a loss and gradient that train.spike_guard lets pass"
+                           : "without a finite loss and gradient",
+          report.step));
     }
     const bool last = state().step == steps;
     if (reported.ok() && EvaluationDue()) KRAIT_RETURN_IF_ERROR(Evaluate());
@@ -123,15 +159,21 @@ absl::Status Run::Steps() {
   return absl::OkStatus();
 }
 
-absl::Status Run::Report(StepReport report, double seconds) {
+bool Run::LogDue(const StepReport& report) const {
+  return report.step == 1 || report.step == report.steps || report.was_skipped ||
+         Due(config_.log.every, report.step);
+}
+
+absl::Status Run::Report(StepReport report, int64_t tokens, double seconds,
+                         const std::vector<Metric>& layers) {
   window_seconds_ += seconds;
+  window_tokens_ += tokens;
   ++window_steps_;
-  const double step_seconds = window_seconds_ / static_cast<double>(window_steps_);
-  report.tokens_per_s = static_cast<double>(config_.train.batch_tokens) / step_seconds;
-  report.step_ms = step_seconds * 1000;
-  report.eta_seconds = step_seconds * static_cast<double>(report.steps - report.step);
-  const bool log = report.step == 1 || report.step == report.steps || report.was_skipped ||
-                   Due(config_.log.every, report.step);
+  report.tokens_per_s = static_cast<double>(window_tokens_) / window_seconds_;
+  report.step_ms = window_seconds_ / static_cast<double>(window_steps_) * 1000;
+  const int64_t end = config_.train.batch_tokens.After(report.tokens, report.steps - report.step);
+  report.eta_seconds = static_cast<double>(end - report.tokens) / report.tokens_per_s;
+  const bool log = LogDue(report);
   const bool draw = MonotonicSeconds() - drawn_ >= kRedrawSeconds;
   if (!log && !draw) return absl::OkStatus();
   // Asked for lines only: it reads files, or asks the driver.
@@ -149,9 +191,11 @@ absl::Status Run::Report(StepReport report, double seconds) {
   if (!log) return absl::OkStatus();
   KRAIT_RETURN_IF_ERROR(CheckFolder());
   window_seconds_ = 0;
-  window_steps_ = 0;
+  window_steps_ = window_tokens_ = 0;
   KRAIT_RETURN_IF_ERROR(Say(FormatLogLine(report)));
-  return metrics_->Write(report.step, StepMetrics(report));
+  std::vector<Metric> metrics = StepMetrics(report);
+  metrics.insert(metrics.end(), layers.begin(), layers.end());
+  return metrics_->Write(report.step, metrics);
 }
 
 bool Run::EvaluationDue() const {

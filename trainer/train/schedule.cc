@@ -45,10 +45,8 @@ double LearningRate(const ScheduleConfig& schedule, double lr, int64_t s, int64_
 }
 
 double LearningRateByTokens(const ScheduleConfig& schedule, double lr, int64_t seen, int64_t tokens,
-                            int64_t batch_tokens) {
-  const auto batch = static_cast<double>(batch_tokens);
-  return RateAt(schedule, lr, static_cast<double>(seen) / batch,
-                static_cast<double>(tokens) / batch);
+                            const BatchRamp& batch) {
+  return RateAt(schedule, lr, batch.Progress(seen), batch.Progress(tokens));
 }
 
 }  // namespace krait

@@ -13,10 +13,11 @@ namespace krait {
 // then falls to lr * min_lr_ratio at s = S; constant holds. Beyond S the value at S.
 double LearningRate(const ScheduleConfig& schedule, double lr, int64_t s, int64_t steps);
 
-// The same in a run of `tokens` tokens whose batch has changed on the way, for the update that ends
-// at its token `seen`: s and S count tokens divided by the present batch.
+// The same in a run of `tokens` tokens whose batch was changed on the way, for the update that ends
+// at its token `seen`: s and S count tokens divided by the present batch, which is by BatchRamp's
+// Progress where that is a ramp.
 double LearningRateByTokens(const ScheduleConfig& schedule, double lr, int64_t seen, int64_t tokens,
-                            int64_t batch_tokens);
+                            const BatchRamp& batch);
 
 }  // namespace krait
 

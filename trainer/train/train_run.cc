@@ -215,8 +215,7 @@ absl::Status Run::WriteRunFolder() {
 std::string Run::DataLine() const {
   const auto& files = train_data_->files();
   const int64_t left = trainer_->last_step() - state().step;
-  const double tokens = static_cast<double>(state().tokens) +
-                        static_cast<double>(left) * static_cast<double>(config_.train.batch_tokens);
+  const auto tokens = static_cast<double>(config_.train.batch_tokens.After(state().tokens, left));
   double there_are = 0, weights = 0;
   for (const SourceSpec& source : config_.data.train) weights += source.weight;
   std::vector<double> epochs;  // of each file, by its share of the mix
@@ -240,7 +239,7 @@ absl::Status Run::Describe() {
       "%s: %s parameters (%s active), %d layers, batch %s tokens, memory %s planned%s",
       config_.run_dir, PrintShort(static_cast<double>(table.total())),
       PrintShort(static_cast<double>(table.active(config_.model))), config_.model.n_layers,
-      PrintShort(static_cast<double>(config_.train.batch_tokens)),
+      PrintShort(static_cast<double>(config_.train.batch_tokens.At(state().tokens))),
       PrintBytes(trainer_->memory().total()), world_->size() > 1 ? " per rank" : "")));
   if (world_->size() > 1) {
     KRAIT_RETURN_IF_ERROR(

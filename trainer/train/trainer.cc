@@ -8,6 +8,7 @@
 #include "kernels/optimizer.h"
 #include "kernels/transfer.h"
 #include "trainer/train/schedule.h"
+#include "trainer/train/spike_guard.h"
 
 namespace krait {
 
@@ -74,17 +75,16 @@ Trainer::Trainer(const RunConfig& config, World* world)
 int64_t Trainer::last_step() const {
   const TrainConfig& train = config_.train;
   if (train.tokens == 0) return train.steps;
-  const int64_t left = std::max<int64_t>(train.tokens - state_.tokens, 0);
-  return state_.step + (left + train.batch_tokens - 1) / train.batch_tokens;
+  return state_.step + train.batch_tokens.Steps(state_.tokens, train.tokens);
 }
 
 double Trainer::learning_rate() const {
   const TrainConfig& train = config_.train;
-  const bool same_batch = state_.tokens == state_.step * train.batch_tokens;
+  const BatchRamp& batch = train.batch_tokens;
+  const bool same_batch = state_.tokens == batch.After(0, state_.step);
   if (train.tokens > 0 && !same_batch) {
     return LearningRateByTokens(config_.schedule, config_.optimizer.lr,
-                                state_.tokens + train.batch_tokens, train.tokens,
-                                train.batch_tokens);
+                                state_.tokens + batch.At(state_.tokens), train.tokens, batch);
   }
   return LearningRate(config_.schedule, config_.optimizer.lr, state_.step + 1, train.steps);
 }
@@ -96,8 +96,12 @@ StepReport Trainer::Step(const TokenBatch& batch, int64_t targets) {
   RunPasses(batch, targets, nullptr);
   optimizer_.SumOfSquares(scalars_.sum_of_squares, ctx_);
   ShareScalars();
+  const SpikeLimits limits = LimitsOf(config_.train.spike_guard, state_);
+  // The first of the sums is that of the token losses.
+  static_assert(kSumCrossEntropy == 0);
   optimizer_.Update(lr, scalars_.sums.Slice(0, 0, kSumImbalance), scalars_.sum_of_squares,
-                    scalars_.control, ctx_);
+                    scalars_.control, ctx_, limits.norm,
+                    limits.loss * static_cast<double>(std::max<int64_t>(targets, 1)));
 
   // The one read of a step.
   const std::vector<double> scalars = DownloadDoubles(scalars_.all, ctx_);
@@ -110,7 +114,9 @@ StepReport Trainer::Step(const TokenBatch& batch, int64_t targets) {
   if (report.was_skipped) {
     ++state_.skipped;
     ++state_.skipped_in_row;
+    report.was_spike = std::isfinite(report.grad_norm) && std::isfinite(report.total_loss);
   } else {
+    Remember(config_.train.spike_guard, report.loss, report.grad_norm, &state_);
     ++state_.adam_steps;
     state_.skipped_in_row = 0;
   }
@@ -167,7 +173,7 @@ void Trainer::RunPasses(const TokenBatch& batch, int64_t targets, const ProbeSin
     const Batch pass = pass_batch_.Of(batch, first, micro_batch, ctx_);
     weights_.BeginPass(ctx_, first == 0, first + micro_batch == batch.sequences);
     model_.Forward(pass, scalars_.loss_scale, scalars_.sums, activations_.get(), ctx_, probe);
-    model_.Backward(pass, 1 / passes, activations_.get(), ctx_);
+    model_.Backward(pass, 1 / passes, activations_.get(), ctx_, nullptr, probe);
   }
   Fill(scalars_.overflow, static_cast<double>(model_.TakeOverflowRounds()), ctx_);  // no waiting
 }
@@ -186,6 +192,12 @@ StepReport Trainer::ReportOf(const TokenBatch& batch, int64_t targets,
   report.aux_loss = sums.aux_loss / passes;
   report.total_loss = report.loss + config_.model.moe.aux_loss * report.aux_loss +
                       config_.model.moe.z_loss * sums.z_loss / passes;
+  if (config_.model.activation_loss > 0) {
+    report.activation_loss =
+        sums.squares /
+        static_cast<double>(batch.sequences * mesh_.data * batch.seq_len * config_.model.d_model);
+    report.total_loss += config_.model.activation_loss * *report.activation_loss;
+  }
   size_t j = 0;
   for (const Sublayer& sublayer : config_.model.sublayers) {
     if (sublayer.kind != SublayerKind::kMoe) continue;

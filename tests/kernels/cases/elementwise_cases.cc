@@ -34,6 +34,16 @@ void AddAddFillCopy(std::vector<OpCase>* cases) {
             .Pad(s.pad)
             .In("x", kCompute, shape, Normal(2))
             .Call([](const Operands& t, const Context& ctx) { AddInPlace(t["y"], t["x"], ctx); }));
+    for (const OperandType y : {kCompute, kWide}) {
+      cases->push_back(OpCase("AddScaled", what + (y == kWide ? " wide" : ""))
+                           .InOut("y", y, shape, Normal(1), Sum(1))
+                           .Pad(s.pad)
+                           .In("x", kCompute, shape, Normal(2))
+                           .Pad(2 * s.pad)
+                           .Call([](const Operands& t, const Context& ctx) {
+                             AddScaled(t["y"], t["x"], -0.375, ctx);
+                           }));
+    }
     cases->push_back(
         OpCase("Fill", what)
             .Out("y", kCompute, shape, Exact())
@@ -190,12 +200,14 @@ void AddOptimizer(std::vector<OpCase>* cases) {
     const std::string what = Sizes({n});
     const double count = static_cast<double>(n);
     // In double: the f32 tolerance of one rounding leaves room for any order.
-    cases->push_back(OpCase("AddSumOfSquares", what)
-                         .InOut("sum", kF64, {1}, Constant(3), Sum(1))
-                         .In("x", kWide, {n}, Normal(1))
-                         .Call([](const Operands& t, const Context& ctx) {
-                           AddSumOfSquares(t["sum"], t["x"], ctx);
-                         }));
+    for (const OperandType x : {kWide, kCompute}) {
+      cases->push_back(OpCase("AddSumOfSquares", what + (x == kCompute ? " compute" : ""))
+                           .InOut("sum", kF64, {1}, Constant(3), Sum(1))
+                           .In("x", x, {n}, Normal(1))
+                           .Call([](const Operands& t, const Context& ctx) {
+                             AddSumOfSquares(t["sum"], t["x"], ctx);
+                           }));
+    }
     cases->push_back(
         OpCase("AddSum", what)
             .InOut("sum", kF64, {1}, Constant(3), Sum(1))
@@ -219,6 +231,19 @@ void AddOptimizer(std::vector<OpCase>* cases) {
                            }));
     }
   }
+  cases->push_back(OpCase("AdamW", "5001 with scaled steps")
+                       .InOut("w", kWide, {5001}, Normal(1), Sum(4))
+                       .InOut("m", kWide, {5001}, Normal(2, 0.1), Sum(4))
+                       .InOut("v", kWide, {5001}, Normal(3, 0.1, 1), Sum(4))
+                       .In("grad", kWide, {5001}, Normal(4))
+                       .In("decay_ranges", kI64, {1, 2}, List({7, 2500}))
+                       .In("step_ranges", kI64, {2, 2}, List({3, 9, 9, 5000}))
+                       .In("step_scales", kF64, {2}, List({0.5, 0.0625}))
+                       .In("control", kF64, {kAdamWControlSize}, List({3, 4, 1, 1, 0.0369, 2.648}))
+                       .Call([](const Operands& t, const Context& ctx) {
+                         AdamW(t["w"], t["w"], t["m"], t["v"], t["grad"], t["decay_ranges"],
+                               {t["step_ranges"], t["step_scales"]}, t["control"], kSettings, ctx);
+                       }));
   cases->push_back(OpCase("AdamW", "1001 in place without decay")
                        .InOut("w", kWide, {1001}, Normal(1), Sum(4))
                        .InOut("m", kWide, {1001}, Normal(2, 0.1), Sum(4))

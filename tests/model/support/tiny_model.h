@@ -131,6 +131,7 @@ class TinyModel {
   // targets of `batch`; one pass of `passes`; the loss of what was added up.
   void BeginStep(const Batch& batch) {
     int64_t targets = 0;
+    pass_tokens_ = batch.shape.tokens();
     for (int64_t i = 0; i < batch.targets.numel(); ++i) targets += Get(batch.targets, i) >= 0;
     Set(loss_scale_, 0, 1 / static_cast<double>(targets));
     sums_.Fill(0);
@@ -145,8 +146,12 @@ class TinyModel {
   double Loss(PassSums* sums_out = nullptr, int passes = 1) const {
     const PassSums sums = PassSumsOf(Values(sums_));
     if (sums_out != nullptr) *sums_out = sums;
+    const double activation =
+        sums.squares / static_cast<double>(pass_tokens_ * spec_.d_model);  // of every pass
     return sums.cross_entropy * Get(loss_scale_, 0) +
-           (spec_.moe.aux_loss * sums.aux_loss + spec_.moe.z_loss * sums.z_loss) / passes;
+           (spec_.moe.aux_loss * sums.aux_loss + spec_.moe.z_loss * sums.z_loss +
+            spec_.activation_loss * activation) /
+               passes;
   }
 
   // The losses of Evaluate.
@@ -183,6 +188,7 @@ class TinyModel {
  private:
   static constexpr int64_t kActivationBytes = int64_t{256} << 20;
 
+  int64_t pass_tokens_ = 1;
   ModelSpec spec_;
   ParamTable table_;
   Arena weight_arena_, grad_arena_, activation_arena_;

@@ -104,6 +104,22 @@ TEST_F(SweepPlanTest, ErrorsOfAllCellsComeAtOnceAndEachOnce) {
   EXPECT_EQ(said.find("is no ratio"), said.rfind("is no ratio"));
 }
 
+TEST_F(SweepPlanTest, WidthsAtOneRateWarnWithoutMup) {
+  const std::string grid = "grid: {model.d_model: [32, 64]}\n";
+  const auto notes = [&](const std::string& text) {
+    const auto plan = Plan(text);
+    EXPECT_TRUE(plan.ok()) << plan.status();
+    return plan.ok() ? plan->notes : std::vector<std::string>();
+  };
+  EXPECT_THAT(notes(grid),
+              ElementsAre(HasSubstr("cells of model.d_model 32 and 64 share optimizer.lr 3e-4")));
+  EXPECT_THAT(
+      notes("cases: {a: {model.d_model: 32}, b: {model.d_model: 64, optimizer.lr: 1e-4}}\n"),
+      ElementsAre());
+  EXPECT_THAT(notes("grid: {model.d_model: [32, 64], optimizer.mup.base_d_model: [32]}\n"),
+              ElementsAre());
+}
+
 TEST_F(SweepPlanTest, RunsAreKnownByTheirSettings) {
   const std::string grid = "grid: {model.mixer.ratio: [\"0:1\", \"1:0\"]}\n";
   const auto two = Plan(grid + "seeds: [1, 2]\n"), three = Plan(grid + "seeds: [1, 2, 3]\n");

@@ -62,6 +62,22 @@ TEST(ChoiceTask, AnswersAreScoredByTheirTokens) {
   EXPECT_THAT(TinyRun::Krait({"eval", tiny / "run", "--task", task}).out,
               HasSubstr("accuracy       1.0000"));
   EXPECT_EQ(TinyRun::Krait({"eval", tiny / "run", "--task", task, "--by", "context"}).code, 20);
+  // Ranks take items in turn; more ranks than items do no harm, and errors are said once.
+  for (const char* ranks : {"2", "9"}) {
+    std::vector<std::string> words = {KRAIT_MPIRUN, "-n", ranks, KRAIT_BINARY};
+    for (const std::string& word :
+         {std::string("eval"), tiny / "run", std::string("--task"), task}) {
+      words.push_back(word);
+    }
+    words.emplace_back("--json");
+    const ProcessResult several = RunProcess(words, MpiVariables());
+    EXPECT_EQ(several.code, 0) << several.err;
+    EXPECT_EQ(several.out, result.out);
+    words[7] = tiny / "none.jsonl";
+    const ProcessResult missing = RunProcess(words, MpiVariables());
+    EXPECT_EQ(missing.code, 21) << missing.err;
+    EXPECT_EQ(missing.err.find("none.jsonl"), missing.err.rfind("none.jsonl")) << missing.err;
+  }
   EXPECT_EQ(TinyRun::Krait({"eval", tiny / "run", "--task", tiny / "none.jsonl"}).code, 21);
 
   // The same bytes as a choice after one byte, and as a loss by context.

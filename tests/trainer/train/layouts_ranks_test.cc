@@ -62,10 +62,13 @@ std::vector<Variant> Variants() {
     spec->moe.aux_pool = AuxPool::kLayer;
     spec->moe.renormalize = true;
   });
-  add("one K/V head, statistics of a sequence", 1, Recompute::kMixers, [](ModelSpec* spec) {
-    spec->moe.aux_sequences = 1;
-    spec->moe.z_loss = 0.1;
-  });
+  add("one K/V head, statistics of a sequence, activation loss, muP", 1, Recompute::kMixers,
+      [](ModelSpec* spec) {
+        spec->moe.aux_sequences = 1;
+        spec->moe.z_loss = 0.1;
+        spec->activation_loss = 0.2;
+        spec->mup_base_d_model = spec->d_model / 4;
+      });
   add("tied, a pad token", 2, Recompute::kLayer, [](ModelSpec* spec) { spec->pad_token = 3; });
   add(
       "three rounds of experts", 0, Recompute::kLayer,
@@ -124,6 +127,7 @@ class Rank {
     const auto shares = static_cast<double>(kPasses * mesh_.stage());
     losses.push_back(Get(sums_, kSumAuxLoss) / shares);
     losses.push_back(Get(sums_, kSumZLoss) / shares);
+    losses.push_back(Get(sums_, kSumSquares));
     return losses;
   }
   // The norm of the gradient.
@@ -256,6 +260,7 @@ Differences Compare(const Variant& variant, const Reference& reference, int64_t 
     differences.Add("cross-entropy" + at, losses[0], step.losses[0]);
     differences.Add("aux loss" + at, losses[1], step.losses[1]);
     differences.Add("z-loss" + at, losses[2], step.losses[2]);
+    differences.Add("squares" + at, losses[3], step.losses[3]);
     for (const OwnedBox& owned : layout.Owned()) {
       const auto p = static_cast<size_t>(owned.box.param);
       const int flat = layout.buckets()[static_cast<size_t>(owned.bucket)].flat;

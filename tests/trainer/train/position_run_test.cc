@@ -106,7 +106,7 @@ class Counted {
       trainer.Loaded();
       trainer.state() = meta;
     }
-    const int64_t rows = config->train.batch_tokens / config->data.seq_len;
+    const int64_t rows = config->train.batch_tokens.largest() / config->data.seq_len;
     while (trainer.state().step < reached->meta.step) {
       const int64_t first = trainer.state().sequences;
       for (int64_t q = first; q < first + rows; ++q) {
