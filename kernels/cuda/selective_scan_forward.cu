@@ -14,12 +14,11 @@
 //
 // On an H100, versions in turns in one run (B4 I4096, B4 I8192, B1, B2; ms): 0.467, 0.906, 0.156,
 // 0.240; chunks in pairs and 104 registers in place of 96 where two blocks share a multiprocessor:
-// 0.446, 0.866, 0.153, 0.233; inputs four tokens ahead as well: 0.437, 0.848, 0.148, 0.224. No
-// single unit binds: without the decays' special functions (wrong results) 0.394 at B4 I4096 of
-// 0.462 in that run, without the sums over states 0.432, without these and the inputs' products
-// 0.365. Polynomials (10 instructions) for 2 of 16 decays gained 2 % with 96 registers and lost 3 %
-// with 104; a warp of its own for softplus and gates of each computing one gained 1 % at B1, where
-// each scheduler has one, and lost 24 % at B2.
+// 0.446, 0.866, 0.153, 0.233. No single unit binds: without the decays' special functions (wrong
+// results) 0.394 at B4 I4096 of 0.462 in that run, without the sums over states 0.432, without
+// these and the inputs' products 0.365. Polynomials (10 instructions) for 2 of 16 decays gained 2 %
+// with 96 registers and lost 3 % with 104; a warp of its own for softplus and gates of each
+// computing one gained 1 % at B1, where each scheduler has one, and lost 24 % at B2.
 #include <type_traits>
 
 #include "kernels/cuda/launch.cuh"
@@ -118,15 +117,16 @@ __device__ inline void Decays(float (&decay)[4][4], const float* dt, const float
     for (int j = 0; j < 4; ++j) decay[i][j] = FastExp2(dt4.v[i] * a2[j]);
   }
 }
-// Four steps, tokens 4 * quad and on, with their decays, inputs, and the matrices of C.
+// Four steps, tokens 4 * quad and on, with their decays, own dt x, and matrices of B and C.
 template <bool kAdd>
 __device__ inline void FourSteps(float (&sum)[4], float (&h)[4], const float (&decay)[4][4],
-                                 const float (&input)[4][4], const uint32_t (&cs)[4], int quad,
-                                 int s) {
+                                 const float (&dtx)[4], const uint32_t (&bs)[4],
+                                 const uint32_t (&cs)[4], int quad, int s) {
   const int half = quad / 2;
   const float4 weights = {LowerHalf(cs[2 * half]), UpperHalf(cs[2 * half]),
                           LowerHalf(cs[2 * half + 1]), UpperHalf(cs[2 * half + 1])};
-  float even[4];
+  float input[4][4], even[4];
+  InputsOfQuad(input, dtx, bs, half, quad % 2, s);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
 #pragma unroll
@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(S::kThreads, kBlocks)
   const bool keeps = exists && args.kept_states != nullptr;
   const int64_t kept_step = keeps ? state_size : 0;
   float* kept = keeps ? args.kept_states + b * args.chunks * state_size + own : nullptr;
-  // bf16, 16 states: decays and inputs are computed four tokens ahead.
+  // bf16, 16 states: decays are computed four tokens ahead.
   constexpr bool kAhead = !kExact && kGroups == 1;
   if (kAhead && kPlain && keeps) kept += 4 * s;
 
@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(S::kThreads, kBlocks)
 
   // What belongs to a token and channel, computed a chunk ahead, so that its latencies hide among
   // the steps of the chunk before.
-  float x[4], gate[4], next_x[4], next_dtx[4], next_gate[4];
+  float x[4], dtx[4], gate[4], next_x[4], next_dtx[4], next_gate[4];
   const auto prepare = [&](int k, int row) {
     const int in_stages = k % kStages;
     auto& stage = shared.stages[in_stages];
@@ -251,19 +251,7 @@ __global__ void __launch_bounds__(S::kThreads, kBlocks)
   prepare(0, dt_row);
   __syncwarp();
   float decay[2][4][4];
-  // bf16: the chunk's matrices of B and own dt x; the inputs of four tokens.
-  uint32_t bs[4];
-  float dtx[4], input[2][4][4];
-  const auto round_dtx = [&] {
-#pragma unroll
-    for (int v = 0; v < 4; ++v) dtx[v] = RoundTf32(next_dtx[v]);
-  };
-  if constexpr (kAhead) {
-    Decays(decay[0], dts + dt_row, a2[0]);
-    round_dtx();
-    LoadTransposed(bs, bc_row);
-    InputsOfQuad(input[0], dtx, bs, 0, 0, s);
-  }
+  if constexpr (kAhead) Decays(decay[0], dts + dt_row, a2[0]);
 
   bool next_is_full = false;
   // In two, what goes on to the next chunk stays in its registers.
@@ -276,8 +264,9 @@ __global__ void __launch_bounds__(S::kThreads, kBlocks)
     auto& stage = shared.stages[in_stages];
     const uint32_t offset = in_stages * static_cast<uint32_t>(sizeof(stage));
 #pragma unroll
-    for (int v = 0; v < 4; ++v) x[v] = next_x[v], gate[v] = next_gate[v];
-    if constexpr (!kExact && !kAhead) round_dtx();
+    for (int v = 0; v < 4; ++v) {
+      x[v] = next_x[v], dtx[v] = kExact ? 0.0f : RoundTf32(next_dtx[v]), gate[v] = next_gate[v];
+    }
     if (!next_is_full && k < last) shared.stages[next % kStages].full.Wait(next / kStages);
     next_is_full =
         shared.stages[static_cast<unsigned>(k + 2) % kStages].full.Done((k + 2) / kStages);
@@ -291,27 +280,20 @@ __global__ void __launch_bounds__(S::kThreads, kBlocks)
           StoreKept<kExact>(kept, count[0], s, h[0]);
         }
       }
-      const int next_row = dt_rows - dt_row;
-      const uint32_t next_offset =
-          static_cast<unsigned>(next) % kStages * static_cast<uint32_t>(sizeof(stage));
-      uint32_t cs[4];
+      uint32_t bs[4], cs[4];
+      LoadTransposed(bs, bc_row + offset);
       LoadMatrices(cs, bc_row + offset + static_cast<uint32_t>(sizeof(stage.inputs.b)));
       Decays(decay[1], dts + dt_row + 4, a2[0]);
-      InputsOfQuad(input[1], dtx, bs, 0, 1, s);
-      FourSteps<false>(sum, h[0], decay[0], input[0], cs, 0, s);
+      FourSteps<false>(sum, h[0], decay[0], dtx, bs, cs, 0, s);
       Decays(decay[0], dts + dt_row + 8, a2[0]);
-      InputsOfQuad(input[0], dtx, bs, 1, 0, s);
-      FourSteps<false>(sum, h[0], decay[1], input[1], cs, 1, s);
+      FourSteps<false>(sum, h[0], decay[1], dtx, bs, cs, 1, s);
+      const int next_row = dt_rows - dt_row;
       prepare(next, next_row);
       __syncwarp();
       Decays(decay[1], dts + dt_row + 12, a2[0]);
-      InputsOfQuad(input[1], dtx, bs, 1, 1, s);
-      FourSteps<false>(sum, h[0], decay[0], input[0], cs, 2, s);
+      FourSteps<false>(sum, h[0], decay[0], dtx, bs, cs, 2, s);
       Decays(decay[0], dts + next_row, a2[0]);
-      round_dtx();
-      LoadTransposed(bs, bc_row + next_offset);
-      InputsOfQuad(input[0], dtx, bs, 0, 0, s);
-      FourSteps<false>(sum, h[0], decay[1], input[1], cs, 3, s);
+      FourSteps<false>(sum, h[0], decay[1], dtx, bs, cs, 3, s);
     } else {
 #pragma unroll 1
       for (int q = 0; q < kGroups; ++q) {
@@ -319,15 +301,14 @@ __global__ void __launch_bounds__(S::kThreads, kBlocks)
         if constexpr (kExact) {
           ExactSteps<S>(sum, h[q], a2[q], stage.inputs, dts + dt_row, dtxs + dt_row, q, s);
         } else {
-          uint32_t cs[4];
+          uint32_t bs[4], cs[4];
           LoadTransposed(bs, bc_row + offset + 32 * q);
           LoadMatrices(cs,
                        bc_row + offset + 32 * q + static_cast<uint32_t>(sizeof(stage.inputs.b)));
 #pragma unroll
           for (int quad = 0; quad < 4; ++quad) {
             Decays(decay[0], dts + dt_row + 4 * quad, a2[q]);
-            InputsOfQuad(input[0], dtx, bs, quad / 2, quad % 2, s);
-            FourSteps<true>(sum, h[q], decay[0], input[0], cs, quad, s);
+            FourSteps<true>(sum, h[q], decay[0], dtx, bs, cs, quad, s);
           }
         }
       }
