@@ -313,6 +313,15 @@ TEST_F(BuildTest, JsonLines) {
   EXPECT_THAT(Documents(), UnorderedElementsAre("one", "two \xC3\xA9\n\"", "three"));
 }
 
+TEST_F(BuildTest, PythonsNumbersBesideATextAreNoReasonToRefuseIt) {
+  const auto report = Build(
+      {folder_.Write("x.jsonl",
+                     "{\"score\": NaN, \"text\": \"one NaN\", \"range\": [-Infinity, Infinity]}\n"
+                     "{\"text\": \"two\", \"meta\": {\"x\": NaN}}\n")});
+  ASSERT_TRUE(report.ok()) << report.status();
+  EXPECT_THAT(Documents(), UnorderedElementsAre("one NaN", "two"));
+}
+
 TEST_F(BuildTest, CompressedJsonLinesGiveTheSameTokenFile) {
   const std::string text(kLines);
   const std::vector<std::string> paths = {
@@ -434,6 +443,8 @@ TEST_F(BuildTest, BadLinesAreNamedByTheirNumber) {
       {"{\"a\": {\"text\": \"x\"}}", "\"text\" is missing"},
       {"{\"text\": 5}", "not a string"},
       {"{\"text\": null}", "not a string"},
+      {"{\"text\": NaN}", "not a string"},
+      {"{\"text\": \"x\", \"n\": NaNa}", "not JSON"},
       {"{\"text\": [\"x\"]}", "not a string"},
       {"{\"text\": {\"text\": \"x\"}}", "not a string"},
       {"{\"text\": \"x\", \"text\": 5}", "not a string"},
