@@ -207,6 +207,20 @@ TEST(TokenizerTest, TheFolderSaysTheEndToken) {
               HasSubstr("the end token \"<none>\" that tokenizer_config.json names is no token"));
 }
 
+TEST(TokenizerTest, TheFolderSaysWhetherASentencePieceModelsStartTokenIsPut) {
+  const TempFolder folder;
+  folder.Write("tokenizer.model", ReadAll(kGolden + "sp_bpe.model"));
+  folder.Write("tokenizer_config.json", R"({"add_bos_token": true})");
+  EXPECT_THAT(Make(folder.path())->prefix(), ElementsAre(1));
+  folder.Write("tokenizer_config.json", R"({"add_bos_token": false, "eos_token": "</s>"})");
+  const auto without = Make(folder.path());
+  EXPECT_TRUE(without->prefix().empty() && without->Share()->prefix().empty());
+  EXPECT_EQ(without->end_token(), 2);
+  folder.Write("tokenizer_config.json", R"({"add_bos_token": "no"})");
+  EXPECT_THAT(MessageOf(MakeTokenizer(folder.path()).status()),
+              HasSubstr("tokenizer_config.json: add_bos_token is neither true nor false"));
+}
+
 // The name is that of the ids, not of the file's layout or what stands beside it.
 TEST(TokenizerTest, TheNameIsOfTheContent) {
   const TempFolder folder;
