@@ -325,7 +325,10 @@ TEST_F(BuildTest, PythonsNumbersBesideATextAreNoReasonToRefuseIt) {
 TEST_F(BuildTest, CompressedJsonLinesGiveTheSameTokenFile) {
   const std::string text(kLines);
   const std::vector<std::string> paths = {
-      folder_.Write("x.jsonl", text), folder_.Write("x.jsonl.gz", Gzip(text)),
+      folder_.Write("x.jsonl", text),
+      folder_.Write("x.jsonl.gz", Gzip(text)),
+      folder_.Write("x.ndjson", text),
+      folder_.Write("x.NDJSON.gz", Gzip(text)),
       folder_.Write("x.jsonl.zst", Zstd(text)),
       folder_.Write("y.jsonl.gz", Gzip(text.substr(0, 20)) + Gzip("") + Gzip(text.substr(20))),
       folder_.Write("y.jsonl.zst", Zstd(text.substr(0, 20)) + Zstd("") + Zstd(text.substr(20)))};
