@@ -40,13 +40,15 @@ class AddedTokenFinder {
         continue;
       }
       size_t begin = i, end = i + found->content.size();
+      // As in Hugging Face's library the search goes on behind the content alone: of the white
+      // space that the token takes along a further token may be made, unless it takes none of its
+      // own.
       i = end;
       if (found->lstrip) begin = std::max(done, SpaceBefore(text, begin));
       if (found->rstrip) end = SpaceAfter(text, end);
       if (begin > done) piece(text.substr(done, begin - done));
-      token(found->id);
+      if (end > begin) token(found->id);
       done = end;
-      i = std::max(i, done);
     }
     if (done < text.size()) piece(text.substr(done));
   }

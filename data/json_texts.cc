@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "absl/strings/str_format.h"
+#include "kernels/base/json.h"
 #include "nlohmann/json.hpp"
 
 namespace krait {
@@ -140,6 +141,16 @@ absl::StatusOr<std::string> TextOfLine(const std::string& line, const std::strin
   };
   RecordTexts texts(/*lists=*/false, take);
   if (nlohmann::json::sax_parse(line, &texts)) return text;
+  // Python writes NaN and Infinity, which are no JSON, for numbers beside the text.
+  if (texts.fault_at > 0) {
+    const std::string finite = WithoutNonFinite(line);
+    RecordTexts again(/*lists=*/false, take);
+    if (finite != line && nlohmann::json::sax_parse(finite, &again)) return text;
+    if (finite != line && again.fault_at == 0) {
+      texts.fault = again.fault;
+      texts.fault_at = 0;
+    }
+  }
   const std::string at =
       texts.fault_at > 0 ? absl::StrFormat(" at byte %u of the line", texts.fault_at) : "";
   return Error(ExitCode::kData, place + ": " + texts.fault + at);

@@ -16,7 +16,7 @@ constexpr int64_t kPiece = int64_t{1} << 20;  // bytes of a text in memory at on
 
 absl::StatusOr<InputKind> RecordReader::Read(int64_t skip) {
   skip_ = skip;
-  if (HasEnding(input_.path, ".jsonl")) {
+  if (HasEnding(input_.path, ".jsonl") || HasEnding(input_.path, ".ndjson")) {
     KRAIT_RETURN_IF_ERROR(ReadLines());
     return InputKind::kRecords;
   }

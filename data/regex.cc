@@ -20,6 +20,10 @@ constexpr char kNotSpace[] =
     "\\x{0}-\\x{8}\\x{e}-\\x{1f}\\x{7f}-\\x{84}\\x{86}-\\x{9f}\\p{L}\\p{M}\\p{N}\\p{P}\\p{S}"
     "\\p{Cf}\\p{Cn}\\p{Co}\\p{Cs}";
 constexpr char kWord[] = "\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}";
+// Below U+0100 Oniguruma has another table for \w outside of a class: with the small numbers and
+// fractions.
+constexpr char kWordAlone[] =
+    "\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}\\x{b2}\\x{b3}\\x{b9}\\x{bc}-\\x{be}";
 
 bool IsDigit(char c) { return c >= '0' && c <= '9'; }
 bool IsHex(char c) { return IsDigit(c) || (c >= 'a' && c <= 'f') || (c >= 'A' && c <= 'F'); }
@@ -133,11 +137,11 @@ class Translator {
         Set("\\P{Nd}", in_class, 2);
         return absl::OkStatus();
       case 'w':
-        Set(kWord, in_class, 2);
+        Set(in_class ? kWord : kWordAlone, in_class, 2);
         return absl::OkStatus();
       case 'W':
         if (in_class) return Refuse("\\W in a class");
-        Set(kWord, in_class, 2, /*negated=*/true);
+        Set(kWordAlone, in_class, 2, /*negated=*/true);
         return absl::OkStatus();
       case 'v':
         out_ += "\\x{b}";

@@ -10,13 +10,13 @@ namespace {
 class SentencePieceTokenizer : public Tokenizer {
  public:
   SentencePieceTokenizer(std::shared_ptr<const SentencePieceModel> model, std::string name,
-                         std::optional<int32_t> end)
-      : model_(std::move(model)) {
+                         std::optional<int32_t> end, bool add_start)
+      : model_(std::move(model)), add_start_(add_start) {
     name_ = std::move(name);
     vocab_size_ = model_->size();
     end_token_ = end;
     // As transformers does for models that have a start token.
-    if (model_->start_id() >= 0) prefix_ = {model_->start_id()};
+    if (add_start_ && model_->start_id() >= 0) prefix_ = {model_->start_id()};
   }
 
   absl::Status Encode(std::string_view text, std::vector<int32_t>* ids) override {
@@ -43,17 +43,19 @@ class SentencePieceTokenizer : public Tokenizer {
   std::string TokenText(int32_t id) const override { return model_->Piece(id); }
 
   std::unique_ptr<Tokenizer> Share() const override {
-    return std::make_unique<SentencePieceTokenizer>(model_, name_, end_token_);
+    return std::make_unique<SentencePieceTokenizer>(model_, name_, end_token_, add_start_);
   }
 
  private:
   std::shared_ptr<const SentencePieceModel> model_;
+  bool add_start_;
 };
 
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<Tokenizer>> MakeSentencePieceTokenizer(std::string_view model,
                                                                       const EndToken& end,
+                                                                      bool add_start,
                                                                       const std::string& place) {
   std::string fault;
   std::shared_ptr<const SentencePieceModel> loaded = SentencePieceModel::Load(model, &fault);
@@ -71,7 +73,7 @@ absl::StatusOr<std::unique_ptr<Tokenizer>> MakeSentencePieceTokenizer(std::strin
     }
   }
   return std::unique_ptr<Tokenizer>(std::make_unique<SentencePieceTokenizer>(
-      std::move(loaded), "sentencepiece-" + TokenizerHash(model), id));
+      std::move(loaded), "sentencepiece-" + TokenizerHash(model), id, add_start));
 }
 
 }  // namespace krait

@@ -46,6 +46,12 @@ void WidenInPlace(int32_t* out, int64_t count) {
 
 absl::StatusOr<std::unique_ptr<TokenFile>> TokenFile::Open(const std::string& path) {
   if (IsForeignTokenFile(path)) return OpenForeign(path);
+  if (!Exists(path) && Exists(path + ".idx")) {
+    return Error(ExitCode::kData, "there is no " + path +
+                                      "; a Megatron file is named with its "
+                                      "ending: " +
+                                      path + ".bin");
+  }
   std::unique_ptr<TokenFile> result(new TokenFile);
   result->path_ = path;
   KRAIT_ASSIGN_OR_RETURN(result->file_, H5File::OpenRead(path, ExitCode::kData));

@@ -136,13 +136,13 @@ struct BuildReport {
 // Writes a token file: to a temporary name in the folder of `out`, fsync, then rename; an existing
 // `out` stays untouched until then. What killed builds of `out` left goes first.
 //
-// Each file is a document, each line of a .jsonl one (an object with a string "text"; blank lines
-// are passed over), and each object of a .json file (a list of them, or one after another).
-// Documents are framed as the tokenizer does it (Tokenizer::prefix, suffix), end with its end
-// token, and are shuffled by `seed`; the result is a pure function of the contents, the order of
-// `paths`, the tokenizer and the seed, not of the threads. Files of a folder are taken in the order
-// of their paths. In folders symbolic links are followed, but nothing is read twice because of
-// them; names that begin with a dot are passed over; files that hold a NUL byte or nothing are
+// Each file is a document, each line of a .jsonl or .ndjson one (an object with a string "text";
+// blank lines are passed over), and each object of a .json file (a list of them, or one after
+// another). Documents are framed as the tokenizer does it (Tokenizer::prefix, suffix), end with its
+// end token, and are shuffled by `seed`; the result is a pure function of the contents, the order
+// of `paths`, the tokenizer and the seed, not of the threads. Files of a folder are taken in the
+// order of their paths. In folders symbolic links are followed, but nothing is read twice because
+// of them; names that begin with a dot are passed over; files that hold a NUL byte or nothing are
 // skipped; .json files without such objects are texts. All that is counted. A path given by name
 // must be text, or a folder that has some.
 //

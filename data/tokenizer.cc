@@ -64,6 +64,20 @@ absl::StatusOr<EndToken> ReadEndToken(const TokenizerFiles& files, const std::st
   return EndToken();
 }
 
+// Whether tokenizer_config.json leaves the start token of a SentencePiece model in its place.
+absl::StatusOr<bool> ReadAddStart(const TokenizerFiles& files, const std::string& place) {
+  const auto file = files.find("tokenizer_config.json");
+  if (file == files.end()) return true;
+  const std::string path = place + "/tokenizer_config.json";
+  KRAIT_ASSIGN_OR_RETURN(const nlohmann::json json,
+                         ParsePythonJson(file->second, path, ExitCode::kData));
+  if (!json.is_object() || !json.contains("add_bos_token")) return true;
+  const nlohmann::json& value = json["add_bos_token"];
+  if (value.is_null()) return true;
+  if (value.is_boolean()) return value.get<bool>();
+  return Error(ExitCode::kData, path + ": add_bos_token is neither true nor false");
+}
+
 absl::Status NoTokenizer(const std::string& path, const std::string& why) {
   return Error(ExitCode::kConfig, absl::StrFormat("tokenizer %s: %s; \"bytes\", a Hugging Face "
                                                   "tokenizer.json or a SentencePiece .model is "
@@ -152,7 +166,8 @@ absl::StatusOr<std::unique_ptr<Tokenizer>> MakeTokenizer(const TokenizerFiles& f
                             IsDirectory(place) ? place + "/" + kJsonFile : place);
   }
   if (const auto model = files.find(kModelFile); model != files.end()) {
-    return MakeSentencePieceTokenizer(model->second, end,
+    KRAIT_ASSIGN_OR_RETURN(const bool add_start, ReadAddStart(files, folder));
+    return MakeSentencePieceTokenizer(model->second, end, add_start,
                                       IsDirectory(place) ? place + "/" + kModelFile : place);
   }
   return NoTokenizer(place, "there is neither of the files that are read");

@@ -89,7 +89,9 @@ bool IsTokenizerFile(const std::string& name);
 // kData for a broken file, kConfig for one that asks for what is not supported; `place`, the folder
 // or file they are from, begins the messages. The end token is that of tokenizer_config.json (or
 // special_tokens_map.json), else SentencePiece's, else the special token of a usual name
-// ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>"); none where there is none of these.
+// ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>"); none where there is none of these. A
+// SentencePiece model's start token is its prefix unless tokenizer_config.json says
+// "add_bos_token": false; a tokenizer.json has it in its template.
 absl::StatusOr<std::unique_ptr<Tokenizer>> MakeTokenizer(const TokenizerFiles& files,
                                                          const std::string& place);
 // Both in one: of "bytes" or a path.

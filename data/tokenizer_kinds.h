@@ -20,9 +20,11 @@ struct EndToken {
 absl::StatusOr<std::unique_ptr<Tokenizer>> MakeBpeTokenizer(std::string_view json,
                                                             const EndToken& end,
                                                             const std::string& place);
-// Of a SentencePiece model.
+// Of a SentencePiece model. `add_start`: its start token, where it has one, is put before each
+// text.
 absl::StatusOr<std::unique_ptr<Tokenizer>> MakeSentencePieceTokenizer(std::string_view model,
                                                                       const EndToken& end,
+                                                                      bool add_start,
                                                                       const std::string& place);
 
 // 16 hexadecimal digits.

@@ -370,7 +370,7 @@ absl::StatusOr<TcpJob> TcpJobOfThisProcess(const Launch& launch, int argc,
                "MASTER_ADDR is not set: where rank 0 is, for the " + std::to_string(job.ranks) +
                    " ranks of WORLD_SIZE (unset RANK and WORLD_SIZE for a single process)");
   }
-  if (job.port < 0) {
+  if (job.port < 0 && variable("MASTER_PORT").empty()) {
     errors.Add(ExitCode::kConfig, "MASTER_PORT is not set: the port where rank 0 listens");
   }
   // Of these each rank would say the same.

@@ -7,6 +7,8 @@
 #include <algorithm>
 #include <array>
 #include <chrono>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <thread>
 #include <utility>
@@ -21,6 +23,7 @@ constexpr std::array<char, 8> kHelloMagic = {'k', 'r', 'a', 'i', 't', ' ', 'h', 
 constexpr std::array<char, 8> kAnswerMagic = {'k', 'r', 'a', 'i', 't', ' ', 'a', '1'};
 constexpr double kHelloSeconds = 10;  // for a caller to say who it is
 constexpr double kPortSeconds = 8;    // for the port to become free: a job that is just ending
+constexpr double kSilentSeconds = 5;  // before rank 0 says whom it waits for
 constexpr double kGraceSeconds = 10;  // of the others for rank 0's word, after their own limit
 constexpr size_t kMaxStrangers = 256;
 enum Channel : int32_t { kMessages, kWatch };
@@ -87,8 +90,21 @@ class Host {
                    "rank 0 cannot listen at " + Place(job_) + ": " + MessageOf(listener.status()) +
                        "; another job may use MASTER_PORT, give this one its own");
     }
+    bool said = false;
     while (!AllThere()) {
-      if (MonotonicSeconds() > begin + job_.start_seconds) return Late();
+      if (MonotonicSeconds() > begin + job_.start_seconds) {
+        return Failed("after " + Seconds(job_.start_seconds) + " at " + Place(job_) + " " +
+                      Missing() + (refused_.empty() ? "" : "; refused was " + refused_));
+      }
+      // Most often a process that somebody started by hand where a launcher set its variables.
+      if (!said && MonotonicSeconds() > begin + kSilentSeconds) {
+        std::fprintf(stderr, "krait: waiting for the others at %s for %s: %s%s\n",
+                     Place(job_).c_str(), Seconds(job_.start_seconds).c_str(), Missing().c_str(),
+                     std::getenv("WORLD_SIZE") != nullptr
+                         ? " (unset RANK and WORLD_SIZE for a single process)"
+                         : "");
+        said = true;
+      }
       Wait(*listener);
       while (TakeCaller(*listener)) continue;
       for (Caller& caller : callers_) Hear(&caller);
@@ -199,7 +215,7 @@ class Host {
     return Error(ExitCode::kCollective, why);
   }
 
-  absl::Status Late() {
+  std::string Missing() const {
     std::string missing;
     int count = 0;
     for (int rank = 1; rank < job_.ranks; ++rank) {
@@ -208,10 +224,8 @@ class Host {
       if (++count <= 10) missing += (count > 1 ? ", " : "") + std::to_string(rank);
     }
     if (count > 10) missing += ", ...";
-    return Failed("after " + Seconds(job_.start_seconds) + " at " + Place(job_) + " " +
-                  std::to_string(count) + " of " + std::to_string(job_.ranks) +
-                  " ranks are missing (rank " + missing + ")" +
-                  (refused_.empty() ? "" : "; refused was " + refused_));
+    return std::to_string(count) + " of " + std::to_string(job_.ranks) +
+           " ranks are missing (rank " + missing + ")";
   }
 
   const TcpJob& job_;

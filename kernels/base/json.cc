@@ -81,16 +81,17 @@ class Checker : public nlohmann::json_sax<nlohmann::json> {
 struct NonFinite {
   std::string_view text, marker;
   double value;
+  std::string_view zero;  // a number of JSON in its place
 };
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr NonFinite kNonFinite[] = {
-    {"NaN", "\"\x7f\"", std::numeric_limits<double>::quiet_NaN()},
-    {"Infinity", "\"\x7f+++++\"", kInfinity},
-    {"-Infinity", "\"\x7f------\"", -kInfinity},
+    {"NaN", "\"\x7f\"", std::numeric_limits<double>::quiet_NaN(), "0  "},
+    {"Infinity", "\"\x7f+++++\"", kInfinity, "0       "},
+    {"-Infinity", "\"\x7f------\"", -kInfinity, "0        "},
 };
 
-// The text with markers in place of the numbers; `found` tells whether there are any.
-std::string WithMarkers(std::string_view text, bool* found) {
+// The text with markers, or zeros, in place of the numbers; `found` tells whether there are any.
+std::string Replaced(std::string_view text, std::string_view NonFinite::*with, bool* found) {
   std::string out(text);
   const auto word = [](char c) { return std::isalnum(static_cast<unsigned char>(c)) || c == '_'; };
   bool in_string = false;
@@ -104,7 +105,7 @@ std::string WithMarkers(std::string_view text, bool* found) {
         const size_t end = i + number.text.size();
         if (text.substr(i, number.text.size()) != number.text) continue;
         if (end < out.size() && word(out[end])) continue;
-        out.replace(i, number.text.size(), number.marker);
+        out.replace(i, number.text.size(), number.*with);
         i = end - 1;
         *found = true;
         break;
@@ -139,7 +140,7 @@ absl::StatusOr<nlohmann::json> ParseJson(std::string_view text, const std::strin
 absl::StatusOr<nlohmann::json> ParsePythonJson(std::string_view text, const std::string& place,
                                                ExitCode code) {
   bool found = false;
-  const std::string marked = WithMarkers(text, &found);
+  const std::string marked = Replaced(text, &NonFinite::marker, &found);
   KRAIT_ASSIGN_OR_RETURN(nlohmann::json json, ParseJson(marked, place, code));
   if (!found) return json;
   ChangeValues(&json, [](nlohmann::json* value) {
@@ -152,6 +153,11 @@ absl::StatusOr<nlohmann::json> ParsePythonJson(std::string_view text, const std:
     }
   });
   return json;
+}
+
+std::string WithoutNonFinite(std::string_view text) {
+  bool found = false;
+  return Replaced(text, &NonFinite::zero, &found);
 }
 
 std::string DumpPythonJson(const nlohmann::ordered_json& json, int indent) {

@@ -21,6 +21,9 @@ absl::StatusOr<nlohmann::json> ParseJson(std::string_view text, const std::strin
 absl::StatusOr<nlohmann::json> ParsePythonJson(std::string_view text, const std::string& place,
                                                ExitCode code);
 std::string DumpPythonJson(const nlohmann::ordered_json& json, int indent = -1);
+// What Python's json module writes, as RFC 8259: a zero in the place of each NaN and Infinity, and
+// all other bytes where they were.
+std::string WithoutNonFinite(std::string_view text);
 
 }  // namespace krait
 

@@ -313,10 +313,22 @@ TEST_F(BuildTest, JsonLines) {
   EXPECT_THAT(Documents(), UnorderedElementsAre("one", "two \xC3\xA9\n\"", "three"));
 }
 
+TEST_F(BuildTest, PythonsNumbersBesideATextAreNoReasonToRefuseIt) {
+  const auto report = Build(
+      {folder_.Write("x.jsonl",
+                     "{\"score\": NaN, \"text\": \"one NaN\", \"range\": [-Infinity, Infinity]}\n"
+                     "{\"text\": \"two\", \"meta\": {\"x\": NaN}}\n")});
+  ASSERT_TRUE(report.ok()) << report.status();
+  EXPECT_THAT(Documents(), UnorderedElementsAre("one NaN", "two"));
+}
+
 TEST_F(BuildTest, CompressedJsonLinesGiveTheSameTokenFile) {
   const std::string text(kLines);
   const std::vector<std::string> paths = {
-      folder_.Write("x.jsonl", text), folder_.Write("x.jsonl.gz", Gzip(text)),
+      folder_.Write("x.jsonl", text),
+      folder_.Write("x.jsonl.gz", Gzip(text)),
+      folder_.Write("x.ndjson", text),
+      folder_.Write("x.NDJSON.gz", Gzip(text)),
       folder_.Write("x.jsonl.zst", Zstd(text)),
       folder_.Write("y.jsonl.gz", Gzip(text.substr(0, 20)) + Gzip("") + Gzip(text.substr(20))),
       folder_.Write("y.jsonl.zst", Zstd(text.substr(0, 20)) + Zstd("") + Zstd(text.substr(20)))};
@@ -434,6 +446,8 @@ TEST_F(BuildTest, BadLinesAreNamedByTheirNumber) {
       {"{\"a\": {\"text\": \"x\"}}", "\"text\" is missing"},
       {"{\"text\": 5}", "not a string"},
       {"{\"text\": null}", "not a string"},
+      {"{\"text\": NaN}", "not a string"},
+      {"{\"text\": \"x\", \"n\": NaNa}", "not JSON"},
       {"{\"text\": [\"x\"]}", "not a string"},
       {"{\"text\": {\"text\": \"x\"}}", "not a string"},
       {"{\"text\": \"x\", \"text\": 5}", "not a string"},

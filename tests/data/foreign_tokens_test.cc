@@ -194,6 +194,9 @@ TEST(ForeignTokensTest, BrokenFilesAreNamedWithTheirPlace) {
   std::filesystem::remove(folder / "m.bin");
   EXPECT_THAT(FaultOf(folder / "m.idx"), HasSubstr("m.bin: No such file"));
 
+  // As Megatron's own tools name it.
+  EXPECT_THAT(FaultOf(folder / "m"), HasSubstr("named with its ending: " + (folder / "m.bin")));
+
   EXPECT_THAT(FaultOf(folder.Write("x.bin", "short")), HasSubstr("neither a file of llm.c"));
   EXPECT_THAT(FaultOf(folder.Write("x.bin", std::string(2000, 'x'))), HasSubstr("neither a file"));
   EXPECT_THAT(FaultOf(folder.Write("x.bin", Llmc(true) + "x")),

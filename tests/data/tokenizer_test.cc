@@ -163,6 +163,34 @@ TEST(TokenizerTest, SpecialTokens) {
   EXPECT_EQ(Make("bytes")->end_token(), std::nullopt);
 }
 
+// Ids of tokenizers 0.23.3.
+TEST(TokenizerTest, WhiteSpaceThatATokenTakesAlongMayBeATokenToo) {
+  auto json = nlohmann::json::parse(ReadAll(kGolden + "gpt2.json"));
+  const auto add = [&](int id, const char* content, bool lstrip, bool rstrip) {
+    json["added_tokens"].push_back({{"id", id},
+                                    {"content", content},
+                                    {"single_word", false},
+                                    {"lstrip", lstrip},
+                                    {"rstrip", rstrip},
+                                    {"normalized", false},
+                                    {"special", false}});
+  };
+  add(700, "<x>", false, true);
+  add(701, "  ", false, false);
+  add(702, " !", true, true);
+  add(703, "\t", true, true);
+  const TempFolder folder;
+  folder.Write("tokenizer.json", json.dump());
+  const auto tokenizer = Make(folder / "tokenizer.json");
+  ASSERT_NE(tokenizer, nullptr);
+  const auto ids = [&](const char* text) { return Encode(tokenizer.get(), text); };
+  EXPECT_THAT(ids("<x>   a"), ElementsAre(700, 701, 436));
+  EXPECT_THAT(ids("<x>     a"), ElementsAre(700, 701, 701, 436));
+  EXPECT_THAT(ids("<x>  !"), ElementsAre(700, 701, 1));
+  EXPECT_THAT(ids("\t\t\ta"), ElementsAre(703, 65));
+  EXPECT_THAT(ids("<x>  \t  b"), ElementsAre(700, 701, 703, 701, 66));
+}
+
 TEST(TokenizerTest, TheFolderSaysTheEndToken) {
   const TempFolder folder;
   folder.Write("tokenizer.json", ReadAll(kGolden + "qwen2.json"));
@@ -177,6 +205,20 @@ TEST(TokenizerTest, TheFolderSaysTheEndToken) {
   EXPECT_EQ(ExitCodeOf(made.status()), ExitCode::kData);
   EXPECT_THAT(MessageOf(made.status()),
               HasSubstr("the end token \"<none>\" that tokenizer_config.json names is no token"));
+}
+
+TEST(TokenizerTest, TheFolderSaysWhetherASentencePieceModelsStartTokenIsPut) {
+  const TempFolder folder;
+  folder.Write("tokenizer.model", ReadAll(kGolden + "sp_bpe.model"));
+  folder.Write("tokenizer_config.json", R"({"add_bos_token": true})");
+  EXPECT_THAT(Make(folder.path())->prefix(), ElementsAre(1));
+  folder.Write("tokenizer_config.json", R"({"add_bos_token": false, "eos_token": "</s>"})");
+  const auto without = Make(folder.path());
+  EXPECT_TRUE(without->prefix().empty() && without->Share()->prefix().empty());
+  EXPECT_EQ(without->end_token(), 2);
+  folder.Write("tokenizer_config.json", R"({"add_bos_token": "no"})");
+  EXPECT_THAT(MessageOf(MakeTokenizer(folder.path()).status()),
+              HasSubstr("tokenizer_config.json: add_bos_token is neither true nor false"));
 }
 
 // The name is that of the ids, not of the file's layout or what stands beside it.
@@ -297,6 +339,10 @@ TEST(RegexTest, TranslatesOnigurumasSyntax) {
   EXPECT_EQ(translate("(?i:'s)|\\p{L}+ ?[^\\r\\n\\p{N}]"), "(?i:'s)|\\p{L}+ ?[^\\r\\n\\p{N}]");
   EXPECT_EQ(translate("\\s+(?!\\S)"), "[\\t-\\r\\x{85}\\p{Z}]+(?![^\\t-\\r\\x{85}\\p{Z}])");
   EXPECT_EQ(translate("\\p{Han}\\p{^Lu}a{,3}\\u3040"), "\\p{sc:Han}\\P{Lu}a{0,3}\\x{3040}");
+  // Alone it has the small numbers and fractions of Latin-1, too.
+  EXPECT_EQ(translate("\\w[\\w]"),
+            "[\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}\\x{b2}\\x{b3}\\x{b9}\\x{bc}-\\x{be}]"
+            "[\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}]");
   for (const char* pattern : {"\\b", "[a[b]]", "[a&&b]", "a{1,3}+", "a(?i)b", "\\R", "(a)\\1",
                               "[[:alpha:]]", "\\p{Alpha}", "[\\W]", "(?<n>a)"}) {
     EXPECT_THAT(translate(pattern), HasSubstr("is not supported")) << pattern;

@@ -150,6 +150,20 @@ TEST_F(TcpTest, TheMissingAreNamed) {
   EXPECT_EQ(result.err, "");
 }
 
+TEST_F(TcpTest, WhoWaitsForLongSaysForWhom) {
+  const int port = FreePort();
+  const std::string place = "127.0.0.1:" + std::to_string(port);
+  const auto first = Start("check", Rank(0, 3, port), 6),
+             last = Start("check", Rank(2, 3, port), 6);
+  const ProcessResult result = End(first.get());
+  EXPECT_EQ(result.err, "krait: waiting for the others at " + place +
+                            " for 6 s: 1 of 3 ranks are missing (rank 1) (unset RANK and "
+                            "WORLD_SIZE for a single process)\n"
+                            "krait: after 6 s at " +
+                            place + " 1 of 3 ranks are missing (rank 1)\n");
+  EXPECT_EQ(End(last.get()).err, "");
+}
+
 TEST_F(TcpTest, WrongPorts) {
   // Nobody is there.
   const auto lonely = Start("check", Rank(1, 2, FreePort()), 1);
@@ -365,7 +379,8 @@ TEST(TcpVariables, WhatIsMissingOrWrongIsNamed) {
   result = run({{"RANK", "5"}, {"WORLD_SIZE", "2"}, {"MASTER_ADDR", "x"}, {"MASTER_PORT", "port"}});
   EXPECT_EQ(result.code, 20);
   EXPECT_THAT(result.err, AllOf(HasSubstr("RANK is \"5\"; a number from 0 to 1 is needed"),
-                                HasSubstr("MASTER_PORT is \"port\"")));
+                                HasSubstr("MASTER_PORT is \"port\""),
+                                Not(HasSubstr("MASTER_PORT is not set"))));
   result = run({{"RANK", "1"}, {"WORLD_SIZE", "2"}});  // said by rank 0
   EXPECT_EQ(result.code, 20);
   EXPECT_EQ(result.err, "");

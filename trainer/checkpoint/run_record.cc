@@ -22,7 +22,14 @@ absl::StatusOr<std::optional<RunRecord>> ReadRunRecord(const std::string& run_di
   const std::string path = RunRecordPath(run_dir);
   if (!Exists(path)) return std::optional<RunRecord>();
   KRAIT_ASSIGN_OR_RETURN(const std::string text, ReadFile(path, 1 << 20, kCode));
-  KRAIT_ASSIGN_OR_RETURN(const json root, ParseJson(text, path, kCode, /*max_depth=*/4));
+  const auto unusable = [&path](const std::string& why) {
+    return Error(kCode, path + " does not say which checkpoint was saved last (" + why +
+                            "); remove it to go on from the newest one there is in "
+                            "checkpoint.dir, or from --resume PATH");
+  };
+  const auto parsed = ParseJson(text, "JSON", kCode, /*max_depth=*/4);
+  if (!parsed.ok()) return unusable(MessageOf(parsed.status()));
+  const json& root = *parsed;
   RunRecord record;
   try {
     record.path = root.at("path").get<std::string>();
@@ -31,8 +38,7 @@ absl::StatusOr<std::optional<RunRecord>> ReadRunRecord(const std::string& run_di
     record.followed = root.value("followed", "");
     record.followed_step = root.value("followed_step", int64_t{0});
   } catch (const json::exception& error) {
-    return Error(kCode, path + " does not say which checkpoint was saved last (" + error.what() +
-                            "); if --resume PATH is to decide alone, remove it");
+    return unusable(error.what());
   }
   return std::optional<RunRecord>(record);
 }

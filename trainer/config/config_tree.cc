@@ -315,6 +315,18 @@ std::string Describe(const ConfigNode& node) {
   return "no value";
 }
 
+// Whether a tab is in the white space that line `line`, from 0, begins with.
+bool TabIndents(const std::string& text, int line) {
+  size_t begin = 0;
+  for (; line > 0 && begin != std::string::npos; --line) {
+    begin = text.find('\n', begin);
+    if (begin != std::string::npos) ++begin;
+  }
+  if (begin == std::string::npos) return false;
+  const size_t end = text.find_first_not_of(" \t", begin);
+  return text.find('\t', begin) < std::min(end, text.size());
+}
+
 bool ParseYaml(const std::string& text, const Place& origin, bool any_root, ConfigNode* root,
                ConfigErrors* errors, bool dotted_keys) {
   if (!CheckEncoding(text, origin, errors)) return false;
@@ -327,7 +339,11 @@ bool ParseYaml(const std::string& text, const Place& origin, bool any_root, Conf
   } catch (const StopParsing&) {
     return false;
   } catch (const YAML::Exception& e) {
-    errors->Add(At(origin, e.mark), absl::StrCat("not valid YAML: ", e.msg));
+    errors->Add(
+        At(origin, e.mark),
+        absl::StrCat("not valid YAML: ", TabIndents(text, e.mark.line)
+                                             ? "a tab in front of the line; YAML takes spaces only"
+                                             : e.msg));
     return false;
   } catch (const std::exception& e) {
     errors->Add(origin, absl::StrCat("not valid YAML: ", e.what()));

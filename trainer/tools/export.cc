@@ -1,7 +1,10 @@
 // Export to a Hugging Face folder (interop.h).
+#include <fcntl.h>
+#include <sys/file.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <filesystem>
 #include <map>
 #include <optional>
 #include <utility>
@@ -174,7 +177,6 @@ absl::Status WriteFolder(const std::string& folder, const Checkpoint& checkpoint
   KRAIT_ASSIGN_OR_RETURN(config, ParsePythonJson(text, "config.json", ExitCode::kInternal));
   config["dtype"] = options.dtype == DType::kF32 ? "float32" : "bfloat16";
   config["torch_dtype"] = config["dtype"];  // the name before transformers 4.56
-  KRAIT_RETURN_IF_ERROR(MakeDirectories(folder, ExitCode::kCannotSave));
   KRAIT_RETURN_IF_ERROR(
       WriteTokenizer(folder, checkpoint, options, run.model.vocab_size, notice, &config));
   KRAIT_ASSIGN_OR_RETURN(generation,
@@ -189,6 +191,46 @@ bool IsExportFile(const std::string& name) {
   return IsTokenizerFile(name) || name == "config.json" || name == "generation_config.json" ||
          name == "model.safetensors.index.json" ||
          (name.starts_with("model") && name.ends_with(".safetensors"));
+}
+
+// Of a folder that an export is writing, so that no other one takes it for a leftover.
+class FolderLock {
+ public:
+  explicit FolderLock(const std::string& folder)
+      : fd_(open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)),
+        held_(fd_ >= 0 && flock(fd_, LOCK_EX | LOCK_NB) == 0) {}
+  FolderLock(const FolderLock&) = delete;
+  FolderLock& operator=(const FolderLock&) = delete;
+  ~FolderLock() {
+    if (fd_ >= 0) close(fd_);
+  }
+  bool held() const { return held_; }  // where there are no locks: never
+
+ private:
+  int fd_;
+  bool held_;
+};
+
+// Removes what killed exports to `hf` left behind: half-written folders, and older exports that
+// were replaced. One that was moved away for a new one that did not come stays, it may be the only
+// one. What cannot be removed is no reason not to export.
+void RemoveLeftovers(const std::string& hf) {
+  const std::string folder = ParentFolder(hf);
+  const std::string base = std::filesystem::path(hf).filename().string();
+  const auto names = ListDirectory(folder, ExitCode::kCannotSave);
+  if (!names.ok()) return;
+  for (const std::string& name : *names) {
+    for (const std::string& begin : {base + ".export-", base + ".replaced-"}) {
+      if (!name.starts_with(begin) || name.size() == begin.size() ||
+          name.find_first_not_of("0123456789", begin.size()) != std::string::npos ||
+          (begin.ends_with("replaced-") && !Exists(hf))) {
+        continue;
+      }
+      const std::string path = folder + "/" + name;
+      const FolderLock lock(path);
+      if (lock.held()) (void)RemoveAll(path, ExitCode::kCannotSave);
+    }
+  }
 }
 
 }  // namespace
@@ -211,10 +253,14 @@ absl::StatusOr<ExportReport> ExportHf(const ExportOptions& options, const Notice
   std::vector<std::string> candidates;
   KRAIT_ASSIGN_OR_RETURN(candidates, FindCheckpoints(options.checkpoint));
   ExportReport report;
+  RemoveLeftovers(options.hf);
   const std::string staging = options.hf + ".export-" + std::to_string(getpid());
+  std::optional<FolderLock> lock;
   // The values as stored, whatever the run computed in.
   const auto write = [&](const Checkpoint& checkpoint) -> absl::Status {
     KRAIT_RETURN_IF_ERROR(RemoveAll(staging, ExitCode::kCannotSave));
+    KRAIT_RETURN_IF_ERROR(MakeDirectories(staging, ExitCode::kCannotSave));
+    lock.emplace(staging);
     report = {.checkpoint = checkpoint.path};
     return WriteFolder(staging, checkpoint, options, notice, &report);
   };

@@ -139,7 +139,9 @@ TEST_F(CheckpointRobustTest, ARunRecordReadsBackAndABrokenOneIsNoMissingOne) {
   EXPECT_EQ(*read, record);
   for (const char* text : {"", "{}", "[]", "{\"path\": 3, \"save_id\": \"\", \"step\": 1}"}) {
     std::ofstream(RunRecordPath(dir_)) << text;
-    EXPECT_EQ(ExitCodeOf(ReadRunRecord(dir_).status()), ExitCode::kNoCheckpoint) << text;
+    const absl::Status status = ReadRunRecord(dir_).status();
+    EXPECT_EQ(ExitCodeOf(status), ExitCode::kNoCheckpoint) << text;
+    EXPECT_THAT(MessageOf(status), ::testing::HasSubstr("remove it to go on from the newest"));
   }
 }
 

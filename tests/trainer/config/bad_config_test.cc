@@ -170,7 +170,7 @@ constexpr Case kCases[] = {
     {7, "  attention: !!map {heads: 4}", ":7:14: ", "tags ("},
     {0, "---\nmodel: {}", ":21:1: ", "a second document begins here"},
     {7, "  attention: {heads: 4", ":8:", "not valid YAML"},
-    {4, "\td_model: 64", ":4:", "not valid YAML"},
+    {4, "\td_model: 64", ":4:", "not valid YAML: a tab in front of the line"},
     {4, "  d_model 64", ":", "not valid YAML"},
     {0, "? [a, b]\n: 5", ":21:3: ", "a key must be a word, found a list"},
     {0, "model.d_model: 5", ":21:1: ", "dotted keys belong on the command line"},

@@ -1,9 +1,12 @@
 // Hugging Face folders in and out: the same bits, every layout of weight files, refusals.
 #include "trainer/tools/interop.h"
 
+#include <fcntl.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <omp.h>
+#include <sys/file.h>
+#include <unistd.h>
 
 #include <bit>
 #include <filesystem>
@@ -122,6 +125,29 @@ TEST_F(InteropTest, ImportAndExportKeepEveryBit) {
   const auto opened = OpenCheckpoint(again.out);
   ASSERT_TRUE(opened.ok());
   EXPECT_EQ(opened->meta.tokenizer, "bytes");
+}
+
+TEST_F(InteropTest, LeftoversOfKilledExportsAreRemovedByTheNextOne) {
+  const std::string checkpoint = Import(kGolden, "checkpoint");
+  folder_.Write("out.export-1234567/model.safetensors", "half");
+  folder_.Write("out.export-7654321/model.safetensors", "half, and being written");
+  folder_.Write("out.export-mine/model.safetensors", "a user's");
+  folder_.Write("out.replaced-1234567/model.safetensors", "perhaps the only one");
+  const int writer = open((folder_ / "out.export-7654321").c_str(), O_RDONLY | O_DIRECTORY);
+  ASSERT_EQ(flock(writer, LOCK_EX), 0);
+  const auto exists = [&](const std::string& name) {
+    return std::filesystem::exists(folder_ / name);
+  };
+  ASSERT_TRUE(ExportHf(Export(checkpoint, "out"), Ignore).ok());
+  EXPECT_FALSE(exists("out.export-1234567"));
+  EXPECT_TRUE(exists("out.export-7654321") && exists("out.export-mine"));
+  EXPECT_TRUE(exists("out.replaced-1234567"));
+  close(writer);
+  ExportOptions again = Export(checkpoint, "out");
+  again.force = true;
+  ASSERT_TRUE(ExportHf(again, Ignore).ok());
+  EXPECT_FALSE(exists("out.export-7654321") || exists("out.replaced-1234567"));
+  EXPECT_TRUE(exists("out.export-mine"));
 }
 
 TEST_F(InteropTest, ProgressCountsElementsAndItsErrorLeavesNothing) {
