@@ -62,6 +62,7 @@ OpScope::OpScope(const Context& ctx, OpFamily family, const char* name,
     begin_ = ctx.profile->Record(ctx.stream);
   } else {
     start_ = std::chrono::steady_clock::now();
+    if (ctx.profile->keeps_calls_ && ctx.profile->calls_.empty()) ctx.profile->origin_ = start_;
   }
 }
 
@@ -72,10 +73,15 @@ OpScope::~OpScope() {
   if (profile != nullptr) --profile->depth_;
   if (timed_ != nullptr) {
     if (cuda) {
-      profile->spans_.push_back({timed_, begin_, profile->Record(ctx_.stream)});
+      profile->spans_.push_back({timed_, begin_, profile->Record(ctx_.stream), name_, ctx_.side});
     } else {
       const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start_;
       timed_->seconds += elapsed.count();
+      if (profile->keeps_calls_) {
+        const std::chrono::duration<double> begin = start_ - profile->origin_;
+        profile->calls_.push_back(
+            {name_, timed_->family, ctx_.side, begin.count(), elapsed.count()});
+      }
     }
   }
   if (cuda) cuda::PopRange();
@@ -101,7 +107,13 @@ void Profile::Collect() {
   if (spans_.empty()) return;
   cuda::Synchronize();
   for (const Span& span : spans_) {
-    span.op->seconds += cuda::SecondsBetween(span.begin, span.end);
+    const double seconds = cuda::SecondsBetween(span.begin, span.end);
+    span.op->seconds += seconds;
+    if (!keeps_calls_) continue;
+    calls_.push_back({span.name, span.op->family, span.side,
+                      cuda::SecondsBetween(spans_.front().begin, span.begin), seconds});
+  }
+  for (const Span& span : spans_) {
     free_events_.push_back(span.begin);
     free_events_.push_back(span.end);
   }

@@ -49,7 +49,16 @@ class Profile {
     int64_t bytes = 0;
   };
 
-  Profile() = default;
+  // One call of an op: when it began, from the first call on, and how long it took.
+  struct Call {
+    std::string_view name;
+    OpFamily family = OpFamily::kOther;
+    int side = 0;  // Context::side
+    double begin = 0, seconds = 0;
+  };
+
+  // `keeps_calls`: calls() has them one by one, for a trace. On CUDA they are all of one Collect().
+  explicit Profile(bool keeps_calls = false) : keeps_calls_(keeps_calls) {}
   ~Profile();
   Profile(const Profile&) = delete;
   Profile& operator=(const Profile&) = delete;
@@ -60,16 +69,22 @@ class Profile {
 
   const std::map<std::string_view, Op>& ops() const { return ops_; }  // by name
   Op Total(OpFamily family) const;
+  const std::vector<Call>& calls() const { return calls_; }
 
  private:
   friend class OpScope;
   struct Span {
     Op* op;
     void *begin, *end;
+    std::string_view name;
+    int side;
   };
   void* Record(void* stream);  // an event, recorded on the stream
 
   std::map<std::string_view, Op> ops_;
+  const bool keeps_calls_;
+  std::vector<Call> calls_;
+  std::chrono::steady_clock::time_point origin_;  // on the CPU: of the first call
   int depth_ = 0;  // open scopes: an op that calls others counts as one
   std::vector<Span> spans_;
   std::vector<void*> free_events_;

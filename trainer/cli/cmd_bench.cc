@@ -59,6 +59,7 @@ void AddBenchCommands(CLI::App* app, CommandLine* line) {
     ConfigArguments config;
     int64_t steps = 20, documents = 0;
     JsonOutput json;
+    std::string trace;
   };
   auto step = std::make_shared<StepArguments>();
   CLI::App* step_command = bench->add_subcommand(
@@ -68,6 +69,8 @@ void AddBenchCommands(CLI::App* app, CommandLine* line) {
   AddCount(step_command, "--documents", &step->documents,
            "tokens of a document (default: as long as a sequence)");
   AddJson(step_command, &step->json);
+  AddPath(step_command, "--trace", &step->trace,
+          "write one step's ops as a Chrome trace (chrome://tracing, ui.perfetto.dev)", "FILE");
   step_command->callback([line, step] {
     line->on_several_ranks = true;
     line->run = [line, step]() -> absl::StatusOr<ExitCode> {
@@ -75,13 +78,24 @@ void AddBenchCommands(CLI::App* app, CommandLine* line) {
       KRAIT_RETURN_IF_ERROR(Agree(
           world, step->steps < 1 ? Error(ExitCode::kConfig, "--steps 0: at least 1 is measured")
                                  : CheckJson(step->json, {step->config.path})));
+      const JsonOutput trace = {step->trace, step->json.force};
+      KRAIT_RETURN_IF_ERROR(Agree(
+          world, trace.path == "-"
+                     ? Error(ExitCode::kConfig, "--trace -: give a file; the figures are printed")
+                 : !trace.path.empty() && trace.path == step->json.path
+                     ? Error(ExitCode::kConfig, "--trace and --json are one file")
+                     : CheckJson(trace, {step->config.path})));
       RunConfig config;
       KRAIT_ASSIGN_OR_RETURN(config, LoadNamedConfig(step->config, ConfigUse::kPlan, line->world));
       StepBench result;
-      KRAIT_ASSIGN_OR_RETURN(result, RunStepBench(config, step->steps, step->documents, world));
+      KRAIT_ASSIGN_OR_RETURN(
+          result, RunStepBench(config, step->steps, step->documents, world, !trace.path.empty()));
       if (world->first()) {
         KRAIT_RETURN_IF_ERROR(
             PrintFigures(StepBenchText(result), StepBenchJson(result), step->json.path));
+        if (!trace.path.empty()) {
+          KRAIT_RETURN_IF_ERROR(PrintFigures("", StepTraceJson(result), trace.path));
+        }
       }
       return ExitCode::kOk;
     };

@@ -225,7 +225,7 @@ void SetParts(const Profile& profile, double seconds, double steps, StepBench* b
 }  // namespace
 
 absl::StatusOr<StepBench> RunStepBench(const RunConfig& config, int64_t steps, int64_t document,
-                                       World* given) {
+                                       World* given, bool trace) {
   World* const world = OrAlone(given);
   KRAIT_RETURN_IF_ERROR(CheckDevice(config, world));
   StepBench bench;
@@ -297,6 +297,15 @@ absl::StatusOr<StepBench> RunStepBench(const RunConfig& config, int64_t steps, i
     run();
     trainer.ctx().order = nullptr;
     bench.traffic = TrafficOf(order, count);
+  }
+  if (trace) {
+    Profile traced(/*keeps_calls=*/true);
+    const TokenBatch batch = SyntheticBatch(config, mesh, step++, document);
+    trainer.ctx().profile = &traced;
+    trainer.Step(batch);
+    trainer.ctx().profile = nullptr;
+    if (on_cuda) traced.Collect();
+    bench.calls = traced.calls();
   }
   // The same steps without communication, on GPUs: ranks of a CPU share its cores.
   if (on_cuda && bench.ranks > 1) {
@@ -374,6 +383,31 @@ std::string StepBenchJson(const StepBench& b) {
                                        {"exposed_comm_ms", b.exposed_comm_ms},
                                        {"traffic", traffic}};
   return json.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
+}
+
+std::string StepTraceJson(const StepBench& b) {
+  nlohmann::ordered_json events = nlohmann::ordered_json::array();
+  int sides = 0;
+  for (const Profile::Call& call : b.calls) {
+    events.push_back({{"name", call.name},
+                      {"cat", Name(call.family)},
+                      {"ph", "X"},
+                      {"ts", call.begin * 1e6},
+                      {"dur", call.seconds * 1e6},
+                      {"pid", 0},
+                      {"tid", call.side}});
+    sides = std::max(sides, call.side + 1);
+  }
+  const auto name = [&events](const char* what, int tid, const std::string& text) {
+    events.push_back(
+        {{"name", what}, {"ph", "M"}, {"pid", 0}, {"tid", tid}, {"args", {{"name", text}}}});
+  };
+  name("process_name", 0, b.config + ", one step on " + b.device);
+  for (int side = 0; side < sides; ++side) {
+    name("thread_name", side, b.device == "cpu" ? "ops" : "stream " + std::to_string(side));
+  }
+  const nlohmann::ordered_json json = {{"traceEvents", events}, {"displayTimeUnit", "ms"}};
+  return json.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
 }
 
 std::string StepBenchText(const StepBench& b) {

@@ -75,15 +75,20 @@ struct StepBench {
   // exchange something, so all of it, the waiting for slower ranks included, is exposed.
   double exposed_comm_ms = 0;
   std::vector<StepTraffic> traffic;  // of the first rank
+  std::vector<Profile::Call> calls;  // of one more step, where a trace is asked for
 };
 // Synthetic tokens in documents of `document` tokens (0: of a whole sequence); steps to warm up, on
 // CUDA for 3 seconds, so that the card is as hot as in a run; then `steps` (at least 1), of which
 // the figures are medians. On several ranks all of them call it, and the first one's figures count;
 // tflops and peak are those of a rank.
+// `trace`: the calls of one more step are kept, this rank's.
 absl::StatusOr<StepBench> RunStepBench(const RunConfig& config, int64_t steps, int64_t document = 0,
-                                       World* world = nullptr);
+                                       World* world = nullptr, bool trace = false);
 std::string StepBenchJson(const StepBench& bench);
 std::string StepBenchText(const StepBench& bench);
+// Its calls in the Trace Event Format, complete events in microseconds: what chrome://tracing and
+// ui.perfetto.dev open. A stream has a row.
+std::string StepTraceJson(const StepBench& bench);
 
 struct KernelBench {
   std::string name;  // "selective_scan"

@@ -526,6 +526,41 @@ TEST(Cli, BenchStepWritesItsFields) {
   EXPECT_GT(json["breakdown_ms"]["scan"].get<double>(), 0);
 }
 
+// A trace has the ops of one step, one after another, in the form that chrome://tracing opens.
+TEST(Cli, BenchStepWritesATrace) {
+  const TinyRun tiny;
+  const std::string trace = tiny / "trace.json";
+  const ProcessResult result =
+      Krait({"bench", "step", tiny.config(), "--steps", "1", "--trace", trace, "train.device=cpu"});
+  ASSERT_EQ(result.code, 0) << result.err;
+  const auto json = nlohmann::json::parse(ReadText(trace));
+  double end = 0;
+  std::map<std::string, int> calls;
+  for (const auto& event : json["traceEvents"]) {
+    if (event["ph"] == "M") continue;
+    ASSERT_EQ(event["ph"], "X");
+    ASSERT_GE(event["ts"].get<double>(), end - 1e-3) << event;
+    ASSERT_GE(event["dur"].get<double>(), 0);
+    end = event["ts"].get<double>() + event["dur"].get<double>();
+    ++calls[event["name"].get<std::string>()];
+  }
+  // Three Mamba layers, two passes of a step.
+  EXPECT_EQ(calls["SelectiveScanForward"], 6);
+  EXPECT_EQ(calls["SelectiveScanBackward"], 6);
+  EXPECT_EQ(calls["AdamWPrepare"], 1);
+  EXPECT_EQ(json["traceEvents"].front()["ts"], 0);
+  // Once more it is replaced only by force; it is no place for the figures, and no config.
+  const auto again = [&](const std::vector<std::string>& words) {
+    std::vector<std::string> all = {"bench", "step", tiny.config(), "--steps", "1"};
+    all.insert(all.end(), words.begin(), words.end());
+    return Krait(all).code;
+  };
+  EXPECT_EQ(again({"--trace", trace}), 20);
+  EXPECT_EQ(again({"--trace", "-"}), 20);
+  EXPECT_EQ(again({"--trace", tiny.config(), "--force"}), 20);
+  EXPECT_EQ(again({"--trace", tiny / "a.json", "--json", tiny / "a.json"}), 20);
+}
+
 TEST(Cli, BenchKernelsMeasuresTheNamedOp) {
   const ProcessResult result =
       Krait({"bench", "kernels", "--only", "residual_rms_norm", "--json", "-"});
