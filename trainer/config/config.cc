@@ -229,8 +229,8 @@ void ResolveTrain(const ConfigDraft& draft, ConfigUse use, RunConfig* config,
   }
 
   if (train->spike_guard.window == 0) {
-    if (reader->Has("train.spike_guard.z") && reader->Good({"train.spike_guard.window"})) {
-      reader->Fail(
+    if (reader->Has("train.spike_guard.z") && !reader->Has("train.spike_guard.window")) {
+      reader->Note(
           "train.spike_guard.z",
           "train.spike_guard.z has no effect without train.spike_guard.window: give it too "
           "(128: compare with the last 128 steps)");

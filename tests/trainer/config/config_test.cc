@@ -443,6 +443,9 @@ TEST(Config, SettingsWithoutEffectOnThisDeviceOrRanksAreNoted) {
                   HasSubstr("parallel.expert_slack has no effect where no experts are shared")));
   EXPECT_THAT(MustParse(kSmall, {"train.deterministic=false"}).notes,
               ElementsAre(HasSubstr("train.deterministic has no effect on the CPU")));
+  EXPECT_THAT(MustParse(kSmall, {"train.spike_guard.z=4"}).notes,
+              ElementsAre(HasSubstr("train.spike_guard.z has no effect without")));
+  EXPECT_THAT(MustParse(kSmall, {"train.spike_guard={window: none, z: 4}"}).notes, IsEmpty());
   // Of a checkpoint's config nothing is said.
   EXPECT_THAT(MustParse(kSmall, {"train.hang_timeout=60"}, ConfigUse::kStored).notes, IsEmpty());
   const auto two = ParseConfig(kSmall, "test.yaml", {"train.hang_timeout=60"}, ConfigUse::kTrain,
