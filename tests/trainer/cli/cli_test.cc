@@ -72,7 +72,7 @@ TEST(Cli, ConfigExplainsValuesAndListsKeys) {
   const ProcessResult keys = Krait({"config", "keys", "optimizer.", "--json"});
   EXPECT_EQ(keys.code, 0) << keys.err;
   const auto list = nlohmann::json::parse(keys.out);
-  ASSERT_EQ(list.size(), 7U);
+  ASSERT_EQ(list.size(), 8U);
   EXPECT_EQ(list[1]["key"], "optimizer.lr");
   EXPECT_EQ(list[1]["default"], "3e-4");
   EXPECT_THAT(Krait({"config", "keys"}).out, HasSubstr("train.batch_tokens"));
