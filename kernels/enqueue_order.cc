@@ -1,5 +1,8 @@
 #include "kernels/enqueue_order.h"
 
+#include <algorithm>
+#include <utility>
+
 #include "kernels/context.h"
 
 namespace krait {
@@ -31,7 +34,7 @@ void EnqueueOrder::AddTraffic(const char* name, int side, const Tensor& sent, in
 }
 
 void EnqueueOrder::WaitFor(int side, int64_t mark) {
-  for (size_t i = 0; i < static_cast<size_t>(mark); ++i) {
+  for (size_t i = 0; i < std::min(static_cast<size_t>(mark), traffic_.size()); ++i) {
     Traffic& traffic = traffic_[i];
     if (side_[i] != side || traffic.waited >= 0) continue;
     traffic.waited = ops();

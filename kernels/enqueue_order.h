@@ -36,7 +36,8 @@ class EnqueueOrder {
   void AddOp(const char* name, bool small, const Operand* operands, size_t count);
   // A collective on the pass's stream (side 0) or a side stream; `sent`: what others get.
   void AddTraffic(const char* name, int side, const Tensor& sent, int64_t bytes);
-  // A mark behind all traffic of a side stream so far, and a wait of the pass for it.
+  // A mark behind all traffic of a side stream so far, and a wait of the pass for it. A mark of
+  // another order, from before this one was attached, waits for at most what this one has.
   int64_t Mark() const { return static_cast<int64_t>(traffic_.size()); }
   void WaitFor(int side, int64_t mark);
 

@@ -12,13 +12,14 @@
 // cycles and issue slots are 60 % taken. Softplus and gates by the helpers: 0.42, four warps cannot
 // keep up.
 //
-// On an H100, versions in turns in one run (B4 I4096, B4 I8192, B1, B2; ms): 0.467, 0.906, 0.156,
-// 0.240; chunks in pairs and 104 registers in place of 96 where two blocks share a multiprocessor:
-// 0.446, 0.866, 0.153, 0.233. No single unit binds: without the decays' special functions (wrong
-// results) 0.394 at B4 I4096 of 0.462 in that run, without the sums over states 0.432, without
-// these and the inputs' products 0.365. Polynomials (10 instructions) for 2 of 16 decays gained 2 %
-// with 96 registers and lost 3 % with 104; a warp of its own for softplus and gates of each
-// computing one gained 1 % at B1, where each scheduler has one, and lost 24 % at B2.
+// On an H100, versions in turns in one run (B4 I4096, B4 I8192, B2; ms): 0.467, 0.906, 0.240; with
+// eight warps chunks in pairs, and 104 registers in place of 96 where two blocks share a
+// multiprocessor: 0.446, 0.866, 0.233 (four warps, B1: 0.156, in pairs 0.153). No single unit
+// binds: without the decays' special functions (wrong results) 0.394 at B4 I4096 of 0.462 in that
+// run, without the sums over states 0.432, without these and the inputs' products 0.365.
+// Polynomials (10 instructions) for 2 of 16 decays gained 2 % with 96 registers and lost 3 % with
+// 104; a warp of its own for softplus and gates of each computing one gained 1 % at B1, where each
+// scheduler has one, and lost 24 % at B2.
 #include <type_traits>
 
 #include "kernels/cuda/launch.cuh"
@@ -254,8 +255,8 @@ __global__ void __launch_bounds__(S::kThreads, kBlocks)
   if constexpr (kAhead) Decays(decay[0], dts + dt_row, a2[0]);
 
   bool next_is_full = false;
-  // In two, what goes on to the next chunk stays in its registers.
-  constexpr int kTurns = kAhead && kPlain ? 2 : 1;
+  // In pairs, what goes on to the next chunk stays in its registers.
+  constexpr int kTurns = kAhead && kPlain && S::kWarps == 8 ? 2 : 1;
 #pragma unroll kTurns
   for (int k = 0; k <= last; ++k) {
     // Beyond the last chunk there is nothing to wait for and nothing of use.
