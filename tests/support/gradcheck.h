@@ -223,10 +223,11 @@ inline double Dot(Tensor a, Tensor b) {
   return sum;
 }
 
-// A CPU context with scratch memory; checks that an op gave back all of it.
+// A CPU context with scratch memory, some of which ops take for each thread; checks that an op gave
+// back all of it.
 class TestContext {
  public:
-  explicit TestContext(int64_t scratch_bytes = int64_t{256} << 20)
+  explicit TestContext(int64_t scratch_bytes = (int64_t{256} + 8 * omp_get_max_threads()) << 20)
       : scratch_("test scratch", Device::kCpu, scratch_bytes) {
     context_.scratch = &scratch_;
   }
