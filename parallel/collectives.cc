@@ -14,6 +14,11 @@ char* RowAddress(Tensor t, int64_t row) {
   return static_cast<char*>(t.raw()) + row * t.stride(0) * SizeOf(t.dtype());
 }
 
+// Rows of a contiguous tensor, which may lie beyond its own: other ranks have more or fewer there.
+Tensor FlatRows(Tensor t, int64_t row, int64_t rows) {
+  return Tensor(RowAddress(t, row), t.dtype(), t.device(), {rows * t.stride(0)});
+}
+
 void CopyRows(Tensor out, int64_t out_row, Tensor in, int64_t in_row, int64_t rows,
               const Context& ctx) {
   if (rows > 0) Copy(out.Slice(0, out_row, rows), in.Slice(0, in_row, rows), ctx);
@@ -46,17 +51,12 @@ bool Communicator::Reads(const Tensor& t, const Context& ctx) const {
          *links_.peers != nullptr && peers().Mirrors(ranks_) && peers().Holds(t.raw());
 }
 
-template <typename To, typename At>
-void Communicator::ReadParts(const char* what, int64_t bytes, const To& to, const At& at,
-                             const Context& ctx) const {
-  const int64_t others = size() - 1;
-  CollectiveScope scope(what, ShapeOf(others * bytes, others * bytes));
+template <typename Read>
+void Communicator::BetweenMeetings(const char* what, CollectiveShape shape, const Read& read,
+                                   const Context& ctx) const {
+  CollectiveScope scope(what, shape);
   peers().Meet(ranks_, ctx);
-  // Each rank begins with its neighbour, so that no two read from the same one.
-  for (int k = 1; k < size(); ++k) {
-    const int r = (rank_ + k) % size();
-    peers().ReadSame(to(r), ranks_[static_cast<size_t>(r)], at(r), bytes, ctx.stream);
-  }
+  read();
   peers().Meet(ranks_, ctx);
   scope.Enqueued(ctx.stream);
 }
@@ -84,8 +84,9 @@ void Communicator::AllGather(const char* what, Tensor out, Tensor in, const Cont
   const OpScope op(ctx, OpFamily::kCommunication, what, {{"out", out}, {"in", in}});
   KRAIT_CHECK(out.contiguous() && in.contiguous() && out.dtype() == in.dtype() &&
               out.numel() == in.numel() * size());
-  if (op.planning()) return Plan(in.bytes() * (size() - 1));
-  Tell(what, in, in.bytes() * (size() - 1), ctx);
+  const int64_t bytes = in.bytes() * (size() - 1);
+  if (op.planning()) return Plan(bytes);
+  Tell(what, in, bytes, ctx);
   const std::vector<Tensor> parts = EqualParts(out, size());
   const Tensor own = in.View({in.numel()});
   const auto copy_to = [&](const Tensor& part) {
@@ -97,14 +98,19 @@ void Communicator::AllGather(const char* what, Tensor out, Tensor in, const Cont
   }
   if (Reads(in, ctx)) {
     const bool in_place = parts[static_cast<size_t>(rank_)].raw() == own.raw();
-    const auto part = [&](int r) { return parts[static_cast<size_t>(r)].raw(); };
-    ReadParts(
-        what, in.bytes(), part, [&](int r) { return in_place ? part(r) : own.raw(); }, ctx);
+    const auto read = [&] {
+      // Each rank begins with its neighbour, so that no two read from the same one.
+      for (int k = 1; k < size(); ++k) {
+        const auto r = static_cast<size_t>((rank_ + k) % size());
+        peers().ReadSame(parts[r], ranks_[r], in_place ? parts[r] : own, ctx);
+      }
+    };
+    BetweenMeetings(what, ShapeOf(bytes, bytes), read, ctx);
     copy_to(parts[static_cast<size_t>(rank_)]);
     return;
   }
   if (ctx.device == Device::kCuda && size() > 1) {
-    CollectiveScope scope(what, ShapeOf(in.bytes() * (size() - 1), in.bytes() * (size() - 1)));
+    CollectiveScope scope(what, ShapeOf(bytes, bytes));
     links_.nccl->AllGather(out.raw(), in.raw(), in.bytes(), ctx.stream);
     scope.Enqueued(ctx.stream);
     return;
@@ -159,9 +165,22 @@ void Communicator::ReduceScatterSum(const char* what, Tensor out, Tensor in, con
       }
     }
   } else if (Reads(in, ctx)) {
-    ReadParts(
-        what, out.bytes(), [&](int r) { return parts[static_cast<size_t>(r)].raw(); },
-        [&](int) { return from[static_cast<size_t>(rank_)].raw(); }, ctx);
+    const Tensor& own = from[static_cast<size_t>(rank_)];
+    const int64_t bytes = out.bytes() * others;
+    const auto read = [&] {
+      for (int k = 1; k < size(); ++k) {
+        const auto r = static_cast<size_t>((rank_ + k) % size());
+        // On a pass's own stream the sum reads them where they are; see ReadSame.
+        if (ctx.side == 0) {
+          parts[r] = peers().Same(ranks_[r], own);
+        } else {
+          peers().ReadSame(parts[r], ranks_[r], own, ctx);
+        }
+      }
+      if (ctx.side == 0) SumParts(out.View({n}), parts, ctx);
+    };
+    BetweenMeetings(what, ShapeOf(bytes, bytes), read, ctx);
+    if (ctx.side == 0) return;
   } else {
     std::vector<Message> sends, receives;
     for (int r = 0; r < size(); ++r) {
@@ -185,10 +204,9 @@ void Communicator::ExchangeRows(const char* what, const std::vector<RowTensors>&
     for (const RowMessage& message : *messages) reads = reads && message.there >= 0;
   }
   struct Reading {
-    void* to;
+    Tensor to;
     int rank;
-    const void* at;
-    int64_t bytes;
+    Tensor at;
   };
   std::vector<Reading> readings;
   std::vector<Message> to, from;
@@ -225,8 +243,9 @@ void Communicator::ExchangeRows(const char* what, const std::vector<RowTensors>&
         const int64_t rows = std::min(receive.rows, in.dim(0));
         CopyRows(out, receive.row, in, std::min(receive.row, in.dim(0) - rows), rows, ctx);
       } else if (reads) {
-        readings.push_back({RowAddress(out, receive.row), ranks_[static_cast<size_t>(receive.rank)],
-                            RowAddress(in, receive.there), receive.rows * row_bytes});
+        readings.push_back({FlatRows(out, receive.row, receive.rows),
+                            ranks_[static_cast<size_t>(receive.rank)],
+                            FlatRows(in, receive.there, receive.rows)});
       } else {
         from.push_back({receive.rank, RowAddress(out, receive.row), receive.rows * row_bytes});
       }
@@ -237,7 +256,7 @@ void Communicator::ExchangeRows(const char* what, const std::vector<RowTensors>&
   int64_t sent = 0, received = 0;
   for (const Message& message : to) sent += message.bytes;
   for (const Message& message : from) received += message.bytes;
-  for (const Reading& reading : readings) received += reading.bytes;
+  for (const Reading& reading : readings) received += reading.to.bytes();
   if (ctx.order != nullptr) {
     int64_t begin = tensors.front().in.dim(0), end = 0;
     for (const RowMessage& send : sends) {
@@ -248,13 +267,10 @@ void Communicator::ExchangeRows(const char* what, const std::vector<RowTensors>&
          ctx);
   }
   if (!reads) return Exchange(what, to, from, ctx);
-  CollectiveScope scope(what, ShapeOf(sent, received));
-  peers().Meet(ranks_, ctx);
-  for (const Reading& reading : readings) {
-    peers().ReadSame(reading.to, reading.rank, reading.at, reading.bytes, ctx.stream);
-  }
-  peers().Meet(ranks_, ctx);
-  scope.Enqueued(ctx.stream);
+  const auto read = [&] {
+    for (const auto& [own, rank, at] : readings) peers().ReadSame(own, rank, at, ctx);
+  };
+  BetweenMeetings(what, ShapeOf(sent, received), read, ctx);
 }
 
 }  // namespace krait

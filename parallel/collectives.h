@@ -82,11 +82,11 @@ class Communicator {
   // Whether the others' tensors, at the place of `t`, are read where they are.
   bool Reads(const Tensor& t, const Context& ctx) const;
   PeerMemory& peers() const { return **links_.peers; }
-  // Part r of as many bytes from the place of `at(r)` on the other ranks to `to(r)`, between two
-  // meetings.
-  template <typename To, typename At>
-  void ReadParts(const char* what, int64_t bytes, const To& to, const At& at,
-                 const Context& ctx) const;
+  // Reads of others' memory, enqueued by `read`, between two meetings: behind the first all have
+  // what is read, and none writes there before the second.
+  template <typename Read>
+  void BetweenMeetings(const char* what, CollectiveShape shape, const Read& read,
+                       const Context& ctx) const;
   CollectiveShape ShapeOf(int64_t sent, int64_t received) const;
   // Tells who asks for the order of work that `in` travels, and so many bytes come for it.
   void Tell(const char* what, const Tensor& in, int64_t received, const Context& ctx) const;

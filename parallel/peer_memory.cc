@@ -5,6 +5,7 @@
 #include <cstring>
 #include <string>
 
+#include "kernels/activation.h"
 #include "kernels/base/check.h"
 #include "kernels/cuda/peer.h"
 #include "kernels/cuda/runtime.h"
@@ -20,6 +21,17 @@ std::string Machine() {
     std::fclose(file);
   }
   return id;
+}
+
+// What each rank leaves beside its flags for the others to read: where an IOMMU or PCIe's access
+// control (ACS) stands between GPUs, memory maps without an error and reads as something else.
+constexpr int64_t kProbeWords = 4096, kProbeBytes = kProbeWords * int64_t{sizeof(uint32_t)};
+std::vector<uint32_t> ProbeWords(int rank) {
+  std::vector<uint32_t> words(kProbeWords);
+  for (size_t i = 0; i < words.size(); ++i) {
+    words[i] = (static_cast<uint32_t>(i) + 1) * 2654435761u ^ static_cast<uint32_t>(rank);
+  }
+  return words;
 }
 
 // A list of texts and numbers as bytes, and back.
@@ -56,7 +68,7 @@ PeerMemory::PeerMemory(World* world, const std::vector<const Arena*>& segments,
     : world_(world),
       segments_(segments),
       flags_("flags of other ranks", Device::kCuda,
-             kSides * world->size() * static_cast<int64_t>(sizeof(uint32_t))),
+             kSides * world->size() * int64_t{sizeof(uint32_t)} + 2 * kProbeBytes),
       peers_(static_cast<size_t>(world->size())),
       reach_(peers_.size() * peers_.size()) {
   std::string mine;
@@ -72,6 +84,8 @@ PeerMemory::PeerMemory(World* world, const std::vector<const Arena*>& segments,
   }
   Put(&mine, static_cast<int64_t>(signature));
 
+  uint32_t* const probe = static_cast<uint32_t*>(flags_.base()) + kSides * world->size();
+  cuda::CopyToDevice(probe, ProbeWords(world->rank()).data(), kProbeBytes);
   cuda::Synchronize();  // the flags are zero before anybody knows of them
   const std::vector<std::string> all = world->AllGather(mine);
   std::string reached(peers_.size(), '0');
@@ -96,6 +110,21 @@ PeerMemory::PeerMemory(World* world, const std::vector<const Arena*>& segments,
       peer.region_offset.push_back(parcel.Number());
     }
     peer.signature = static_cast<uint64_t>(parcel.Number());
+    if (open) {
+      std::vector<uint32_t> seen(kProbeWords);
+      cuda::CopyOnDevice(probe + kProbeWords, peer.flags + kSides * world->size(), kProbeBytes,
+                         nullptr);
+      cuda::CopyToHost(seen.data(), probe + kProbeWords, kProbeBytes);
+      open = seen == ProbeWords(static_cast<int>(r));
+      if (!open) {
+        std::fprintf(
+            stderr,
+            "krait: rank %d reads wrong bytes from the GPU of rank %zu: an IOMMU or PCIe's "
+            "access control (ACS) may stand between them; they will use NCCL, which may "
+            "need NCCL_P2P_DISABLE=1\n",
+            world->rank(), r);
+      }
+    }
     if (open || static_cast<int>(r) == world->rank()) reached[r] = '1';
   }
   const std::vector<std::string> rows = world->AllGather(reached);
@@ -147,15 +176,27 @@ void PeerMemory::Read(void* to, int rank, int region, int64_t begin, int64_t byt
   cuda::CopyOnDevice(to, segment + peer.region_offset[r] + begin, bytes, stream);
 }
 
-void PeerMemory::ReadSame(void* to, int rank, const void* at, int64_t bytes, void* stream) const {
-  if (bytes == 0) return;
-  const int segment = SegmentOf(at);
+Tensor PeerMemory::Same(int rank, Tensor at) const {
+  KRAIT_CHECK(at.contiguous());
+  const int segment = SegmentOf(at.raw());
   // Those of regions have places of their own on each rank.
   const std::vector<int64_t>& regions = peers_[static_cast<size_t>(world_->rank())].region_segment;
   KRAIT_CHECK(std::find(regions.begin(), regions.end(), segment) == regions.end());
-  const char* const there = static_cast<const char*>(
-      peers_[static_cast<size_t>(rank)].segments[static_cast<size_t>(segment)]);
-  cuda::CopyOnDevice(to, there + (static_cast<const char*>(at) - Base(segment)), bytes, stream);
+  char* const there =
+      static_cast<char*>(peers_[static_cast<size_t>(rank)].segments[static_cast<size_t>(segment)]);
+  return Tensor(there + (static_cast<const char*>(at.raw()) - Base(segment)), at.dtype(),
+                at.device(), {at.numel()});
+}
+
+void PeerMemory::ReadSame(Tensor to, int rank, Tensor at, const Context& ctx) const {
+  if (at.numel() == 0) return;
+  KRAIT_CHECK(to.contiguous() && to.dtype() == at.dtype() && to.numel() == at.numel());
+  const Tensor there = Same(rank, at);
+  if (ctx.side == 0) {
+    Copy(to.View({to.numel()}), there, ctx);
+  } else {
+    cuda::CopyOnDevice(to.raw(), there.raw(), at.bytes(), ctx.stream);
+  }
 }
 
 void PeerMemory::Meet(const std::vector<int>& ranks, const Context& ctx) {

@@ -1,7 +1,6 @@
-// GPU memory that ranks of one machine read from each other: copies by the GPUs' copy engines,
-// which take nothing from the computation beside them but memory bandwidth. (The same traffic by
-// NCCL's send and receive took 8 % of a step of jamba-3b on two H100s, in blocks that products
-// waited for.)
+// GPU memory that ranks of one machine read from each other. Beside a computation copy engines do
+// it, which take nothing from that but memory bandwidth. (The same traffic by NCCL's send and
+// receive took 8 % of a step of jamba-3b on two H100s, in blocks that products waited for.)
 #ifndef KRAIT_PARALLEL_PEER_MEMORY_H_
 #define KRAIT_PARALLEL_PEER_MEMORY_H_
 
@@ -18,7 +17,8 @@ namespace krait {
 
 class PeerMemory {
  public:
-  // Lets the other ranks read `segments`; which of them reach each other is found out here. All
+  // Lets the other ranks read `segments`; which of them reach each other is found out here, by
+  // reading; a rank that reads wrong bytes says so on standard error and does not reach. All
   // ranks of the world call it. The segments outlive it. Places in them that ranks know by number:
   // `regions`, each a contiguous CUDA tensor in one of them, as many on each rank; undefined ones
   // are left out. Ranks of one `signature` have, at each point of the program, the same tensors at
@@ -41,8 +41,13 @@ class PeerMemory {
   // that is reached, to `to`, memory of this one's GPU.
   void Read(void* to, int rank, int region, int64_t begin, int64_t bytes, void* stream) const;
 
-  // The same from the place where this rank has `at`, of a rank that mirrors this one.
-  void ReadSame(void* to, int rank, const void* at, int64_t bytes, void* stream) const;
+  // What a rank that mirrors this one has at the place of `at`, contiguous: for kernels that read
+  // it over NVLink.
+  Tensor Same(int rank, Tensor at) const;
+  // Enqueued on ctx.stream: the same to `to`, as large. A pass's own stream reads by a kernel,
+  // since copies would queue behind those of gradients and weights, which have the copy engines;
+  // streams beside a pass leave it the multiprocessors.
+  void ReadSame(Tensor to, int rank, Tensor at, const Context& ctx) const;
 
   // Enqueued on ctx.stream: what follows waits until the other ones of `ranks` have come as far
   // with theirs. Ranks meet in the same order on streams of one ctx.side.
@@ -64,7 +69,7 @@ class PeerMemory {
 
   World* world_;
   std::vector<const Arena*> segments_;
-  Arena flags_;  // [kSides, ranks] u32: how often each of the others has come
+  Arena flags_;  // [kSides, ranks] u32: how often each of the others has come; then the probes
   std::vector<Peer> peers_;
   std::vector<bool> reach_;  // [ranks * ranks]
 };
