@@ -204,17 +204,15 @@ void PeerMemory::Meet(const std::vector<int>& ranks, const Context& ctx) {
   const auto side = static_cast<size_t>(ctx.side);
   uint32_t* const mine = static_cast<uint32_t*>(flags_.base()) + side * peers_.size();
   const int self = world_->rank();
+  std::vector<cuda::Flag> theirs, own;
   for (const int r : ranks) {
     if (r == self) continue;
     Peer& peer = peers_[static_cast<size_t>(r)];
-    cuda::WriteFlag(peer.flags + side * peers_.size() + static_cast<size_t>(self),
-                    ++peer.meets[side], ctx.stream);
+    const uint32_t meets = ++peer.meets[side];
+    theirs.push_back({peer.flags + side * peers_.size() + static_cast<size_t>(self), meets});
+    own.push_back({mine + r, meets});
   }
-  for (const int r : ranks) {
-    if (r != self) {
-      cuda::WaitForFlag(mine + r, peers_[static_cast<size_t>(r)].meets[side], ctx.stream);
-    }
-  }
+  cuda::WriteAndWait(theirs, own, ctx.stream);
 }
 
 }  // namespace krait

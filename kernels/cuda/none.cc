@@ -44,8 +44,7 @@ bool EventHappened(void*) { NoCuda(); }
 std::string ExportMemory(void*) { NoCuda(); }
 void* OpenMemory(const std::string&) { NoCuda(); }
 void CloseMemory(void*) { NoCuda(); }
-void WriteFlag(uint32_t*, uint32_t, void*) { NoCuda(); }
-void WaitForFlag(uint32_t*, uint32_t, void*) { NoCuda(); }
+void WriteAndWait(const std::vector<Flag>&, const std::vector<Flag>&, void*) { NoCuda(); }
 void PushRange(const char*) { NoCuda(); }
 void PopRange() { NoCuda(); }
 

@@ -5,6 +5,7 @@
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <cstring>
 
 #include "kernels/cuda/check.h"
@@ -12,28 +13,17 @@
 namespace krait::cuda {
 namespace {
 
-template <typename Function>
-Function DriverFunction(const char* name) {
+// What the driver takes in one call.
+constexpr size_t kMaxOperations = 256;
+
+using BatchFunction = CUresult (*)(CUstream, unsigned, CUstreamBatchMemOpParams*, unsigned);
+BatchFunction StreamBatch() {
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
-  KRAIT_CUDA_CHECK(
-      cudaGetDriverEntryPointByVersion(name, &function, 12000, cudaEnableDefault, &found));
-  if (found != cudaDriverEntryPointSuccess) {
-    KRAIT_FATAL(std::string("this driver has no ") + name);
-  }
-  return reinterpret_cast<Function>(function);
-}
-
-using FlagFunction = CUresult (*)(CUstream, CUdeviceptr, cuuint32_t, unsigned);
-
-void Call(FlagFunction function, const char* name, uint32_t* flag, uint32_t value, unsigned flags,
-          void* stream) {
-  const CUresult result =
-      function(static_cast<CUstream>(stream), reinterpret_cast<CUdeviceptr>(flag), value, flags);
-  if (result != CUDA_SUCCESS) {
-    KRAIT_FATAL(std::string(name) + ": CUDA driver error " +
-                std::to_string(static_cast<int>(result)));
-  }
+  KRAIT_CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuStreamBatchMemOp", &function, 12000,
+                                                    cudaEnableDefault, &found));
+  if (found != cudaDriverEntryPointSuccess) KRAIT_FATAL("this driver has no cuStreamBatchMemOp");
+  return reinterpret_cast<BatchFunction>(function);
 }
 
 }  // namespace
@@ -61,14 +51,32 @@ void* OpenMemory(const std::string& name) {
 
 void CloseMemory(void* memory) { KRAIT_CUDA_CHECK(cudaIpcCloseMemHandle(memory)); }
 
-void WriteFlag(uint32_t* flag, uint32_t value, void* stream) {
-  static const auto write = DriverFunction<FlagFunction>("cuStreamWriteValue32");
-  Call(write, "cuStreamWriteValue32", flag, value, CU_STREAM_WRITE_VALUE_DEFAULT, stream);
-}
-
-void WaitForFlag(uint32_t* flag, uint32_t value, void* stream) {
-  static const auto wait = DriverFunction<FlagFunction>("cuStreamWaitValue32");
-  Call(wait, "cuStreamWaitValue32", flag, value, CU_STREAM_WAIT_VALUE_GEQ, stream);
+void WriteAndWait(const std::vector<Flag>& writes, const std::vector<Flag>& waits, void* stream) {
+  static const BatchFunction batch = StreamBatch();
+  std::vector<CUstreamBatchMemOpParams> operations;
+  for (const auto& [flag, value] : writes) {
+    auto& write = operations.emplace_back().writeValue;
+    write.operation = CU_STREAM_MEM_OP_WRITE_VALUE_32;
+    write.address = reinterpret_cast<CUdeviceptr>(flag);
+    write.value = value;
+    write.flags = CU_STREAM_WRITE_VALUE_DEFAULT;
+  }
+  for (const auto& [flag, value] : waits) {
+    auto& wait = operations.emplace_back().waitValue;
+    wait.operation = CU_STREAM_MEM_OP_WAIT_VALUE_32;
+    wait.address = reinterpret_cast<CUdeviceptr>(flag);
+    wait.value = value;
+    wait.flags = CU_STREAM_WAIT_VALUE_GEQ;
+  }
+  for (size_t first = 0; first < operations.size(); first += kMaxOperations) {
+    const size_t count = std::min(kMaxOperations, operations.size() - first);
+    const CUresult result =
+        batch(static_cast<CUstream>(stream), static_cast<unsigned>(count), &operations[first], 0);
+    if (result != CUDA_SUCCESS) {
+      KRAIT_FATAL("cuStreamBatchMemOp: CUDA driver error " +
+                  std::to_string(static_cast<int>(result)));
+    }
+  }
 }
 
 }  // namespace krait::cuda

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 namespace krait::cuda {
 
@@ -16,11 +17,14 @@ std::string ExportMemory(void* memory);
 void* OpenMemory(const std::string& name);
 void CloseMemory(void* memory);
 
-// Enqueued on `stream`: *flag = value, also in another process's memory, once all earlier work of
-// the stream is done; and a wait until *flag, in this process's memory, is `value` or up to 2^31
-// beyond it. Neither takes part of the GPU.
-void WriteFlag(uint32_t* flag, uint32_t value, void* stream);
-void WaitForFlag(uint32_t* flag, uint32_t value, void* stream);
+// Enqueued on `stream`: *flag = value for each of `writes`, also in other processes' memory, once
+// all earlier work of the stream is done; then a wait until *flag of each of `waits`, in this
+// process's memory, is its value or up to 2^31 beyond it. Takes no part of the GPU.
+struct Flag {
+  uint32_t* flag;
+  uint32_t value;
+};
+void WriteAndWait(const std::vector<Flag>& writes, const std::vector<Flag>& waits, void* stream);
 
 }  // namespace krait::cuda
 
