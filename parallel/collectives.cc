@@ -205,7 +205,7 @@ void Communicator::ExchangeRows(const char* what, const std::vector<RowTensors>&
   }
   struct Reading {
     Tensor to;
-    int rank;
+    int rank;  // place in the set
     Tensor at;
   };
   std::vector<Reading> readings;
@@ -243,8 +243,7 @@ void Communicator::ExchangeRows(const char* what, const std::vector<RowTensors>&
         const int64_t rows = std::min(receive.rows, in.dim(0));
         CopyRows(out, receive.row, in, std::min(receive.row, in.dim(0) - rows), rows, ctx);
       } else if (reads) {
-        readings.push_back({FlatRows(out, receive.row, receive.rows),
-                            ranks_[static_cast<size_t>(receive.rank)],
+        readings.push_back({FlatRows(out, receive.row, receive.rows), receive.rank,
                             FlatRows(in, receive.there, receive.rows)});
       } else {
         from.push_back({receive.rank, RowAddress(out, receive.row), receive.rows * row_bytes});
@@ -267,8 +266,17 @@ void Communicator::ExchangeRows(const char* what, const std::vector<RowTensors>&
          ctx);
   }
   if (!reads) return Exchange(what, to, from, ctx);
+  // Each rank begins with its neighbour: if all began with the first rank's rows, they would share
+  // its link.
+  const auto distance = [this](const Reading& reading) {
+    return (reading.rank - rank_ + size()) % size();
+  };
+  std::stable_sort(readings.begin(), readings.end(),
+                   [&](const Reading& a, const Reading& b) { return distance(a) < distance(b); });
   const auto read = [&] {
-    for (const auto& [own, rank, at] : readings) peers().ReadSame(own, rank, at, ctx);
+    for (const auto& [own, rank, at] : readings) {
+      peers().ReadSame(own, ranks_[static_cast<size_t>(rank)], at, ctx);
+    }
   };
   BetweenMeetings(what, ShapeOf(sent, received), read, ctx);
 }
