@@ -156,6 +156,7 @@ class SweepRunner {
     }
     child.cores = slot.cores;
     child.log = log;
+    child.holds_stop = options_.ranks == 1;  // mpirun would wait for it for ever
     return child;
   }
 
