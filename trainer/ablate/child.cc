@@ -63,6 +63,10 @@ absl::StatusOr<Child> Child::Start(const ChildOptions& options) {
     return Error(ExitCode::kCannotSave,
                  absl::StrCat("cannot write ", options.log, ": ", std::strerror(errno)));
   }
+  sigset_t stop;
+  sigemptyset(&stop);
+  sigaddset(&stop, SIGUSR1);
+  const int held = options.holds_stop ? SIG_BLOCK : SIG_UNBLOCK;
   const pid_t parent = getpid();
   const pid_t pid = fork();
   if (pid < 0) {
@@ -84,6 +88,7 @@ absl::StatusOr<Child> Child::Start(const ChildOptions& options) {
     for (const int signal : {SIGPIPE, SIGINT, SIGXFSZ, SIGUSR1, SIGTERM, SIGHUP}) {
       (void)std::signal(signal, SIG_DFL);
     }
+    (void)sigprocmask(held, &stop, nullptr);
     if (ready) execvpe(argv[0], argv.data(), envp.data());
     _exit(kCannotStart);
   }

@@ -17,7 +17,9 @@ struct ChildOptions {
   std::vector<std::string> words;  // the first one is looked up in PATH
   std::vector<std::pair<std::string, std::string>> environment;  // over this process's own
   std::vector<int> cores;                                        // that it may use; none: all
-  std::string log;  // standard output and error are appended to it
+  std::string log;          // standard output and error are appended to it
+  bool holds_stop = false;  // SIGUSR1 waits until the program takes it (HoldStopSignal), from its
+                            // first moment on
 };
 
 // In a process group of its own, so that a Ctrl-C of the terminal does not reach it; where this

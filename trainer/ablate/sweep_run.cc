@@ -14,12 +14,14 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
 #include "absl/strings/str_replace.h"
 #include "absl/strings/str_split.h"
 #include "kernels/base/clock.h"
 #include "kernels/base/file.h"
 #include "kernels/base/number.h"
 #include "kernels/base/stop_signals.h"
+#include "kernels/cuda/runtime.h"
 #include "trainer/ablate/child.h"
 #include "trainer/ablate/weights_only.h"
 #include "trainer/checkpoint/checkpoint.h"
@@ -35,12 +37,6 @@ constexpr int64_t kMaxSpeedBytes = 16 << 20;
 constexpr useconds_t kPollMicroseconds = 50'000;
 constexpr double kLockSeconds = 120;  // for a run of a killed ablate to save and stop
 
-// A place to run: GPUs, or cores.
-struct Slot {
-  std::vector<std::string> gpus;
-  std::vector<int> cores;
-};
-
 // "krait: ..." lines are errors; the last one is the reason.
 std::string LastError(const std::string& log) {
   const auto text = ReadFile(log, kMaxLogBytes, ExitCode::kCannotSave);
@@ -53,14 +49,13 @@ std::string LastError(const std::string& log) {
   return last;
 }
 
+// What a child process may be shown as CUDA_VISIBLE_DEVICES.
 std::vector<std::string> VisibleGpus() {
   if (const char* visible = std::getenv("CUDA_VISIBLE_DEVICES"); visible != nullptr) {
     return absl::StrSplit(visible, ',', absl::SkipEmpty());
   }
   std::vector<std::string> gpus;
-  while (Exists("/dev/nvidia" + std::to_string(gpus.size()))) {
-    gpus.push_back(std::to_string(gpus.size()));
-  }
+  for (int i = 0; i < cuda::DeviceCount(); ++i) gpus.push_back(std::to_string(i));
   return gpus;
 }
 
@@ -132,22 +127,12 @@ class SweepRunner {
                                    ranks, ranks == 1 ? "" : "s", jobs * ranks,
                                    gpus.size() == 1 ? "is" : "are", gpus.size()));
     }
-    for (size_t i = 0; i < jobs; ++i) {
-      Slot slot;
-      for (size_t g = i * ranks; on_gpus && g < (i + 1) * ranks && g < gpus.size(); ++g) {
-        slot.gpus.push_back(gpus[g]);
-      }
-      const size_t begin = i * cores.size() / jobs;
-      const size_t end = std::max(begin + 1, (i + 1) * cores.size() / jobs);
-      slot.cores.assign(cores.begin() + static_cast<int64_t>(begin),
-                        cores.begin() + static_cast<int64_t>(std::min(end, cores.size())));
-      slots_.push_back(std::move(slot));
-    }
+    slots_ = ShareOut(jobs, ranks, gpus, cores);
     free_.assign(slots_.size(), true);
     return absl::OkStatus();
   }
 
-  ChildOptions Command(const Slot& slot, std::vector<std::string> words,
+  ChildOptions Command(const RunSlot& slot, std::vector<std::string> words,
                        const std::string& log) const {
     ChildOptions child;
     if (options_.ranks > 1) {
@@ -167,12 +152,11 @@ class SweepRunner {
     }
     child.environment = {{"OMP_NUM_THREADS", std::to_string(threads)}};
     if (!slot.gpus.empty()) {
-      std::string gpus;
-      for (const std::string& gpu : slot.gpus) absl::StrAppend(&gpus, gpus.empty() ? "" : ",", gpu);
-      child.environment.push_back({"CUDA_VISIBLE_DEVICES", gpus});
+      child.environment.push_back({"CUDA_VISIBLE_DEVICES", absl::StrJoin(slot.gpus, ",")});
     }
     child.cores = slot.cores;
     child.log = log;
+    child.holds_stop = options_.ranks == 1;  // mpirun would wait for it for ever
     return child;
   }
 
@@ -305,8 +289,10 @@ class SweepRunner {
     free_[slot] = false;
     running_.push_back({&run, slot, child, MonotonicSeconds()});
     ++started_;
-    return Say(absl::StrFormat("started   %s (%d of %d)", NameOf(run), finished_before_ + started_,
-                               plan_.runs.size()));
+    const std::vector<std::string>& gpus = slots_[slot].gpus;
+    return Say(absl::StrFormat(
+        "started   %s (%d of %d)%s", NameOf(run), finished_before_ + started_, plan_.runs.size(),
+        gpus.empty() ? "" : absl::StrCat(" on GPU ", absl::StrJoin(gpus, ","))));
   }
 
   absl::Status Ended(const Running& ended, int code) {
@@ -369,7 +355,7 @@ class SweepRunner {
   std::string program_;
   SweepPlan plan_;
   RunLock lock_;
-  std::vector<Slot> slots_;
+  std::vector<RunSlot> slots_;
   std::vector<bool> free_;
   std::deque<const PlannedRun*> queue_;
   std::list<Running> running_;
@@ -378,6 +364,20 @@ class SweepRunner {
 };
 
 }  // namespace
+
+std::vector<RunSlot> ShareOut(size_t jobs, size_t ranks, const std::vector<std::string>& gpus,
+                              const std::vector<int>& cores) {
+  std::vector<RunSlot> slots(jobs);
+  for (size_t i = 0; i < jobs; ++i) {
+    for (size_t g = i * ranks; g < (i + 1) * ranks && g < gpus.size(); ++g) {
+      slots[i].gpus.push_back(gpus[g]);
+    }
+    const size_t begin = i * cores.size() / jobs;
+    const size_t end = std::max(begin + 1, (i + 1) * cores.size() / jobs);
+    for (size_t c = begin; c < std::min(end, cores.size()); ++c) slots[i].cores.push_back(cores[c]);
+  }
+  return slots;
+}
 
 StepSeconds ReadStepSeconds(const std::string& out) {
   StepSeconds speeds;

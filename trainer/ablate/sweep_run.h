@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <functional>
 #include <string>
+#include <vector>
 
 #include "trainer/ablate/sweep_plan.h"
 
@@ -16,6 +17,17 @@ struct SweepRunOptions {
   bool keep_moments = false;  // in the checkpoints of finished runs
   std::function<absl::Status(const std::string& line)> say;
 };
+
+// A place for one run at a time: its share of the machine.
+struct RunSlot {
+  std::vector<std::string> gpus;  // by CUDA's names for them: numbers, or "GPU-..."
+  std::vector<int> cores;
+};
+// `jobs` places of disjoint shares: of `ranks` GPUs each, the first ones of `gpus`, which are
+// jobs * ranks or more, or none, and of as many cores; where there are fewer cores than places,
+// some share one.
+std::vector<RunSlot> ShareOut(size_t jobs, size_t ranks, const std::vector<std::string>& gpus,
+                              const std::vector<int>& cores);
 
 // The step times that runs of OUT were measured with (equal.seconds).
 StepSeconds ReadStepSeconds(const std::string& out);

@@ -11,8 +11,11 @@
 #include <new>
 #include <sstream>
 #include <system_error>
+#include <thread>
 
+#include "absl/strings/str_format.h"
 #include "kernels/base/check.h"
+#include "kernels/base/parallel_for.h"
 #include "kernels/base/shell.h"
 #include "kernels/base/stop_signals.h"
 #include "parallel/world.h"
@@ -69,6 +72,16 @@ absl::StatusOr<ExitCode> Help(const CLI::App& app, const CLI::Success& wish) {
   return ExitCode::kOk;
 }
 
+// The OpenMP runtime ends the process where it cannot make its threads.
+absl::Status CheckThreads() {
+  constexpr int kMost = 4096;
+  if (MaxThreads() <= kMost) return absl::OkStatus();
+  return Error(ExitCode::kConfig,
+               absl::StrFormat("OMP_NUM_THREADS asks for %d threads, more than the %d that krait "
+                               "takes; here are %d cores",
+                               MaxThreads(), kMost, std::thread::hardware_concurrency()));
+}
+
 absl::StatusOr<ExitCode> Run(int argc, char** argv, World* world) {
   CommandLine line;
   line.world = world;
@@ -108,7 +121,7 @@ absl::StatusOr<ExitCode> Run(int argc, char** argv, World* world) {
   }
   // What follows is agreed upon, as the other two are: an option that looks at files may be wrong
   // on one machine and right on another.
-  KRAIT_RETURN_IF_ERROR(Agree(world, absl::OkStatus()));
+  KRAIT_RETURN_IF_ERROR(Agree(world, CheckThreads()));
   if (!line.run) {
     std::string above;
     const CLI::App* command = ParsedCommand(app, &above);

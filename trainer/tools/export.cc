@@ -20,6 +20,7 @@
 #include "trainer/tools/hf_folder.h"
 #include "trainer/tools/interop.h"
 #include "trainer/tools/model_tokenizer.h"
+#include "trainer/tools/output_lock.h"
 
 namespace krait {
 namespace {
@@ -233,25 +234,31 @@ void RemoveLeftovers(const std::string& hf) {
   }
 }
 
+// What lies at --hf may be replaced, or nothing does.
+absl::Status CheckHf(const ExportOptions& options) {
+  if (!Exists(options.hf)) return absl::OkStatus();
+  std::vector<std::string> names;
+  KRAIT_ASSIGN_OR_RETURN(names, ListDirectory(options.hf, ExitCode::kConfig));
+  const auto foreign = std::find_if_not(names.begin(), names.end(), IsExportFile);
+  if (foreign != names.end()) {
+    return Error(ExitCode::kConfig, "--hf " + options.hf + " exists and holds " + *foreign +
+                                        ", which no export writes: name another folder");
+  }
+  if (names.empty() || options.force) return absl::OkStatus();
+  return Error(ExitCode::kConfig, "--hf " + options.hf +
+                                      " exists and is not empty: name another folder, or add "
+                                      "--force to replace the export in it");
+}
+
 }  // namespace
 
 absl::StatusOr<ExportReport> ExportHf(const ExportOptions& options, const Notice& notice) {
-  if (Exists(options.hf)) {
-    std::vector<std::string> names;
-    KRAIT_ASSIGN_OR_RETURN(names, ListDirectory(options.hf, ExitCode::kConfig));
-    const auto foreign = std::find_if_not(names.begin(), names.end(), IsExportFile);
-    if (foreign != names.end()) {
-      return Error(ExitCode::kConfig, "--hf " + options.hf + " exists and holds " + *foreign +
-                                          ", which no export writes: name another folder");
-    }
-    if (!names.empty() && !options.force) {
-      return Error(ExitCode::kConfig, "--hf " + options.hf +
-                                          " exists and is not empty: name another folder, or add "
-                                          "--force to replace the export in it");
-    }
-  }
+  KRAIT_RETURN_IF_ERROR(CheckHf(options));
   std::vector<std::string> candidates;
   KRAIT_ASSIGN_OR_RETURN(candidates, FindCheckpoints(options.checkpoint));
+  OutputLock output;
+  KRAIT_ASSIGN_OR_RETURN(output, OutputLock::Acquire("--hf", options.hf));
+  KRAIT_RETURN_IF_ERROR(CheckHf(options));  // of another one, a moment ago
   ExportReport report;
   RemoveLeftovers(options.hf);
   const std::string staging = options.hf + ".export-" + std::to_string(getpid());

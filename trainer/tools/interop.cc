@@ -9,6 +9,7 @@
 #include "trainer/config/config.h"
 #include "trainer/tools/hf_folder.h"
 #include "trainer/tools/model_tokenizer.h"
+#include "trainer/tools/output_lock.h"
 
 namespace krait {
 namespace {
@@ -49,6 +50,14 @@ absl::StatusOr<FoundTokenizer> FindTokenizer(const ImportOptions& options, const
   return FoundTokenizer();
 }
 
+absl::Status CheckOut(const ImportOptions& options) {
+  if (!Exists(options.out)) return absl::OkStatus();
+  const bool checkpoint = Exists(options.out + "/manifest.json");
+  if (checkpoint && options.force) return absl::OkStatus();
+  return Error(ExitCode::kConfig, "--out " + options.out + " exists already; name another folder" +
+                                      (checkpoint ? ", or add --force to replace it" : ""));
+}
+
 }  // namespace
 
 std::vector<CheckpointBox> WholeTensors(const ParamTable& table, DType dtype) {
@@ -65,14 +74,7 @@ std::vector<CheckpointBox> WholeTensors(const ParamTable& table, DType dtype) {
 }
 
 absl::Status ImportHf(const ImportOptions& options, const Notice& notice) {
-  if (Exists(options.out)) {
-    const bool checkpoint = Exists(options.out + "/manifest.json");
-    if (!checkpoint || !options.force) {
-      return Error(ExitCode::kConfig, "--out " + options.out +
-                                          " exists already; name another folder" +
-                                          (checkpoint ? ", or add --force to replace it" : ""));
-    }
-  }
+  KRAIT_RETURN_IF_ERROR(CheckOut(options));
   auto folder = HfFolder::Open(options.hf);
   if (!folder.ok()) return folder.status();
   for (const std::string& note : folder->notes()) notice(note);
@@ -87,6 +89,10 @@ absl::Status ImportHf(const ImportOptions& options, const Notice& notice) {
 
   FoundTokenizer tokenizer;
   KRAIT_ASSIGN_OR_RETURN(tokenizer, FindTokenizer(options, *folder, notice));
+
+  OutputLock lock;
+  KRAIT_ASSIGN_OR_RETURN(lock, OutputLock::Acquire("--out", options.out));
+  KRAIT_RETURN_IF_ERROR(CheckOut(options));  // of another one, a moment ago
 
   CheckpointMeta meta;
   meta.config_yaml = config.ToYaml();

@@ -147,6 +147,19 @@ TEST_F(AblateTest, AKilledSweepGoesOn) {
   EXPECT_EQ(numbers(folder_ / "out"), numbers(clean));
 }
 
+// Runs that have been started and are not in their main() yet are asked to stop, too.
+TEST_F(AblateTest, AStopWhileRunsStartIsNoFailure) {
+  const std::string sweep = Sweep("grid: {train.steps: [2000, 2001]}\n");
+  for (int i = 0; i < 5; ++i) {
+    Process process(TinyRun::Argv({"ablate", "run", sweep, "--jobs", "2"}), TinyRun::Variables());
+    ASSERT_TRUE(WaitFor(&process, "started"));
+    process.Signal(SIGTERM);
+    const ProcessResult ended = process.Wait();
+    EXPECT_EQ(ended.code, 10) << ended.out << ended.err;
+    EXPECT_THAT(ended.out, Not(HasSubstr("failed"))) << ended.out;
+  }
+}
+
 // The page in a browser: no error, no request, and something to see in a window and on a phone.
 TEST_F(AblateTest, ThePageOpensInABrowser) {
   std::string browser;

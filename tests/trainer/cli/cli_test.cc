@@ -138,6 +138,16 @@ TEST(Cli, WaitingThreadsSleepUnlessToldOtherwise) {
   EXPECT_EQ(policy("c", {"GOMP_SPINCOUNT=100"}), "none 100");
 }
 
+TEST(Cli, MoreThreadsThanCanBeAreRefused) {
+  const TinyRun tiny;
+  const ProcessResult result =
+      RunProcess(TinyRun::Argv(tiny.TrainWords("run")), {{"OMP_NUM_THREADS", "100000"}});
+  EXPECT_EQ(result.code, 20);
+  EXPECT_EQ(Lines(result.err), 1) << result.err;
+  EXPECT_THAT(result.err, HasSubstr("krait: OMP_NUM_THREADS asks for 100000 threads, more than "));
+  EXPECT_FALSE(std::filesystem::exists(tiny / "run"));
+}
+
 TEST(Cli, ARefusedStartLeavesNoRunFolder) {
   const TinyRun tiny;
   ASSERT_EQ(tiny.Train("run", {"train.steps=1", "schedule.warmup_steps=1"}).code, 0);

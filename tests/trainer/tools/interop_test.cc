@@ -150,6 +150,43 @@ TEST_F(InteropTest, LeftoversOfKilledExportsAreRemovedByTheNextOne) {
   EXPECT_TRUE(exists("out.export-mine"));
 }
 
+// In the middle of one, of the same folder: told, and the first one ends well.
+TEST_F(InteropTest, ASecondOneOfTheSameFolderAtOnceIsTold) {
+  ImportOptions in;
+  in.hf = kGolden;
+  in.out = folder_ / "checkpoint";
+  in.force = true;
+  ImportOptions second_in = in;
+  second_in.out += "/";
+  absl::Status second;
+  in.progress = [&](int64_t done, int64_t /*total*/) {
+    if (done == 0) second = ImportHf(second_in, Ignore);
+    return absl::OkStatus();
+  };
+  ASSERT_TRUE(ImportHf(in, Ignore).ok());
+  EXPECT_EQ(ExitCodeOf(second), ExitCode::kConfig);
+  EXPECT_EQ(MessageOf(second), "--out " + second_in.out +
+                                   " is being written by another krait, which holds " + in.out +
+                                   ".lock: wait for it, or name another folder");
+  EXPECT_FALSE(std::filesystem::exists(in.out + ".lock"));
+
+  ExportOptions out = Export(in.out, "out");
+  const ExportOptions second_out = out;
+  second = absl::OkStatus();
+  out.progress = [&](int64_t done, int64_t /*total*/) {
+    if (done == 0) second = ExportHf(second_out, Ignore).status();
+    return absl::OkStatus();
+  };
+  ASSERT_TRUE(ExportHf(out, Ignore).ok());
+  EXPECT_EQ(ExitCodeOf(second), ExitCode::kConfig);
+  EXPECT_THAT(MessageOf(second), HasSubstr("out is being written by another krait"));
+  EXPECT_FALSE(std::filesystem::exists(out.hf + ".lock"));
+  // What a killed one left is taken over, and goes.
+  folder_.Write("left.lock", "");
+  EXPECT_TRUE(ExportHf(Export(in.out, "left"), Ignore).ok());
+  EXPECT_FALSE(std::filesystem::exists(folder_ / "left.lock"));
+}
+
 TEST_F(InteropTest, ProgressCountsElementsAndItsErrorLeavesNothing) {
   ImportOptions in;
   in.hf = kGolden;

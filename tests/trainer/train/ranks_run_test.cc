@@ -9,6 +9,7 @@
 #include <filesystem>
 #include <fstream>
 #include <functional>
+#include <iterator>
 #include <map>
 #include <sstream>
 #include <string>
@@ -125,6 +126,37 @@ TEST_F(RanksRun, EveryLayoutTrainsAlike) {
     // Printed once, by the first rank.
     EXPECT_EQ(result.out.find("finished: "), result.out.rfind("finished: "));
   }
+}
+
+// Every rank decides by the sums of all, so that all leave out the same steps: weights that one of
+// them alone had stepped would show in the next loss.
+TEST_F(RanksRun, TheSpikeGuardSkipsTheSameStepsOnEveryLayout) {
+  // With so small a z every third step or so is an outlier.
+  const std::vector<std::string> words = {"train.steps=40", "train.spike_guard.window=8",
+                                          "train.spike_guard.z=0.8", "schedule.name=constant",
+                                          "checkpoint.every=20"};
+  ASSERT_EQ(Train("one", {}, words).code, 0);
+  const auto skipped = Metric("one", "optim/skipped");
+  ASSERT_EQ(skipped.size(), 40U);
+  EXPECT_GE(skipped.at(40), 4);
+  EXPECT_LE(skipped.at(40), 30);
+  const RankLayout layouts[] = {{2, 1, 1}, {4, 1, 4}, {4, 2, 2}, {4, 4, 1}};
+  for (size_t i = 0; i < std::size(layouts); ++i) {
+    const std::string run = "layout-" + std::to_string(i);
+    SCOPED_TRACE(run);
+    const ProcessResult result = Train(run, layouts[i], words);
+    ASSERT_EQ(result.code, 0) << result.out << result.err;
+    EXPECT_THAT(result.out, HasSubstr("| skipped: a spike ("));
+    EXPECT_EQ(Metric(run, "optim/skipped"), skipped);
+    ExpectAlike("one", run, kBound);
+  }
+  // From the middle, with a window that another layout has filled.
+  std::vector<std::string> half = words;
+  half.front() = "train.steps=20";
+  ASSERT_EQ(Train("moved", {4, 2, 4}, half).code, 0);
+  ASSERT_EQ(Train("moved", {2, 2, 1}, words).code, 0);
+  EXPECT_EQ(Metric("moved", "optim/skipped"), skipped);
+  ExpectAlike("one", "moved", 1e-5);
 }
 
 TEST_F(RanksRun, FreshWeightsAreTheSameOnEveryLayout) {
