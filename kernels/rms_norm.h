@@ -3,9 +3,10 @@
 //   rstd = 1 / sqrt(mean(x^2) + eps);  y = x * rstd * w        (Zhang & Sennrich, 1910.07467)
 //
 // Statistics are Wide and y is rounded once. (Hugging Face's JambaRMSNorm rounds x * rstd to x's
-// dtype as well before it multiplies by w.) x, y, the residual stream and their gradients [M,D]
-// have the compute dtype, unit inner stride, and rows that may be strided; additions within are
-// Wide and rounded once. w [D], dw [D] and rstd [M] are Wide.
+// dtype as well before it multiplies by w.) A row whose squares overflow has NaN for both: an rstd
+// of 0 would make it a row of zeros that nobody notices. x, y, the residual stream and their
+// gradients [M,D] have the compute dtype, unit inner stride, and rows that may be strided;
+// additions within are Wide and rounded once. w [D], dw [D] and rstd [M] are Wide.
 #ifndef KRAIT_KERNELS_RMS_NORM_H_
 #define KRAIT_KERNELS_RMS_NORM_H_
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "kernels/base/parallel_for.h"
 #include "kernels/cpu/bf16.h"
@@ -35,7 +36,8 @@ KRAIT_INLINE void ForwardLoop(const NormForwardArgs<T, S>& args, int64_t begin, 
 #pragma omp simd reduction(+ : squares)
       for (int64_t i = 0; i < n; ++i) squares += Load(h[i]) * Load(h[i]);
     }
-    const S rstd = 1 / std::sqrt(squares / static_cast<S>(n) + args.eps);
+    const S rstd = std::isfinite(squares) ? 1 / std::sqrt(squares / static_cast<S>(n) + args.eps)
+                                          : std::numeric_limits<S>::quiet_NaN();
     args.rstd[row] = rstd;
 #pragma GCC ivdep
     for (int64_t i = 0; i < n; ++i) Store(Load(h[i]) * rstd * w[i], &y[i]);

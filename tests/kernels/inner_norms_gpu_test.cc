@@ -87,6 +87,20 @@ TEST_P(InnerNormsGpu, ForwardAndBackward) {
   }
 }
 
+// Of one part of one row.
+TEST_P(InnerNormsGpu, SquaresThatOverflowAreSeen) {
+  Buf projected(DType::kF32, {3, 36}), normed(dtype(), {3, 36}), rstd(DType::kF32, {3, 3});
+  Buf w_dt(DType::kF32, {4}), w_n(DType::kF32, {16});
+  projected.FillNormal(1), w_dt.Fill(1), w_n.Fill(1);
+  Set(projected, 36 + 5, 1e30);
+  OnGpu gp(projected), gn(normed), grstd(rstd), gdt(w_dt), gw(w_n);
+  InnerNormsForward(gn, grstd, gp, {gdt, gw, gw}, kEps, *gpu_);
+  gn.Download();
+  for (int64_t i = 0; i < 3 * 36; ++i) {
+    EXPECT_EQ(std::isnan(Get(normed, i)), i >= 36 + 4 && i < 36 + 20) << i;
+  }
+}
+
 TEST_P(InnerNormsGpu, WithoutWeightsValuesAreRounded) {
   Buf projected(DType::kF32, {5, 40}, 8), normed(dtype(), {5, 40}), expected(dtype(), {5, 40});
   projected.FillNormal(1), normed.Fill(kNaN);

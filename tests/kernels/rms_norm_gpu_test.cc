@@ -198,6 +198,12 @@ TEST_P(RmsNormGpu, NaNStaysInItsRow) {
   RmsNormForward(gy, grstd, gx, gw, kEps, gpu_->ctx);
   gy.Download();
   for (int64_t i = 0; i < 3 * 320; ++i) EXPECT_EQ(std::isnan(Get(y, i)), i / 320 == 1) << i;
+
+  Set(x, 320 + 77, 1e30);  // its square overflows
+  OnGpu overflowing(x);
+  RmsNormForward(gy, grstd, overflowing, gw, kEps, gpu_->ctx);
+  gy.Download();
+  for (int64_t i = 0; i < 3 * 320; ++i) EXPECT_EQ(std::isnan(Get(y, i)), i / 320 == 1) << i;
 }
 
 TEST_P(RmsNormGpu, EmptyInputLaunchesNothing) {

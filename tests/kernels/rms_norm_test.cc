@@ -200,7 +200,11 @@ TEST(RmsNorm, NonFiniteRowsStayVisible) {
     Set(x, 8, INFINITY);
     RmsNormForward(y, rstd, x, w, kEps, ctx);
     EXPECT_TRUE(std::isnan(Get(y, 0)));
-    EXPECT_TRUE(std::isnan(Get(y, 8)));  // inf * 0
+    EXPECT_TRUE(std::isnan(Get(y, 8)));
+    x.Fill(1e30);  // its square is none
+    RmsNormForward(y, rstd, x, w, kEps, ctx);
+    EXPECT_TRUE(std::isnan(Get(rstd, 1)));
+    EXPECT_TRUE(std::isnan(Get(y, 15)));
   }
 }
 

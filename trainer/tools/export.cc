@@ -1,6 +1,4 @@
 // Export to a Hugging Face folder (interop.h).
-#include <fcntl.h>
-#include <sys/file.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -194,24 +192,6 @@ bool IsExportFile(const std::string& name) {
          (name.starts_with("model") && name.ends_with(".safetensors"));
 }
 
-// Of a folder that an export is writing, so that no other one takes it for a leftover.
-class FolderLock {
- public:
-  explicit FolderLock(const std::string& folder)
-      : fd_(open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)),
-        held_(fd_ >= 0 && flock(fd_, LOCK_EX | LOCK_NB) == 0) {}
-  FolderLock(const FolderLock&) = delete;
-  FolderLock& operator=(const FolderLock&) = delete;
-  ~FolderLock() {
-    if (fd_ >= 0) close(fd_);
-  }
-  bool held() const { return held_; }  // where there are no locks: never
-
- private:
-  int fd_;
-  bool held_;
-};
-
 // Removes what killed exports to `hf` left behind: half-written folders, and older exports that
 // were replaced. One that was moved away for a new one that did not come stays, it may be the only
 // one. What cannot be removed is no reason not to export.
@@ -227,9 +207,7 @@ void RemoveLeftovers(const std::string& hf) {
           (begin.ends_with("replaced-") && !Exists(hf))) {
         continue;
       }
-      const std::string path = folder + "/" + name;
-      const FolderLock lock(path);
-      if (lock.held()) (void)RemoveAll(path, ExitCode::kCannotSave);
+      (void)RemoveAll(folder + "/" + name, ExitCode::kCannotSave);
     }
   }
 }
@@ -260,14 +238,12 @@ absl::StatusOr<ExportReport> ExportHf(const ExportOptions& options, const Notice
   KRAIT_ASSIGN_OR_RETURN(output, OutputLock::Acquire("--hf", options.hf));
   KRAIT_RETURN_IF_ERROR(CheckHf(options));  // of another one, a moment ago
   ExportReport report;
-  RemoveLeftovers(options.hf);
+  if (output.held()) RemoveLeftovers(options.hf);
   const std::string staging = options.hf + ".export-" + std::to_string(getpid());
-  std::optional<FolderLock> lock;
   // The values as stored, whatever the run computed in.
   const auto write = [&](const Checkpoint& checkpoint) -> absl::Status {
     KRAIT_RETURN_IF_ERROR(RemoveAll(staging, ExitCode::kCannotSave));
     KRAIT_RETURN_IF_ERROR(MakeDirectories(staging, ExitCode::kCannotSave));
-    lock.emplace(staging);
     report = {.checkpoint = checkpoint.path};
     return WriteFolder(staging, checkpoint, options, notice, &report);
   };

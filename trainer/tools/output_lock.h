@@ -9,12 +9,14 @@
 namespace krait {
 
 // While it lives, the file PATH.lock exists and is locked. One that a killed process left is taken
-// over. Where no such file can be made or locked there is no lock:
-// what is written beside it says what is wrong.
+// over. Where no such file can be made or locked nothing is held: what is written beside it says
+// what is wrong.
 class OutputLock {
  public:
   // kConfig where another process has it: "OPTION PATH is being written by another krait, ...".
   static absl::StatusOr<OutputLock> Acquire(const std::string& option, const std::string& path);
+  // False where there are no locks: then another process may be writing there.
+  bool held() const { return fd_ >= 0; }
   OutputLock() = default;
   OutputLock(OutputLock&& other) noexcept;
   OutputLock& operator=(OutputLock&& other) noexcept;
