@@ -4,7 +4,6 @@
 #include <cstring>
 
 #include "kernels/base/parallel_for.h"
-#include "kernels/cpu/activation.h"
 #include "kernels/cpu/bf16.h"
 #include "kernels/cpu/dispatch.h"
 #include "kernels/cpu/widened.h"
@@ -52,29 +51,8 @@ void FillWith(Tensor y, T value) {
   });
 }
 
-}  // namespace
-
-void AddInPlace(Tensor y, Tensor x, const Context& ctx) {
-  OpScope op(ctx, OpFamily::kActivation, "AddInPlace", {{"y", y}, {"x", x}});
-  op.CountBytes(y.bytes());
-  if (ctx.device == Device::kCuda) {
-    if (op.planning()) return;
-    KRAIT_CUDA(AddInPlace(y, x, ctx));
-    return;
-  }
-  cpu::Widened wide(ctx);
-  const Tensor sum = wide.InOut(y), added = wide.In(x);
-  if (op.planning()) return;
-  cpu::DispatchFloat(sum, op.name(), [&](auto zero) {
-    using T = decltype(zero);
-    ForEachSpan(sum, added, [](char* to, char* from, int64_t n) {
-      cpu::Add(n, reinterpret_cast<const T*>(from), reinterpret_cast<T*>(to));
-    });
-  });
-}
-
-void AddScaled(Tensor y, Tensor x, double scale, const Context& ctx) {
-  OpScope op(ctx, OpFamily::kActivation, "AddScaled", {{"y", y}, {"x", x}});
+void Add(const char* name, Tensor y, Tensor x, double scale, const Context& ctx) {
+  OpScope op(ctx, OpFamily::kActivation, name, {{"y", y}, {"x", x}});
   op.CountBytes(y.bytes());
   if (ctx.device == Device::kCuda) {
     if (op.planning()) return;
@@ -84,7 +62,7 @@ void AddScaled(Tensor y, Tensor x, double scale, const Context& ctx) {
   cpu::Widened wide(ctx);
   const Tensor sum = wide.InOut(y), added = wide.In(x);
   if (op.planning()) return;
-  cpu::DispatchFloat(sum, op.name(), [&](auto zero) {
+  cpu::DispatchFloat(sum, name, [&](auto zero) {
     using T = decltype(zero);
     const T factor = static_cast<T>(scale);
     ForEachSpan(sum, added, [factor](char* to, char* from, int64_t n) {
@@ -93,6 +71,14 @@ void AddScaled(Tensor y, Tensor x, double scale, const Context& ctx) {
       for (int64_t i = 0; i < n; ++i) y_span[i] += factor * x_span[i];
     });
   });
+}
+
+}  // namespace
+
+void AddInPlace(Tensor y, Tensor x, const Context& ctx) { Add("AddInPlace", y, x, 1, ctx); }
+
+void AddScaled(Tensor y, Tensor x, double scale, const Context& ctx) {
+  Add("AddScaled", y, x, scale, ctx);
 }
 
 void Fill(Tensor y, double value, const Context& ctx) {

@@ -95,18 +95,6 @@ void Elementwise(const char* name, const Tensor& y, const Tensor& x, Op op, cons
 }
 
 template <typename To, typename From>
-struct AddOp {
-  static constexpr bool kReadsY = true, kReadsX = true;
-  template <int kVec>
-  __device__ Pack<To, kVec> operator()(const Pack<To, kVec>& y, const Pack<From, kVec>& x) const {
-    Pack<float, kVec> sum = Widen(y);
-    const Pack<float, kVec> added = Widen(x);
-#pragma unroll
-    for (int j = 0; j < kVec; ++j) sum.v[j] += added.v[j];
-    return Round<To>(sum);
-  }
-};
-template <typename To, typename From>
 struct AddScaledOp {
   static constexpr bool kReadsY = true, kReadsX = true;
   float scale;
@@ -203,14 +191,6 @@ uint64_t ElementBits(DType dtype, double value) {
 }
 
 }  // namespace
-
-void AddInPlace(Tensor y, Tensor x, const Context& ctx) {
-  WithFloats("AddInPlace", y, x, [&](auto to, auto from) {
-    using To = decltype(to);
-    using From = decltype(from);
-    Elementwise<To, From>("AddInPlace", y, x, AddOp<To, From>(), ctx);
-  });
-}
 
 void AddScaled(Tensor y, Tensor x, double scale, const Context& ctx) {
   WithFloats("AddScaled", y, x, [&](auto to, auto from) {

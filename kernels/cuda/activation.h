@@ -8,7 +8,6 @@
 namespace krait::cuda {
 
 // f32 and bf16, x also in the other of the two.
-void AddInPlace(Tensor y, Tensor x, const Context& ctx);
 void AddScaled(Tensor y, Tensor x, double scale, const Context& ctx);
 // Every dtype of kernels/base/dtype.h.
 void Fill(Tensor y, double value, const Context& ctx);

@@ -319,7 +319,7 @@ class Attention {
       for (int64_t i = 0; i < 2; ++i) {
         const Tensor sums = rows_of(scratch_.block_sums, i, keys);
         const Tensor part = rows_of(scratch_.block_part, i, keys);
-        first == last ? Copy(sums, part, ctx_) : AddInPlace(sums, part, ctx_);
+        first == last ? Copy(sums, part, ctx_) : AddScaled(sums, part, 1, ctx_);
       }
     }
     for (const auto& [operand, t] : operands_) {

@@ -31,7 +31,11 @@
 // and 14 % less of L2 for each product, and 4096 columns are 21.3 tiles of 192. Weights of 2048
 // rows gained nothing from two slabs a warpgroup and four stages, nor together from four slabs and
 // three stages; adding, they move 8 bytes of dw for 4096 FLOPs: 16 experts of 4096 x 14336 2.5 of
-// the 6.4 ms that 600 TFLOP/s leave, at the card's copy rate.
+// the 6.4 ms that 600 TFLOP/s leave, at the card's copy rate. What they reach varies with the
+// card's state: 490, 584 and 570 adding, 609, 553 and 619 overwriting in turns on H100s.
+// Adding gained nothing from dw's tile fetched into L2 during the products (8 experts lost 5 to 10
+// %) nor from writing dw as what leaves L2 first; storing from registers without shared memory lost
+// 5 to 30 %.
 #include <cuda.h>
 
 #include <algorithm>
@@ -159,20 +163,21 @@ __device__ inline void MultiplyWait() {
 }
 // c[64,N] = a[64,16] b[16,N] (+ c unless `first`) of a warpgroup, N 192 or 256. An operand is
 // "along m" or "along n" when its unit stride is, else it is along k.
+#define REGISTERS_96                                                                 \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "          \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
+  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
+  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 #define C4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
 #define C16(i) C4(i), C4(i + 4), C4(i + 8), C4(i + 12)
 template <bool kAlongM, bool kAlongN>
 __device__ inline void Multiply(float (&c)[96], uint64_t a, uint64_t b, bool first) {
   asm volatile(
       "{\n.reg .pred add;\nsetp.eq.b32 add, %98, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n192k16.f32.bf16.bf16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
-      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
-      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95}, "
-      "%96, %97, add, 1, 1, %99, %100;\n}"
+      "wgmma.mma_async.sync.aligned.m64n192k16.f32.bf16.bf16 " REGISTERS_96
+      "}, %96, %97, add, 1, 1, %99, %100;\n}"
       : C16(0), C16(16), C16(32), C16(48), C16(64), C16(80)
       : "l"(a), "l"(b), "r"(static_cast<int>(first)), "n"(kAlongM), "n"(kAlongN));
 }
@@ -180,22 +185,16 @@ template <bool kAlongM, bool kAlongN>
 __device__ inline void Multiply(float (&c)[128], uint64_t a, uint64_t b, bool first) {
   asm volatile(
       "{\n.reg .pred add;\nsetp.eq.b32 add, %130, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
-      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
-      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
-      "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
-      "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, "
-      "%127}, "
-      "%128, %129, add, 1, 1, %131, %132;\n}"
+      "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 " REGISTERS_96
+      ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, "
+      "%110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, "
+      "%125, %126, %127}, %128, %129, add, 1, 1, %131, %132;\n}"
       : C16(0), C16(16), C16(32), C16(48), C16(64), C16(80), C16(96), C16(112)
       : "l"(a), "l"(b), "r"(static_cast<int>(first)), "n"(kAlongM), "n"(kAlongN));
 }
 #undef C16
 #undef C4
+#undef REGISTERS_96
 
 // ---- Tiles
 

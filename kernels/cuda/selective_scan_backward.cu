@@ -1,7 +1,7 @@
 // The selective scan's backward. Chunks from the last to the first; each starts from the state that
 // the forward kept, recomputes its 16 states, held in registers with the decays, and then runs
-// back. Per warp and chunk: 1095 instructions, of them 512 of states and decays, 76 special
-// functions, 68 matrix products, 68 transpositions; about 100 passes of shared memory.
+// back. Per warp and chunk: 1100 instructions, of them 512 of states and decays, 76 special
+// functions, 52 matrix products, 68 transpositions; about 100 passes of shared memory.
 //
 // Learned on an H200 (bf16, N 16). What is once per token is computed a chunk ahead, in the middle
 // of the way back, where states and decays no longer needed leave registers. One warp a scheduler
@@ -14,6 +14,16 @@
 // transpositions 1.280, without the sums over states 1.268, without both and the sums over channels
 // 1.245, without the decays' special functions 1.322 (all of them wrong results): most is its
 // float arithmetic, 544 instructions, and their latencies for two warps.
+//
+// Sums over states of rounded values (aligned rows of 16 states) take half the products: on an
+// H100, before and after in turns, B4 I8192 2.67 to 2.53 ms, B4 I4096 1.36 to 1.28, B2 0.69 to
+// 0.65, B1 0.363 to 0.338. Their error then is at most 1.45 roundings of the result; of a single
+// state it would be 2.01. Two thirds of a warp's time go to the dispatcher: it issues (30 %), the
+// other warp does (21), ports of registers (14). No gain beside it (B4 I8192): chunks in pairs
+// (2.50), the next chunk's first loads, decays and inputs four tokens ahead (2.55 to 2.68), weights
+// of the sums over channels from shared memory in place of masks, 26 instructions less (2.66);
+// states or gradients carried on by matrix products, whose latency is then in the chain
+// (3.17, 2.59).
 #include <type_traits>
 
 #include "kernels/cuda/launch.cuh"
@@ -291,8 +301,11 @@ __global__ void __launch_bounds__(S::kThreads, 1)
 #pragma unroll 1
     for (int q = 0; q < kGroups; ++q) {
       float* sums = stage.sums[warp][q] + 4 * lane;
-      uint32_t bs[4];
-      if constexpr (!kExact) LoadTransposed(bs, b_row + offset + 32 * q);
+      uint32_t bs[4], cs[4];
+      if constexpr (!kExact) {
+        LoadTransposed(bs, b_row + offset + 32 * q);
+        LoadMatrices(cs, b_row + offset + 32 * q + static_cast<uint32_t>(sizeof(stage.inputs.b)));
+      }
       // Forward: states h[t + 1] after token t, y, and dc.
       float h[kSteps + 1][4], decay[kSteps][4];
       if constexpr (kPlain) {
@@ -336,15 +349,19 @@ __global__ void __launch_bounds__(S::kThreads, 1)
             if (s == pair) sum[2 * half + m % 2] += part;
             dc.AddExact(h[t + 1], dss[dt_row + t], t, g);
           } else if (m % 2 == 1) {
-            const auto weights = Load<4>(stage.inputs.c_floats[8 * half + g] + 16 * q + 4 * s);
+            uint32_t packed[4];
+            PackPair(packed, h[t], h[t + 1]);
             float two[4];
-            SumOverStates(two, h[t], h[t + 1],
-                          {weights.v[0], weights.v[1], weights.v[2], weights.v[3]});
+            if constexpr (kPlain) {
+              SumOverStates(two, packed, cs, half);
+            } else {
+              SumOverStates(two, h[t], h[t + 1], WeightsOf(cs, half));
+            }
             if (s == pair) {
               sum[2 * half] = kGroups == 1 ? two[0] : sum[2 * half] + two[0];
               sum[2 * half + 1] = kGroups == 1 ? two[3] : sum[2 * half + 1] + two[3];
             }
-            dc.AddPair(h[t], h[t + 1], t / 2, masks[pair]);
+            dc.AddPair(packed, t / 2, masks[pair]);
           }
         }
       }
@@ -389,15 +406,19 @@ __global__ void __launch_bounds__(S::kThreads, 1)
             if (s == pair) d_dtx[2 * half + m % 2] += of_dtx, d_dt[2 * half + m % 2] += of_dt;
             db.AddExact(grad[m], dtxs[dt_row + t], t, g);
           } else if (m % 2 == 0) {
+            uint32_t packed[4];
+            PackPair(packed, grad[m], grad[m + 1]);
             float two[4];
-            SumOverStates(two, grad[m], grad[m + 1],
-                          {LowerHalf(rows[2 * half]), UpperHalf(rows[2 * half]),
-                           LowerHalf(rows[2 * half + 1]), UpperHalf(rows[2 * half + 1])});
+            if constexpr (kPlain) {
+              SumOverStates(two, packed, rows, half);
+            } else {
+              SumOverStates(two, grad[m], grad[m + 1], WeightsOf(rows, half));
+            }
             if (s == pair) {
               d_dtx[2 * half] = kGroups == 1 ? two[0] : d_dtx[2 * half] + two[0];
               d_dtx[2 * half + 1] = kGroups == 1 ? two[3] : d_dtx[2 * half + 1] + two[3];
             }
-            db.AddPair(grad[m], grad[m + 1], t / 2, masks[pair]);
+            db.AddPair(packed, t / 2, masks[pair]);
           }
         }
         // As in SumOverStates, but four tokens at once: the second operand's columns select.

@@ -17,6 +17,8 @@
 // multiprocessor: 0.446, 0.866, 0.233 (four warps, B1: 0.156, in pairs 0.153). No single unit
 // binds: without the decays' special functions (wrong results) 0.394 at B4 I4096 of 0.462 in that
 // run, without the sums over states 0.432, without these and the inputs' products 0.365.
+// Inputs four tokens ahead too, and four warps in pairs: 0.451 to 0.440, 0.876 to 0.855, B2 0.233
+// to 0.224, B1 0.157 to 0.148, the same bits; at B1 four chunks a turn 0.151.
 // Polynomials (10 instructions) for 2 of 16 decays gained 2 % with 96 registers and lost 3 % with
 // 104; a warp of its own for softplus and gates of each computing one gained 1 % at B1, where each
 // scheduler has one, and lost 24 % at B2.
@@ -118,16 +120,14 @@ __device__ inline void Decays(float (&decay)[4][4], const float* dt, const float
     for (int j = 0; j < 4; ++j) decay[i][j] = FastExp2(dt4.v[i] * a2[j]);
   }
 }
-// Four steps, tokens 4 * quad and on, with their decays, own dt x, and matrices of B and C.
+// Four steps, tokens 4 * quad and on, with their decays and inputs, and matrices of C.
 template <bool kAdd>
 __device__ inline void FourSteps(float (&sum)[4], float (&h)[4], const float (&decay)[4][4],
-                                 const float (&dtx)[4], const uint32_t (&bs)[4],
-                                 const uint32_t (&cs)[4], int quad, int s) {
+                                 const float (&input)[4][4], const uint32_t (&cs)[4], int quad,
+                                 int s) {
   const int half = quad / 2;
-  const float4 weights = {LowerHalf(cs[2 * half]), UpperHalf(cs[2 * half]),
-                          LowerHalf(cs[2 * half + 1]), UpperHalf(cs[2 * half + 1])};
-  float input[4][4], even[4];
-  InputsOfQuad(input, dtx, bs, half, quad % 2, s);
+  const float4 weights = WeightsOf(cs, half);
+  float even[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
 #pragma unroll
@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(S::kThreads, kBlocks)
   const bool keeps = exists && args.kept_states != nullptr;
   const int64_t kept_step = keeps ? state_size : 0;
   float* kept = keeps ? args.kept_states + b * args.chunks * state_size + own : nullptr;
-  // bf16, 16 states: decays are computed four tokens ahead.
+  // bf16, 16 states: decays and inputs are computed four tokens ahead.
   constexpr bool kAhead = !kExact && kGroups == 1;
   if (kAhead && kPlain && keeps) kept += 4 * s;
 
@@ -251,12 +251,22 @@ __global__ void __launch_bounds__(S::kThreads, kBlocks)
   shared.stages[0].full.Wait(0);
   prepare(0, dt_row);
   __syncwarp();
-  float decay[2][4][4];
-  if constexpr (kAhead) Decays(decay[0], dts + dt_row, a2[0]);
+  float decay[2][4][4], input[2][4][4];
+  uint32_t bs[4];
+  // The lane's dt x of a chunk that is prepared, for InputsOfQuad().
+  const auto round_dtx = [&] {
+#pragma unroll
+    for (int v = 0; v < 4; ++v) dtx[v] = kExact ? 0.0f : RoundTf32(next_dtx[v]);
+  };
+  if constexpr (kAhead) {
+    round_dtx();
+    LoadTransposed(bs, bc_row);
+    Decays(decay[0], dts + dt_row, a2[0]), InputsOfQuad(input[0], dtx, bs, 0, 0, s);
+  }
 
   bool next_is_full = false;
   // In pairs, what goes on to the next chunk stays in its registers.
-  constexpr int kTurns = kAhead && kPlain && S::kWarps == 8 ? 2 : 1;
+  constexpr int kTurns = kAhead && kPlain ? 2 : 1;
 #pragma unroll kTurns
   for (int k = 0; k <= last; ++k) {
     // Beyond the last chunk there is nothing to wait for and nothing of use.
@@ -265,9 +275,8 @@ __global__ void __launch_bounds__(S::kThreads, kBlocks)
     auto& stage = shared.stages[in_stages];
     const uint32_t offset = in_stages * static_cast<uint32_t>(sizeof(stage));
 #pragma unroll
-    for (int v = 0; v < 4; ++v) {
-      x[v] = next_x[v], dtx[v] = kExact ? 0.0f : RoundTf32(next_dtx[v]), gate[v] = next_gate[v];
-    }
+    for (int v = 0; v < 4; ++v) x[v] = next_x[v], gate[v] = next_gate[v];
+    if (!kAhead) round_dtx();
     if (!next_is_full && k < last) shared.stages[next % kStages].full.Wait(next / kStages);
     next_is_full =
         shared.stages[static_cast<unsigned>(k + 2) % kStages].full.Done((k + 2) / kStages);
@@ -281,20 +290,22 @@ __global__ void __launch_bounds__(S::kThreads, kBlocks)
           StoreKept<kExact>(kept, count[0], s, h[0]);
         }
       }
-      uint32_t bs[4], cs[4];
-      LoadTransposed(bs, bc_row + offset);
+      uint32_t cs[4];
       LoadMatrices(cs, bc_row + offset + static_cast<uint32_t>(sizeof(stage.inputs.b)));
-      Decays(decay[1], dts + dt_row + 4, a2[0]);
-      FourSteps<false>(sum, h[0], decay[0], dtx, bs, cs, 0, s);
-      Decays(decay[0], dts + dt_row + 8, a2[0]);
-      FourSteps<false>(sum, h[0], decay[1], dtx, bs, cs, 1, s);
+      Decays(decay[1], dts + dt_row + 4, a2[0]), InputsOfQuad(input[1], dtx, bs, 0, 1, s);
+      FourSteps<false>(sum, h[0], decay[0], input[0], cs, 0, s);
+      Decays(decay[0], dts + dt_row + 8, a2[0]), InputsOfQuad(input[0], dtx, bs, 1, 0, s);
+      FourSteps<false>(sum, h[0], decay[1], input[1], cs, 1, s);
       const int next_row = dt_rows - dt_row;
       prepare(next, next_row);
       __syncwarp();
-      Decays(decay[1], dts + dt_row + 12, a2[0]);
-      FourSteps<false>(sum, h[0], decay[0], dtx, bs, cs, 2, s);
-      Decays(decay[0], dts + next_row, a2[0]);
-      FourSteps<false>(sum, h[0], decay[1], dtx, bs, cs, 3, s);
+      Decays(decay[1], dts + dt_row + 12, a2[0]), InputsOfQuad(input[1], dtx, bs, 1, 1, s);
+      FourSteps<false>(sum, h[0], decay[0], input[0], cs, 2, s);
+      round_dtx();
+      const unsigned next_stage = static_cast<unsigned>(next) % kStages;
+      LoadTransposed(bs, bc_row + next_stage * static_cast<uint32_t>(sizeof(stage)));
+      Decays(decay[0], dts + next_row, a2[0]), InputsOfQuad(input[0], dtx, bs, 0, 0, s);
+      FourSteps<false>(sum, h[0], decay[1], input[1], cs, 3, s);
     } else {
 #pragma unroll 1
       for (int q = 0; q < kGroups; ++q) {
@@ -302,14 +313,15 @@ __global__ void __launch_bounds__(S::kThreads, kBlocks)
         if constexpr (kExact) {
           ExactSteps<S>(sum, h[q], a2[q], stage.inputs, dts + dt_row, dtxs + dt_row, q, s);
         } else {
-          uint32_t bs[4], cs[4];
+          uint32_t cs[4];
           LoadTransposed(bs, bc_row + offset + 32 * q);
           LoadMatrices(cs,
                        bc_row + offset + 32 * q + static_cast<uint32_t>(sizeof(stage.inputs.b)));
 #pragma unroll
           for (int quad = 0; quad < 4; ++quad) {
             Decays(decay[0], dts + dt_row + 4 * quad, a2[q]);
-            FourSteps<true>(sum, h[q], decay[0], dtx, bs, cs, quad, s);
+            InputsOfQuad(input[0], dtx, bs, quad / 2, quad % 2, s);
+            FourSteps<true>(sum, h[q], decay[0], input[0], cs, quad, s);
           }
         }
       }

@@ -133,6 +133,12 @@ __device__ inline void StoreTransposed(uint32_t row, const float (&one)[4], cons
                : "memory");
 }
 
+// The weights of the states that a lane has, of token g of half `half`, from LoadMatrices().
+__device__ inline float4 WeightsOf(const uint32_t (&rows)[4], int half) {
+  return {LowerHalf(rows[2 * half]), UpperHalf(rows[2 * half]), LowerHalf(rows[2 * half + 1]),
+          UpperHalf(rows[2 * half + 1])};
+}
+
 // For 16 states per channel: the sums over states of `even` and `odd`, two tokens' values, times
 // the weights of 8 tokens, of which lane group g holds token g's. The lane s that is the number of
 // the pair finds the two sums in d[0] and d[3]: the rows of the product are the channels at the
@@ -185,6 +191,22 @@ __device__ inline void MmaBf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// Two tokens' values, rounded: a matrix whose rows are the channels at the first token, then at the
+// second, and whose columns are the states.
+__device__ inline void PackPair(uint32_t (&packed)[4], const float (&even)[4],
+                                const float (&odd)[4]) {
+  packed[0] = PackBf16(even[0], even[1]), packed[1] = PackBf16(odd[0], odd[1]);
+  packed[2] = PackBf16(even[2], even[3]), packed[3] = PackBf16(odd[2], odd[3]);
+}
+// As SumOverStates() above, of a pair from PackPair() and the weights of half `half` of the tokens
+// that LoadMatrices() gave.
+__device__ inline void SumOverStates(float (&d)[4], const uint32_t (&packed)[4],
+                                     const uint32_t (&rows)[4], int half) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) d[i] = 0.0f;
+  MmaBf16(d, packed, rows[2 * half], rows[2 * half + 1]);
+}
+
 // The sums over a warp's channels of weights times a value per state, for 16 tokens.
 //
 // bf16: the values of tokens t, t+1, rounded and transposed so that the channels run along the
@@ -207,12 +229,10 @@ struct SumOverChannels {
       }
     }
   }
-  // Tokens 2 * pair and 2 * pair + 1; `mask` has all bits where g / 2 is pair % 4.
-  __device__ void AddPair(const float (&first)[4], const float (&second)[4], int pair,
-                          uint32_t mask) {
-    const uint32_t a[4] = {
-        Transpose(PackBf16(first[0], first[1])), Transpose(PackBf16(first[2], first[3])),
-        Transpose(PackBf16(second[0], second[1])), Transpose(PackBf16(second[2], second[3]))};
+  // Tokens 2 * pair and 2 * pair + 1, from PackPair(); `mask` has all bits where g / 2 is pair % 4.
+  __device__ void AddPair(const uint32_t (&packed)[4], int pair, uint32_t mask) {
+    const uint32_t a[4] = {Transpose(packed[0]), Transpose(packed[2]), Transpose(packed[1]),
+                           Transpose(packed[3])};
     MmaBf16(sums[pair / 4], a, even[pair / 4] & mask, odd[pair / 4] & mask);
   }
   __device__ void AddExact(const float (&value)[4], float weight, int token, int g) {
