@@ -1,8 +1,6 @@
 // The three norms over the columns dt | B | C of x_proj's output: a warp takes a row, lane l the
 // columns l + 32 i, and keeps their weights and sums of dw in registers. The next row is loaded
 // before the sums over the current one, whose latency is what such short rows are bound by.
-#include <math_constants.h>
-
 #include "kernels/cuda/column_sums.cuh"
 #include "kernels/cuda/inner_norms.h"
 #include "kernels/cuda/launch.cuh"
@@ -86,7 +84,7 @@ __global__ void __launch_bounds__(32 * kWarps)
 #pragma unroll
     for (int p = 0; p < 3; ++p) {
       const float sum = WarpSum(squares[p]);
-      scale[p] = isfinite(sum) ? 1.0f / sqrtf(sum / sizes[p] + eps) : CUDART_NAN_F;
+      scale[p] = isfinite(sum) ? 1.0f / sqrtf(sum / sizes[p] + eps) : nanf("");
       if (threadIdx.x == 0) rstd[p * rows + row] = scale[p];
     }
 #pragma unroll

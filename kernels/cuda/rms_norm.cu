@@ -11,8 +11,6 @@
 // instructions an element, backward, a third could go; and launches that overlap the end of the
 // kernel before, 1 to 4 microseconds each. A named barrier for each group is 1 to 2 % faster than
 // the block's, but racecheck takes it for none.
-#include <math_constants.h>
-
 #include <algorithm>
 #include <initializer_list>
 #include <string>
@@ -165,7 +163,7 @@ __global__ void __launch_bounds__(kThreads)
       for (int j = 0; j < kVec; ++j) squares += wide.v[j] * wide.v[j];
     }
     const float sum = GroupSum(squares, shared[parity]);
-    const float scale = isfinite(sum) ? 1.0f / sqrtf(sum * inverse_cols + eps) : CUDART_NAN_F;
+    const float scale = isfinite(sum) ? 1.0f / sqrtf(sum * inverse_cols + eps) : nanf("");
     if (has_row && threadIdx.x == 0) rstd[row] = scale;
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
