@@ -84,7 +84,8 @@ __global__ void __launch_bounds__(32 * kWarps)
 #pragma unroll
     for (int p = 0; p < 3; ++p) {
       const float sum = WarpSum(squares[p]);
-      scale[p] = isfinite(sum) ? 1.0f / sqrtf(sum / sizes[p] + eps) : nanf("");
+      const float nan = __int_as_float(0x7fffffff);
+      scale[p] = isfinite(sum) ? 1.0f / sqrtf(sum / sizes[p] + eps) : nan;
       if (threadIdx.x == 0) rstd[p * rows + row] = scale[p];
     }
 #pragma unroll

@@ -163,7 +163,8 @@ __global__ void __launch_bounds__(kThreads)
       for (int j = 0; j < kVec; ++j) squares += wide.v[j] * wide.v[j];
     }
     const float sum = GroupSum(squares, shared[parity]);
-    const float scale = isfinite(sum) ? 1.0f / sqrtf(sum * inverse_cols + eps) : nanf("");
+    const float nan = __int_as_float(0x7fffffff);
+    const float scale = isfinite(sum) ? 1.0f / sqrtf(sum * inverse_cols + eps) : nan;
     if (has_row && threadIdx.x == 0) rstd[row] = scale;
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
