@@ -108,6 +108,8 @@ class SweepRunner {
   absl::Status MakeSlots() {
     const auto ranks = static_cast<size_t>(options_.ranks);
     const bool on_gpus = plan_.cells.front().config.train.device == DevicePreference::kCuda;
+    // Without a GPU the device that all runs ask for is refused once, here.
+    if (on_gpus && cuda::DeviceCount() == 0) return CheckDevice(plan_.cells.front().config);
     const std::vector<int> cores = OwnCores();
     const std::vector<std::string> gpus = on_gpus ? VisibleGpus() : std::vector<std::string>();
     const size_t units = on_gpus ? gpus.size() : cores.size();

@@ -7,6 +7,7 @@
 #include <nlohmann/json.hpp>
 #include <sstream>
 
+#include "kernels/cuda/runtime.h"
 #include "support/tiny_run.h"
 #include "trainer/report/run_summary.h"
 
@@ -191,6 +192,16 @@ TEST_F(AblateTest, MistakesAre20WithTheirPlace) {
   EXPECT_THAT(bad.err, HasSubstr("s.yaml:3:28: model.mixer.ratio: \"oops\""));
   EXPECT_EQ(Krait({"ablate", "run", folder_ / "none.yaml"}).code, 20);
   EXPECT_FALSE(std::filesystem::exists(folder_ / "out"));
+}
+
+TEST_F(AblateTest, CudaWhereThereIsNoneIsRefusedOnce) {
+  if (cuda::Available()) GTEST_SKIP() << "this machine has a GPU";
+  const ProcessResult run = Krait({"ablate", "run",
+                                   Sweep("grid: {model.mixer.ratio: [\"0:1\", \"1:1\"]}\n"
+                                         "cases: {gpu: {train.device: cuda}}\n")});
+  EXPECT_EQ(run.code, 20);
+  EXPECT_THAT(run.err, HasSubstr("train.device: cuda cannot be used"));
+  EXPECT_THAT(run.out, Not(HasSubstr("started")));
 }
 
 TEST_F(AblateTest, SecondsAreMeasuredFirst) {
