@@ -251,7 +251,7 @@ class SweepRunner {
           ++it;
           continue;
         }
-        const Running ended = std::move(*it);
+        const Running ended = *it;
         it = running_.erase(it);
         free_[ended.slot] = true;
         KRAIT_RETURN_IF_ERROR(Ended(ended, *code));
